@@ -1,0 +1,167 @@
+"""CHAIR: how many of the objects that a caption names are not in the image.
+
+Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156, with the original ("pattern") rules.
+One row of a caption file: `{"image_id": 10822, "caption": "3 zebras in a field"}`.
+
+CHAIR falls for free when captions get shorter, loop, or repeat a true object, so recall, length,
+repetition and the share of captions that name nothing always stand beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from eval.coco import Vocabulary
+from eval.errors import EvalError
+from eval.intervals import Numbers, measure
+
+RULES = ("pattern",)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one caption adds to the corpus; the names are those of the published raw counts."""
+
+    captions: int
+    captions_hallucinated: int
+    object_mentions: int
+    object_mentions_hallucinated: int
+    gt_objects: int
+    gt_objects_recalled: int
+    distinct_objects_mentioned: int
+    tokens: int
+    captions_without_objects: int
+
+
+@dataclass(frozen=True)
+class CaptionScore:
+    """One caption, judged. Pairs are (word as it was read, COCO object), in order of mention."""
+
+    mentions: tuple[tuple[str, str], ...]
+    hallucinated: tuple[tuple[str, str], ...]
+    missed: tuple[str, ...]
+    counts: Counts
+    four_grams: int
+    distinct_four_grams: int
+
+    @property
+    def objects(self) -> list[str]:
+        return [name for _, name in self.mentions]
+
+    @property
+    def tokens(self) -> int:
+        return self.counts.tokens
+
+
+def judge(caption: str, truth: Collection[str], vocabulary: Vocabulary) -> CaptionScore:
+    """Mentions of a caption, and which of them are not in `truth` (the objects of its image)."""
+    reading = vocabulary.read(caption)
+    hallucinated = tuple(mention for mention in reading.mentions if mention[1] not in truth)
+    named, present = {name for _, name in reading.mentions}, set(truth)
+    four_grams = [reading.tokens[i : i + 4] for i in range(len(reading.tokens) - 3)]
+    counts = Counts(
+        captions=1,
+        captions_hallucinated=int(bool(hallucinated)),
+        object_mentions=len(reading.mentions),
+        object_mentions_hallucinated=len(hallucinated),
+        gt_objects=len(present),
+        gt_objects_recalled=len(named & present),
+        distinct_objects_mentioned=len(named),
+        tokens=len(reading.tokens),
+        captions_without_objects=int(not named),
+    )
+    return CaptionScore(
+        mentions=reading.mentions,
+        hallucinated=hallucinated,
+        missed=tuple(sorted(present - named)),
+        counts=counts,
+        four_grams=len(four_grams),
+        distinct_four_grams=len(set(four_grams)),
+    )
+
+
+def score(
+    captions: Sequence[tuple[int, str]],
+    truth: Mapping[int, Collection[str]],
+    vocabulary: Vocabulary,
+    rules: str = "pattern",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """CHAIR of (image id, caption) pairs, as one JSON-able dictionary. Shares lie in [0, 1].
+
+    Intervals (95 %) are bootstrapped over captions. A ratio whose denominator is 0 is 0 and is
+    named in `flags`. `EvalError` if there are no captions, an image is not in `truth`, or the rules
+    are unknown.
+    """
+    if rules not in RULES:
+        raise EvalError(f"rules {rules!r}: only 'pattern' is offered in this version.")
+    if not captions:
+        raise EvalError("CHAIR: there are no captions to score.")
+    _require_truth([image for image, _ in captions], truth)
+    scores = [judge(caption, truth[image], vocabulary) for image, caption in captions]
+    counts = {f.name: np.array([getattr(s.counts, f.name) for s in scores]) for f in fields(Counts)}
+    grams = {
+        "four_grams": np.array([s.four_grams for s in scores]),
+        "distinct_four_grams": np.array([s.distinct_four_grams for s in scores]),
+    }
+    measured = measure(counts | grams, _ratios, seed)
+    return {
+        **measured["values"],
+        "counts": {name: int(column.sum()) for name, column in counts.items()},
+        "intervals": measured["intervals"],
+        "rules": rules,
+        "vocabulary": vocabulary.name,
+        "flags": _flags(captions, truth, vocabulary, measured["undefined"]),
+    }
+
+
+def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+    """The formulas of CHAIR; over the corpus, not averaged over captions.
+
+    `chair_i_distinct` takes each object once per caption, so repeating a true one gains nothing.
+    """
+    distinct, recalled = c["distinct_objects_mentioned"], c["gt_objects_recalled"]
+    return {
+        "chair_s": (c["captions_hallucinated"], c["captions"]),
+        "chair_i": (c["object_mentions_hallucinated"], c["object_mentions"]),
+        "recall": (recalled, c["gt_objects"]),
+        "precision": (recalled, distinct),
+        "f1": (2 * recalled, distinct + c["gt_objects"]),
+        "mean_tokens": (c["tokens"], c["captions"]),
+        "chair_i_distinct": (distinct - recalled, distinct),
+        "no_object_share": (c["captions_without_objects"], c["captions"]),
+        "distinct_4gram_share": (c["distinct_four_grams"], c["four_grams"]),
+    }
+
+
+def _require_truth(images: Sequence[int], truth: Mapping[int, Collection[str]]) -> None:
+    missing = sorted({image for image in images if image not in truth})
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise EvalError(
+            f"the truth holds no image {shown} ({len(missing)} of {len(set(images))} images are "
+            f"missing; it has {len(truth)}). Score against the annotations of the images that were "
+            "captioned."
+        )
+
+
+def _flags(
+    captions: Sequence[tuple[int, str]],
+    truth: Mapping[int, Collection[str]],
+    vocabulary: Vocabulary,
+    undefined: Sequence[str],
+) -> list[str]:
+    """What a reader of the numbers should know about them."""
+    flags = [f"{name}: nothing to divide by, 0 by definition" for name in undefined]
+    repeated = sum(times > 1 for times in Counter(image for image, _ in captions).values())
+    if repeated:
+        flags.append(f"{repeated} images have more than one caption; each counts")
+    shown = {name for image, _ in captions for name in truth[image]}
+    if unknown := sorted(shown - vocabulary.objects):
+        flags.append(f"objects of the truth that the vocabulary has no word for: {unknown}")
+    return flags

@@ -1,0 +1,75 @@
+"""Seeded bootstrap intervals of ratios of counts.
+
+Samples (captions, or the images of questions) are drawn with replacement, their counts summed, and
+the measure taken of the sums: the percentile bootstrap of Efron and Tibshirani, chapter 13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers: TypeAlias = NDArray[np.float64]
+# counts by name, to (numerator, denominator) by name of the measure
+Ratios: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, tuple[Any, Any]]]
+
+DRAWS = 2000
+_CELLS = 4_000_000
+
+
+def ratio(numerator: Any, denominator: Any) -> Numbers:
+    """Element-wise quotient, with 0 wherever the denominator is 0."""
+    top = np.asarray(numerator, dtype=np.float64)
+    bottom = np.asarray(denominator, dtype=np.float64)
+    return np.divide(top, bottom, out=np.zeros(np.broadcast(top, bottom).shape), where=bottom != 0)
+
+
+def resample(rows: Numbers, n: int = DRAWS, seed: int = 0) -> Numbers:
+    """Sums `[n, columns]` of the rows `[samples, columns]` drawn n times with replacement."""
+    samples = len(rows)
+    generator = np.random.default_rng(seed)
+    sums = np.empty((n, rows.shape[1]))
+    chunk = max(1, _CELLS // samples)
+    for start in range(0, n, chunk):
+        draws = min(chunk, n - start)
+        picks = generator.integers(samples, size=(draws, samples))
+        picks += np.arange(draws)[:, None] * samples
+        times = np.bincount(picks.ravel(), minlength=draws * samples).reshape(draws, samples)
+        sums[start : start + draws] = times @ rows
+    return sums
+
+
+def interval(values: Numbers, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval (low, high) of resampled values."""
+    tail = (1 - level) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def bootstrap(
+    rows: Numbers, statistic: Callable[[Numbers], Numbers], n: int = DRAWS, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of a statistic of summed counts.
+
+    `rows` is `[samples, columns]`; `statistic` maps sums `[n, columns]` to values `[n]`. For a
+    paired difference put the columns of both runs side by side and subtract in the statistic.
+    """
+    return interval(statistic(resample(rows, n, seed)))
+
+
+def measure(counts: Mapping[str, Numbers], ratios: Ratios, seed: int = 0) -> dict[str, Any]:
+    """Values, 95 % intervals and undefined measures of per-sample counts `{name: [samples]}`.
+
+    A measure with denominator 0 is 0 and is listed under "undefined".
+    """
+    rows = np.stack([np.asarray(column, dtype=np.float64) for column in counts.values()], axis=1)
+    totals = ratios(dict(zip(counts, rows.sum(axis=0), strict=True)))
+    draws = ratios(dict(zip(counts, resample(rows, seed=seed).T, strict=True)))
+    return {
+        "values": {name: float(ratio(*parts)) for name, parts in totals.items()},
+        "intervals": {name: list(interval(ratio(*parts))) for name, parts in draws.items()},
+        "undefined": [name for name, (_, bottom) in totals.items() if bottom == 0],
+    }

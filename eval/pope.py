@@ -1,0 +1,240 @@
+"""POPE: yes/no questions about objects that are, and that are not, in an image.
+
+Li et al. 2023, https://arxiv.org/abs/2305.10355; official files and code: RUCAIBox/POPE. One row:
+`{"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
+"text": "Is there a snowboard in the image?", "label": "yes"}`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from eval.errors import EvalError
+from eval.intervals import Numbers, measure
+from eval.records import Row, read_rows
+
+Strategy: TypeAlias = Literal["random", "popular", "adversarial"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+_OBJECT = re.compile(r"\bis there an? (.+?) in the im\w*age\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. `object` is "" where the text is not of POPE's form; `split` where unknown."""
+
+    question_id: int
+    image: str
+    text: str
+    label: str
+    object: str = ""
+    split: str = ""
+
+
+def asked_object(text: str) -> str:
+    """ "snowboard" of "Is there a snowboard in the image?" (or "imange": v1 files), else ""."""
+    found = _OBJECT.search(text)
+    return found.group(1).lower() if found else ""
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions of an official file, or of LLaVA's, whose `category` becomes the split."""
+    return [_question(row, number) for number, row in enumerate(read_rows(path), 1)]
+
+
+def _question(row: Row, position: int) -> Question:
+    text, label = row.text("text", "question"), row.text("label").lower()
+    if label not in ("yes", "no"):
+        raise EvalError(f"{row.where}: label {row.fields['label']!r}; expected 'yes' or 'no'.")
+    number = row.fields.get("question_id", position)
+    if not isinstance(number, int):
+        raise EvalError(f"{row.where}: question_id {number!r}; expected a whole number.")
+    split = row.text("category") if row.has("category") else ""
+    return Question(number, row.text("image"), text, label, asked_object(text), split)
+
+
+def build_questions(
+    objects: Mapping[str, Sequence[str]],
+    strategy: Strategy,
+    images: int | Sequence[str] = 500,
+    per_image: int = 3,
+    seed: int = 0,
+) -> list[Question]:
+    """Yes and no questions in turn, `2 * per_image` an image, by the published algorithm.
+
+    `objects` maps image names to the objects in them. `images` are drawn from those with at least
+    `per_image` objects (the same ones for every strategy at one seed), or given by name. Positives
+    are an image's first objects in list order. The negative after each is neither in the image nor
+    asked before: any object seen ("random"), the most frequent one ("popular"), or the one that is
+    most often together with the positive ("adversarial"); the last two fall back to "random".
+    """
+    if strategy not in STRATEGIES:
+        raise EvalError(f"POPE strategy {strategy!r}; expected one of {', '.join(STRATEGIES)}.")
+    generator = random.Random(seed)
+    names = _drawn(objects, images, per_image, generator)
+    chosen = {name: list(objects[name]) for name in names}
+    ranks = _ranks(chosen, strategy)
+    seen = sorted({thing for things in chosen.values() for thing in things})
+    asked = (
+        (name, thing, label)
+        for name, present in chosen.items()
+        for thing, label in _asked(name, present[:per_image], present, ranks, seen, generator)
+    )
+    return [
+        Question(number, name, _text(thing), label, thing, strategy)
+        for number, (name, thing, label) in enumerate(asked, 1)
+    ]
+
+
+def _drawn(
+    objects: Mapping[str, Sequence[str]],
+    images: int | Sequence[str],
+    per_image: int,
+    generator: random.Random,
+) -> list[str]:
+    enough = [name for name, things in objects.items() if len(things) >= per_image]
+    if isinstance(images, int):
+        if not 0 < images <= len(enough):
+            raise EvalError(
+                f"POPE: {images} images asked for, but {len(enough)} of {len(objects)} have at "
+                f"least {per_image} objects. Ask for 1 to {len(enough)} images."
+            )
+        return generator.sample(enough, images)
+    if poor := sorted(set(images) - set(enough)):
+        raise EvalError(
+            f"POPE: image {poor[0]!r} has fewer than {per_image} known objects "
+            f"({len(poor)} such images). Leave it out or lower the questions per image."
+        )
+    return list(images)
+
+
+def _ranks(objects: Mapping[str, Sequence[str]], strategy: Strategy) -> Mapping[str, list[str]]:
+    """Candidates for a negative, best first, by the positive that it follows."""
+    if strategy == "adversarial":
+        pairs = cooccurrence(objects)
+        return {thing: [name for name, _ in c.most_common()] for thing, c in pairs.items()}
+    frequency = Counter(thing for things in objects.values() for thing in things)
+    popular = [thing for thing, _ in frequency.most_common()] if strategy == "popular" else []
+    return dict.fromkeys(frequency, popular)
+
+
+def cooccurrence(objects: Mapping[str, Sequence[str]]) -> dict[str, Counter[str]]:
+    """How many images each object shares with each other object, in first-seen order."""
+    pairs: dict[str, Counter[str]] = {}
+    for things in objects.values():
+        for thing in things:
+            pairs.setdefault(thing, Counter()).update(x for x in things if x != thing)
+    return pairs
+
+
+def _asked(
+    image: str,
+    positives: Sequence[str],
+    present: Sequence[str],
+    ranks: Mapping[str, list[str]],
+    seen: Sequence[str],
+    generator: random.Random,
+) -> Iterator[tuple[str, str]]:
+    """(object, label) of the questions about one image."""
+    taken = set(present)
+    for positive in positives:
+        yield positive, "yes"
+        negative = next((thing for thing in ranks[positive] if thing not in taken), None)
+        if negative is None:
+            left = [thing for thing in seen if thing not in taken]
+            if not left:
+                raise EvalError(
+                    f"POPE: every object of the {len(seen)} seen is in image {image!r} or asked "
+                    "already. Ask fewer questions per image or take more images."
+                )
+            negative = generator.choice(left)
+        taken.add(negative)
+        yield negative, "no"
+
+
+def _text(thing: str) -> str:
+    article = "an" if thing.startswith(("a", "e", "i", "o", "u")) else "a"
+    return f"Is there {article} {thing} in the image?"
+
+
+def says_no(answer: str) -> bool:
+    """The official parser: "No", "no" or "not" is a word of the first sentence; all else is yes."""
+    words = answer.partition(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"}.isdisjoint(words)
+
+
+def readable(answer: str) -> bool:
+    """Whether a strict reader finds the answer: it starts with yes or no, or has only one of them.
+
+    The official parser takes an empty answer, "Maybe" or "I cannot see one" for a yes.
+    """
+    words = re.findall(r"[a-z]+", answer.lower())
+    return words[:1] in (["yes"], ["no"]) or ("yes" in words) != ("no" in words)
+
+
+def score(
+    answers: Sequence[str],
+    labels: Sequence[str],
+    images: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Counts, accuracy, precision, recall, F1 and yes-ratio of paired answers; "yes" is positive.
+
+    `unreadable` is the share of answers that only the official parser can read. Shares lie in
+    [0, 1]. The 95 % intervals are drawn over questions, or over `images` where they are given (the
+    questions about one image stand or fall together). `EvalError` on unpaired or unknown labels.
+    """
+    if not answers or len(answers) != len(labels):
+        raise EvalError(f"POPE: {len(answers)} answers for {len(labels)} labels; expected pairs.")
+    if unknown := sorted({label for label in labels if label not in ("yes", "no")}):
+        raise EvalError(f"POPE: label {unknown[0]!r}; expected 'yes' or 'no'.")
+    no = np.array([says_no(answer) for answer in answers])
+    absent = np.array([label == "no" for label in labels])
+    counts = {
+        "tp": ~no & ~absent,
+        "fp": ~no & absent,
+        "tn": no & absent,
+        "fn": no & ~absent,
+        "unreadable": np.array([not readable(answer) for answer in answers]),
+    }
+    grouped = {name: _by_image(column, images) for name, column in counts.items()}
+    measured = measure(grouped, _ratios, seed)
+    return {
+        **{name: int(counts[name].sum()) for name in ("tp", "fp", "tn", "fn")},
+        **measured["values"],
+        "questions": len(answers),
+        "intervals": measured["intervals"],
+        "parser": "official",
+        "flags": [
+            f"{name}: nothing to divide by, 0 by definition" for name in measured["undefined"]
+        ],
+    }
+
+
+def _by_image(column: Any, images: Sequence[str] | None) -> Numbers:
+    values = np.asarray(column, dtype=np.float64)
+    if images is None:
+        return values
+    _, index = np.unique(np.asarray(images), return_inverse=True)
+    return np.bincount(index, weights=values).astype(np.float64)
+
+
+def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+    asked = c["tp"] + c["fp"] + c["tn"] + c["fn"]
+    said_yes, present = c["tp"] + c["fp"], c["tp"] + c["fn"]
+    return {
+        "accuracy": (c["tp"] + c["tn"], asked),
+        "precision": (c["tp"], said_yes),
+        "recall": (c["tp"], present),
+        "f1": (2 * c["tp"], said_yes + present),
+        "yes_ratio": (said_yes, asked),
+        "unreadable": (c["unreadable"], asked),
+    }
