@@ -1,0 +1,26 @@
+"""The slow literal reference: S x S, float64, one sample at a time, straight from the papers.
+
+One teacher-forced pass over prompt and generated tokens, no cache, no batch, no padding. It shares
+no code with `vlm_patch` and defines what correct means: a row of a padded batch, a decode step, a
+beam are all compared with the same row of a single sample here.
+"""
+
+from .compose import Method, Trace, logits, sinks, trace
+from .gift import Gift
+from .sample import Sample, Turn, capture
+from .var import Var
+from .vhr import Vhr
+
+__all__ = [
+    "Gift",
+    "Method",
+    "Sample",
+    "Trace",
+    "Turn",
+    "Var",
+    "Vhr",
+    "capture",
+    "logits",
+    "sinks",
+    "trace",
+]

@@ -1,0 +1,106 @@
+"""A literal Llama / Qwen2-VL decoder in float64: what every method edits is in plain sight."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# (layer, block input [S, D], weights [H, S, S]) -> weights [H, S, S]
+WeightsEdit = Callable[[int, Tensor, Tensor], Tensor]
+# (layer, head outputs [H, S, d] before the output projection) -> head outputs [H, S, d]
+OutputsEdit = Callable[[int, Tensor], Tensor]
+
+
+@dataclass
+class Run:
+    """What one pass left behind; the lists have one entry per layer, all float64.
+
+    block_inputs [S, D] is the raw residual stream; stock_weights [H, S, S] is the softmax before
+    any edit, weights [H, S, S] after all edits; outputs [H, S, d] are the head outputs as the
+    output projection sees them. logits is [S, vocabulary].
+    """
+
+    block_inputs: list[Tensor] = field(default_factory=list)
+    stock_weights: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@torch.no_grad()
+def forward(
+    model: nn.Module,
+    embeds: Tensor,
+    positions: Tensor,
+    edit_weights: WeightsEdit = lambda layer, block_input, weights: weights,
+    edit_outputs: OutputsEdit = lambda layer, outputs: outputs,
+) -> Run:
+    """Run the decoder of `model` on embeds [S, D] at positions [S] or [3, S] (m-rope)."""
+    decoder = model.model.language_model
+    run = Run()
+    cos, sin = rotary_tables(decoder, positions)
+    x = embeds.double()
+    for index, block in enumerate(decoder.layers):
+        run.block_inputs.append(x)
+        normed = rms_norm(block.input_layernorm, x)
+        weights, values = attention_weights(decoder.config, block.self_attn, normed, cos, sin)
+        run.stock_weights.append(weights)
+        weights = edit_weights(index, x, weights)
+        run.weights.append(weights)
+        outputs = edit_outputs(index, weights @ values)
+        run.outputs.append(outputs)
+        x = x + linear(block.self_attn.o_proj, outputs.transpose(0, 1).flatten(1))
+        x = x + swiglu(block.mlp, rms_norm(block.post_attention_layernorm, x))
+    run.logits = linear(model.lm_head, rms_norm(decoder.norm, x))
+    return run
+
+
+def attention_weights(
+    config: object, attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Causal softmax weights [H, S, S] and values [H, S, d], key/value heads repeated (GQA)."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    length = x.shape[0]
+    q = linear(attention.q_proj, x).view(length, heads, -1).transpose(0, 1)
+    k = linear(attention.k_proj, x).view(length, groups, -1).transpose(0, 1)
+    v = linear(attention.v_proj, x).view(length, groups, -1).transpose(0, 1)
+    k = k.repeat_interleave(heads // groups, dim=0)
+    v = v.repeat_interleave(heads // groups, dim=0)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    z = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    return z.masked_fill(future, -torch.inf).softmax(-1), v
+
+
+def rotary_tables(decoder: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, d]. For m-rope, channel section i follows row i of positions [3, S]."""
+    rotary = decoder.rotary_emb
+    # float32 on purpose: transformers makes these tables in float32 whatever the model's dtype
+    angles = positions.float()[..., None] * rotary.inv_freq.float()
+    if positions.ndim == 2:
+        sections = angles.split(list(rotary.mrope_section), dim=-1)
+        angles = torch.cat([part[axis] for axis, part in enumerate(sections)], dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().double(), angles.sin().double()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (channel c, channel c + d/2) of x [H, S, d] by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    mean_square = x.square().mean(-1, keepdim=True)
+    return x / (mean_square + norm.variance_epsilon).sqrt() * norm.weight.double()
+
+
+def swiglu(mlp: nn.Module, x: Tensor) -> Tensor:
+    return linear(mlp.down_proj, functional.silu(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x))
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    bias = None if module.bias is None else module.bias.double()
+    return functional.linear(x, module.weight.double(), bias)

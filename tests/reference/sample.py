@@ -1,0 +1,121 @@
+"""One sample as the unpatched model hands it to its decoder, with the roles of its tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question: positions start..end-1 are fed at once and row end-1 predicts the answer.
+
+    query and content are bool [end]: the tokens of the question, and its content words.
+    """
+
+    start: int
+    end: int
+    query: Tensor
+    content: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """embeds [S, D] and positions ([S], or [3, S] for m-rope) of prompt and generated tokens.
+
+    image is bool [S]. Tokens after the last turn's end, and between one turn's end and the next
+    turn's start, are generated ones.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    image: Tensor
+    turns: tuple[Turn, ...]
+
+    @property
+    def length(self) -> int:
+        return self.embeds.shape[0]
+
+    def until(self, end: int) -> "Sample":
+        """The first `end` positions, with the turns that begin among them."""
+        turns = tuple(turn for turn in self.turns if turn.start < end)
+        return Sample(self.embeds[:end], self.positions[..., :end], self.image[:end], turns)
+
+    def followed_by(self, model: nn.Module, ids: Tensor) -> "Sample":
+        """This sample with the text tokens ids [n] after it: teacher-forced generated tokens."""
+        embeds = model.get_input_embeddings()(ids).detach().double()
+        fresh = self.positions.max() + 1 + torch.arange(len(ids))
+        positions = torch.cat([self.positions, fresh.expand(*self.positions.shape[:-1], -1)], -1)
+        image = torch.cat([self.image, torch.zeros(len(ids), dtype=torch.bool)])
+        return Sample(torch.cat([self.embeds, embeds]), positions, image, self.turns)
+
+    def asked(
+        self, model: nn.Module, ids: Tensor, query: Tensor | None = None, content=None
+    ) -> "Sample":
+        """This sample with a further turn fed as ids [n]; query, content bool [n], all by default.
+
+        generate() never feeds the last token of an answer: it comes first in the next turn's ids.
+        """
+        longer = self.followed_by(model, ids)
+        before = torch.zeros(self.length, dtype=torch.bool)
+        query = torch.ones(len(ids), dtype=torch.bool) if query is None else query
+        content = query if content is None else content
+        turn = Turn(
+            self.length, longer.length, torch.cat([before, query]), torch.cat([before, content])
+        )
+        return replace(longer, turns=(*self.turns, turn))
+
+
+class _Captured(Exception):
+    """Stops the model's forward once the decoder's inputs are known."""
+
+
+def capture(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    generated: Tensor | None = None,
+    query: Tensor | None = None,
+    content: Tensor | None = None,
+) -> Sample:
+    """The sample of one unpadded prompt (batch 1) of an unpatched model.
+
+    generated: ids [n] of teacher-forced tokens. query: bool [prompt], by default all text after
+    the last image token up to the last prompt token. content: bool [prompt], by default query.
+    """
+    caught = {}
+
+    def keep(module, args, kwargs):
+        caught.update(kwargs)
+        raise _Captured
+
+    handle = model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except _Captured:
+        pass
+    finally:
+        handle.remove()
+    ids = inputs["input_ids"][0]
+    image = ids == model.config.image_token_id
+    query = text_after_last_image(image) if query is None else query
+    content = query if content is None else content
+    embeds = caught["inputs_embeds"][0].double()
+    positions = plain_positions(caught.get("position_ids"), len(ids))
+    sample = Sample(embeds, positions, image, (Turn(0, len(ids), query, content),))
+    return sample if generated is None else sample.followed_by(model, generated)
+
+
+def plain_positions(given: Tensor | None, length: int) -> Tensor:
+    """[S], or [3, S] where the model hands its decoder m-rope positions."""
+    if given is None:
+        return torch.arange(length)
+    return given[-3:, 0] if given.ndim == 3 else given[0]
+
+
+def text_after_last_image(image: Tensor) -> Tensor:
+    """bool [S]: the query where no processor tells (issue 2, settled item 4)."""
+    places = torch.arange(len(image))
+    last = places[image].max() if image.any() else -1
+    return places > last
