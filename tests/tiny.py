@@ -1,6 +1,8 @@
 """Tiny random models that behave enough like real ones: sharp attention, massive activations.
 
 Every model has a vocabulary of 120 ids; one image is 16 placeholders (Qwen2-VL: by its grid).
+With the default seed, planted, VHR's filter and GIFT's clip act in some rows of MIXED_BATCH, and
+no decision of any method lies within float32 rounding of its threshold.
 """
 
 import copy
@@ -8,24 +10,56 @@ from collections.abc import Mapping, Sequence
 from types import MethodType
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
-SINK_WORD = 7  # a text token that `plant` makes a sink, so that generated tokens can be sinks
-VISION_END, VISION_START, VIDEO, IMAGE = 96, 97, 98, 99
-VOCABULARY = 120
+from .reference import Sample, capture
+from .tiny_text import (
+    BOS,
+    EOS,
+    IMAGE,
+    PAD,
+    SINK_WORD,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCABULARY,
+    processor,
+    tokenizer,
+)
+
+__all__ = [
+    "BATCH_OF_3",
+    "BOS",
+    "EOS",
+    "IMAGE",
+    "MARKS",
+    "MIXED_BATCH",
+    "ONE_IMAGE",
+    "PAD",
+    "SINK_DIMS",
+    "SINK_WORD",
+    "TWO_IMAGES",
+    "VOCABULARY",
+    "WIDTH",
+    "float64",
+    "inputs",
+    "llava",
+    "plant",
+    "processor",
+    "qwen2_vl",
+    "samples",
+    "single",
+    "tokenizer",
+]
+
 WIDTH = 64
 # of the random weights; the head's keeps float32 rounding of the logits near 1e-6
 GAINS = {"q_proj": 1.6, "k_proj": 1.6, "lm_head": 0.4, "out_proj": 0.3, "attn.proj": 0.3}
@@ -45,7 +79,7 @@ MIXED_BATCH: Sequence[Sequence[int]] = [*BATCH_OF_3, *TWO_IMAGES]
 
 
 def llava(
-    layers: int = 4, seed: int = 0, attn: str = "sdpa", kv_heads: int = 4, **text_kw: object
+    layers: int = 4, seed: int = 1, attn: str = "sdpa", kv_heads: int = 4, **text_kw: object
 ) -> LlavaForConditionalGeneration:
     """LLaVA with a 2-layer CLIP tower and a Llama decoder of `layers` x 4 heads, width 64."""
     vision = CLIPVisionConfig(
@@ -70,7 +104,7 @@ def llava(
 
 
 def qwen2_vl(
-    layers: int = 4, seed: int = 0, attn: str = "sdpa", kv_heads: int = 2, **text_kw: object
+    layers: int = 4, seed: int = 1, attn: str = "sdpa", kv_heads: int = 2, **text_kw: object
 ) -> Qwen2VLForConditionalGeneration:
     """Qwen2-VL (m-rope, biased q/k/v) of `layers` x 4 heads, width 64."""
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
@@ -271,67 +305,26 @@ def single(model: nn.Module, batch: Mapping[str, Tensor], row: int) -> dict[str,
     }
 
 
+def samples(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    generated: Tensor | None = None,
+    **masks: Tensor | None,
+) -> list[Sample]:
+    """One reference sample per row of `batch`; model must be unpatched.
+
+    generated: ids [batch, n] that follow the prompts. masks: query=, content=, image= as bool
+    [batch, padded prompt], the shape in which a user gives them.
+    """
+    found = []
+    for row, kept in enumerate(batch["attention_mask"].bool()):
+        own = {name: mask[row][kept] for name, mask in masks.items() if mask is not None}
+        ids = None if generated is None else generated[row]
+        found.append(capture(model, single(model, batch, row), ids, **own))
+    return found
+
+
 def _images(ids: Tensor) -> int:
     """How many runs of placeholders ids [S] have."""
     image = (ids == IMAGE).int()
     return int((image.diff(prepend=torch.zeros(1, dtype=torch.int)) == 1).sum())
-
-
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'user' %} {% else %}</s>{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-WORDS = (
-    "\n USER : ASSISTANT . ? , ! Is there a dog in the image Please describe this detail What is"
-    " red cat and how many ##s ##ing play an on of table chair person sit near car blue"
-)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Word pieces over the 120 ids: a few real words ("dogs" is dog ##s), the rest w60, w61 ..."""
-    words = WORDS.split(" ")
-    special = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": UNKNOWN, "<image>": IMAGE}
-    special |= {"<vision_end>": VISION_END, "<vision_start>": VISION_START, "<video>": VIDEO}
-    vocabulary = {f"w{index}": index for index in range(VOCABULARY)}
-    names = dict(enumerate(words, start=4)) | {index: word for word, index in special.items()}
-    vocabulary = {names.get(index, word): index for word, index in vocabulary.items()}
-    core = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(" +"), "removed"),
-            pre_tokenizers.Split("\n", "isolated"),
-            pre_tokenizers.Punctuation(),
-        ]
-    )
-    core.decoder = decoders.WordPiece(cleanup=False)
-    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
-    core.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-
-
-def processor() -> LlavaProcessor:
-    """What `llava()` needs: 32 x 32 images of 16 tokens, "USER: <image>\\n... ASSISTANT:"."""
-    side = {"height": 32, "width": 32}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side),
-        tokenizer=tokenizer(),
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )

@@ -77,11 +77,13 @@ def capture(
     generated: Tensor | None = None,
     query: Tensor | None = None,
     content: Tensor | None = None,
+    image: Tensor | None = None,
 ) -> Sample:
     """The sample of one unpadded prompt (batch 1) of an unpatched model.
 
     generated: ids [n] of teacher-forced tokens. query: bool [prompt], by default all text after
     the last image token up to the last prompt token. content: bool [prompt], by default query.
+    image: bool [prompt], by default the placeholders.
     """
     caught = {}
 
@@ -98,7 +100,7 @@ def capture(
     finally:
         handle.remove()
     ids = inputs["input_ids"][0]
-    image = ids == model.config.image_token_id
+    image = ids == model.config.image_token_id if image is None else image
     query = text_after_last_image(image) if query is None else query
     content = query if content is None else content
     embeds = caught["inputs_embeds"][0].double()
