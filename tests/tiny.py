@@ -6,7 +6,7 @@ no decision of any method lies within float32 rounding of its threshold.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 
 import torch
@@ -269,7 +269,7 @@ def _pattern(place: int, *shape: int) -> Tensor:
     return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(1000 + place))
 
 
-def _spread(row: Sequence[int], sizes: "Sequence[int]", markers: bool) -> list[int]:
+def _spread(row: Sequence[int], sizes: Iterator[int], markers: bool) -> list[int]:
     spread: list[int] = []
     for token in row:
         if token != IMAGE:

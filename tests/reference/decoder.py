@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedConfig
 
 # (layer, block input [S, D], weights [H, S, S]) -> weights [H, S, S]
 WeightsEdit = Callable[[int, Tensor, Tensor], Tensor]
@@ -58,7 +59,7 @@ def forward(
 
 
 def attention_weights(
-    config: object, attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor
+    config: PreTrainedConfig, attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax weights [H, S, S] and values [H, S, d], key/value heads repeated (GQA)."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,11 @@ class Sample:
         return Sample(torch.cat([self.embeds, embeds]), positions, image, self.turns)
 
     def asked(
-        self, model: nn.Module, ids: Tensor, query: Tensor | None = None, content=None
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        query: Tensor | None = None,
+        content: Tensor | None = None,
     ) -> "Sample":
         """This sample with a further turn fed as ids [n]; query, content bool [n], all by default.
 
@@ -85,9 +90,9 @@ def capture(
     the last image token up to the last prompt token. content: bool [prompt], by default query.
     image: bool [prompt], by default the placeholders.
     """
-    caught = {}
+    caught: dict[str, Any] = {}
 
-    def keep(module, args, kwargs):
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         caught.update(kwargs)
         raise _Captured
 
