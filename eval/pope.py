@@ -24,7 +24,7 @@ from eval.records import Row, read_rows
 Strategy: TypeAlias = Literal["random", "popular", "adversarial"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
-_OBJECT = re.compile(r"\bis there an? (.+?) in the im\w*age\b", re.IGNORECASE)
+_OBJECT = re.compile(r"\bis there an? (.+?) in the im\w*ge\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
