@@ -1,0 +1,214 @@
+"""The settings of a run: defaults, then a YAML file, then `--set key=value` on the command line.
+
+One flat YAML names the model, the data, the tasks and the methods; a task or a method that needs
+more has a section of its own:
+
+    model: pocket
+    data: pocket
+    methods: [gift]
+    gift: {alpha: 4.0}
+    chair: {max_new_tokens: 96}
+
+Every key is checked: an unknown one, a value of the wrong type, or a section of a method that the
+run does not use is an EvalError that says what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.errors import EvalError
+from eval.pope import STRATEGIES
+from eval.records import read_text
+from eval.values import (
+    check,
+    check_names,
+    check_positive,
+    check_section,
+    describe,
+    unknown,
+)
+from vlm_patch import GIFT, VAR, VHR
+
+METHODS: Mapping[str, Any] = {"var": VAR, "gift": GIFT, "vhr": VHR}
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ChairTask:
+    """CHAIR (arXiv 1809.02156): captions whose objects are looked up in the annotations.
+
+    `images`: how many images of each split to caption, a file that lists image ids, or null for
+    all. `rules` and `synonyms` choose the scorer's rule set and object vocabulary (null: the
+    vocabulary that ships).
+    """
+
+    prompt: str = "Please describe this image in detail."
+    max_new_tokens: int = 512
+    images: int | str | None = None
+    rules: str = "pattern"
+    synonyms: str | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("chair", self, "max_new_tokens", "images")
+
+
+@dataclass(frozen=True)
+class PopeTask:
+    """POPE (arXiv 2305.10355): balanced questions "Is there a X in the image?", three strategies.
+
+    `questions`: path of the official question files with {strategy} in it. Null builds them from
+    the annotations with the run's seed, for `images` images of each split, `per_image` objects that
+    are there and as many that are not. `prompt` holds {question}.
+    """
+
+    prompt: str = "{question}"
+    max_new_tokens: int = 10
+    images: int = 500
+    per_image: int = 3
+    strategies: tuple[str, ...] = (*STRATEGIES,)
+    questions: str | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("pope", self, "max_new_tokens", "images", "per_image")
+        check_names("pope.strategies", self.strategies, STRATEGIES)
+        if "{question}" not in self.prompt:
+            raise EvalError(f"pope.prompt is {self.prompt!r}: it must hold {{question}}")
+        if self.questions is not None and "{strategy}" not in self.questions:
+            raise EvalError(
+                f"pope.questions is {self.questions!r}: it must hold {{strategy}}, "
+                f"as in coco_pope_{{strategy}}.json"
+            )
+
+
+TASKS: Mapping[str, Any] = {"chair": ChairTask, "pope": PopeTask}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One model with its methods on one data set; `options` holds the section of each method.
+
+    `limit` keeps only so many images of each split and task. `layers` and `heads` go to `wrap`.
+    """
+
+    model: str = "pocket"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    data: str = "pocket"
+    splits: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("chair", "pope")
+    limit: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    methods: tuple[str, ...] = ()
+    layers: Any = None
+    heads: Any = None
+    chair: ChairTask = field(default_factory=ChairTask)
+    pope: PopeTask = field(default_factory=PopeTask)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_positive("", self, "limit", "batch_size")
+        check_names("tasks", self.tasks, TASKS)
+        check_names("methods", self.methods, METHODS)
+        check_names("dtype", (self.dtype,), DTYPES)
+        if not self.tasks:
+            raise EvalError(f"tasks is empty: name at least one of {', '.join(TASKS)}")
+        if self.device and self.device_map:
+            raise EvalError("device and device_map are both set: keep one")
+        for name in {*self.options} - {*self.methods}:
+            raise EvalError(
+                f"section {name}: the run does not use {name} (methods: {[*self.methods]}); "
+                f"add it to methods or drop the section"
+            )
+        self.build_methods()
+
+    def build_methods(self) -> list[Any]:
+        """The methods in the order given, each with its options."""
+        return [_build(name, self.options.get(name, {})) for name in self.methods]
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings as plain YAML values; `from_settings` reads them back."""
+        values = dataclasses.asdict(self)
+        sections: Mapping[str, Any] = values.pop("options")
+        plain: dict[str, Any] = _plain({**values, **sections})
+        return plain
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in the YAML file `path` (None: defaults) with `key=value` overrides."""
+    settings = {} if path is None else _read(path)
+    for override in overrides:
+        _override(settings, override)
+    return from_settings(settings)
+
+
+def from_settings(settings: Mapping[str, Any]) -> Config:
+    """A Config from plain values; EvalError for an unknown key or a value of the wrong type."""
+    hints = typing.get_type_hints(Config)
+    del hints["options"]
+    values: dict[str, Any] = {}
+    options: dict[str, Mapping[str, Any]] = {}
+    for key, value in settings.items():
+        if key in METHODS:
+            options[key] = check_section(key, value, METHODS[key])
+        elif key in TASKS:
+            values[key] = TASKS[key](**check_section(key, value, TASKS[key]))
+        elif key in hints:
+            values[key] = check(key, value, hints[key])
+        else:
+            raise EvalError(unknown("setting", key, [*hints, *METHODS]))
+    return Config(**values, options=options)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise EvalError(f"{path} is not YAML: {error}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise EvalError(f"{path}: expected `key: value` lines, found {describe(settings)}")
+    return settings
+
+
+def _override(settings: dict[str, Any], text: str) -> None:
+    """Put one `key=value` or `section.key=value`, the value in YAML, into `settings`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise EvalError(f"--set {text}: expected key=value, for example --set gift.alpha=4")
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = settings[section] = {} if settings.get(section) is None else settings[section]
+        if not isinstance(inner, dict):
+            raise EvalError(f"--set {text}: {section} is {describe(inner)}, not a section")
+        settings = inner
+    try:
+        settings[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise EvalError(f"--set {text}: the value is not YAML: {error}") from error
+
+
+def _build(name: str, options: Mapping[str, Any]) -> Any:
+    try:
+        return METHODS[name](**options)
+    except (TypeError, ValueError) as error:
+        raise EvalError(f"section {name}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,166 @@
+"""Runs side by side as one Markdown table: a column a run, a row a split and measure.
+
+CHAIR never stands alone: recall, length, repetition and silence are the rows below it, since
+shorter, looping or empty captions lower CHAIR for free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.errors import EvalError
+from eval.folder import RunFolder
+
+CHAIR_ROWS = {
+    "chair_s": "CHAIR_S %",
+    "chair_i": "CHAIR_I %",
+    "chair_i_distinct": "CHAIR_I %, each object once",
+    "recall": "recall %",
+    "mean_tokens": "length in tokens",
+    "distinct_4gram_share": "distinct 4-grams %",
+    "no_object_share": "naming no object %",
+}
+POPE_ROWS = {"accuracy": "accuracy %", "f1": "F1 %", "yes_ratio": "answered yes %"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One run: its name in the table, what config.yaml says and what metrics.json holds."""
+
+    name: str
+    record: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+
+def markdown(folders: Sequence[Path]) -> str:
+    """The table of these run folders with what a reader must know written below it."""
+    columns = read(folders)
+    rows = list(_rows(columns))
+    header = ["split", "measure", *(column.name for column in columns)]
+    below = "".join(f"\n- {note}" for note in _notes(columns))
+    return f"{_heading(columns)}\n\n{_layout(header, rows)}\n{below}\n"
+
+
+def read(folders: Sequence[Path]) -> list[Column]:
+    """The runs, named by their folders (by whole paths where two folders share a name)."""
+    if not folders:
+        raise EvalError("no run folder given, for example: python -m eval table runs/*")
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return [_column(name, RunFolder(folder)) for name, folder in zip(names, folders, strict=True)]
+
+
+def _column(name: str, folder: RunFolder) -> Column:
+    record = folder.record()
+    try:
+        metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        raise EvalError(
+            f"{folder.path} has no readable metrics.json: python -m eval score {folder.path}"
+        ) from None
+    return Column(name, record, metrics)
+
+
+def _rows(columns: Sequence[Column]) -> Iterator[list[str]]:
+    """One row a split and measure that at least one run has."""
+    for split in _splits(columns):
+        scores = [column.metrics.get("chair", {}).get(split) for column in columns]
+        if any(scores):
+            for key, label in CHAIR_ROWS.items():
+                yield [split, label, *(_cell(score, key) for score in scores)]
+        for strategy in _strategies(columns, split):
+            scores = [
+                column.metrics.get("pope", {}).get(split, {}).get(strategy) for column in columns
+            ]
+            for key, label in POPE_ROWS.items():
+                yield [split, f"POPE {strategy}, {label}", *(_cell(score, key) for score in scores)]
+
+
+def _splits(columns: Sequence[Column]) -> list[str]:
+    return list(
+        dict.fromkeys(split for column in columns for split in column.record["data"]["images"])
+    )
+
+
+def _strategies(columns: Sequence[Column], split: str) -> list[str]:
+    asked = [column.record["settings"]["pope"]["strategies"] for column in columns]
+    found = [column.metrics.get("pope", {}).get(split, {}) for column in columns]
+    pairs = zip(asked, found, strict=True)
+    return list(dict.fromkeys(name for names, scores in pairs for name in names if name in scores))
+
+
+def _cell(score: Mapping[str, Any] | None, key: str) -> str:
+    """A value with its interval: shares in percent, lengths as they are."""
+    if score is None:
+        return "-"
+    unit = 1 if key == "mean_tokens" else 100
+    low, high = (unit * bound for bound in score["intervals"][key])
+    return f"{unit * score[key]:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _heading(columns: Sequence[Column]) -> str:
+    models, data = (
+        ", ".join(dict.fromkeys(str(column.record["settings"][key]) for column in columns))
+        for key in ("model", "data")
+    )
+    return (
+        f"Model {models}, data {data}. In brackets 95 % bootstrap intervals. Lower is better for "
+        f"CHAIR, higher for recall, distinct 4-grams, accuracy and F1."
+    )
+
+
+def _notes(columns: Sequence[Column]) -> Iterator[str]:
+    """How large the samples are, and whatever makes a number mean less than it seems to."""
+    for split in _splits(columns):
+        sizes = dict.fromkeys(_size(column, split) for column in columns)
+        yield f"{split}: {' or '.join(sizes)}"
+        images = [column.record["data"]["images"].get(split) for column in columns]
+        if len({entry["sha256"] for entry in images if entry}) > 1:
+            yield f"{split}: the runs used different images, so their columns cannot be compared"
+    of_whom: dict[str, list[str]] = {}
+    for column in columns:
+        for note in _column_notes(column):
+            of_whom.setdefault(note, []).append(column.name)
+    for note, names in of_whom.items():
+        yield f"{', '.join(names)}: {note}"
+
+
+def _size(column: Column, split: str) -> str:
+    captions = column.metrics.get("chair", {}).get(split)
+    questions = column.metrics.get("pope", {}).get(split, {})
+    parts = [f"{captions['counts']['captions']} captions"] if captions else []
+    parts += [f"{score['questions']} {name} questions" for name, score in questions.items()]
+    return ", ".join(parts) or "nothing answered"
+
+
+def _column_notes(column: Column) -> Iterator[str]:
+    answered, samples = column.metrics["answered"], column.metrics["samples"]
+    if answered < samples:
+        yield f"incomplete, {answered} of {samples} samples are answered"
+    yield from column.record["notes"]
+    if len(column.record["patches"]) > 1:
+        yield "the patch described itself differently when the run went on, see config.yaml"
+    for split, score in column.metrics.get("chair", {}).items():
+        yield from (f"{split}, {flag}" for flag in score["flags"])
+        if (cut := 1 - score["ended_share"]) > 0:
+            yield f"{split}: {100 * cut:.1f} % of the captions were cut by the token limit"
+    for split, scores in column.metrics.get("pope", {}).items():
+        for strategy, score in scores.items():
+            yield from (f"{split}, POPE {strategy}, {flag}" for flag in score["flags"])
+            if (share := score["unreadable"]) > 0:
+                yield f"{split}, POPE {strategy}: {100 * share:.1f} % of answers are unreadable"
+
+
+def _layout(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown with columns padded to one width, readable as it is."""
+    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+        for line in lines
+    )
