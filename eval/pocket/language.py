@@ -4,7 +4,9 @@ Captions go from prominent objects to faint ones. `rumour` adds the annotation n
 model its prior: now and then a usual companion is described that is not there.
 """
 
+import re
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -127,6 +129,32 @@ def caption(scene: Scene, rng: np.random.Generator, rumour: float = 0.0) -> str:
             sentences.append(_remark(things[at]))
         at += 1
     return " ".join([*sentences, _pick(_CLOSINGS, scene.theme, rng)])
+
+
+@cache
+def _grammar() -> re.Pattern[str]:
+    """Any one sentence of a caption."""
+    nouns = [article(f"{color} {name}".lstrip()) for color in ("", *COLORS) for name in NAMES]
+    noun, start = ("|".join(forms) for forms in (nouns, map(_capital, nouns)))
+    place = "in the center|on the (left|right) side|at the (top|bottom)( left| right)?"
+    begin = "In the center|On the (left|right) side|At the (top|bottom)( left| right)?"
+    edges = [option(theme) for theme in _PLACES for option in (*_OPENINGS, *_CLOSINGS)]
+    forms = (
+        f"There is( also)? ({noun}) ({place})",
+        f"There is ({noun}) ({place}) and ({noun}) ({place})",
+        f"({start}) can be seen ({place})",
+        f"In addition, ({noun}) is ({place})",
+        f"({begin}), there is ({noun})",
+        "It is (small|large|of medium size) and (easy to see|rather faint)",
+        *(re.escape(edge.removesuffix(".")) for edge in edges),
+    )
+    return re.compile("|".join(f"({form})" for form in forms))
+
+
+def well_formed(text: str) -> bool:
+    """Whether every sentence of a caption is one that the world's captions could hold."""
+    sentences = text.removesuffix(".").split(". ")
+    return text.endswith(".") and all(map(_grammar().fullmatch, sentences))
 
 
 def presence_question(scene: Scene, rng: np.random.Generator, hard: float) -> tuple[str, str]:

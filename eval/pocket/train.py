@@ -11,8 +11,9 @@ the same kind of machine.
 import argparse
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from eval.pocket import MODEL
 from eval.pocket.build import IMAGE_TOKENS, make_model, make_processor, make_tokenizer, save
 from eval.pocket.lessons import IGNORED, Batch, Dose, Teacher
 from eval.pocket.measure import quick
+from eval.pocket.report import publish
 from eval.pocket.scenes import NAMES
 
 CALIBRATION_SCENES = 96
@@ -139,6 +141,18 @@ class Trainer:
         self.model.train()
         return found.score
 
+    def record(self, seed: int, threads: int) -> dict[str, Any]:
+        """What a card says about the training."""
+        return {
+            "seed": seed,
+            "threads": threads,
+            "stages": [asdict(stage) for stage in STAGES],
+            "calibration_scenes": CALIBRATION_SCENES,
+            "calibration": round(self.check(), 4),
+            "rumour": self.teacher.dose.rumour,
+            "choice": "",
+        }
+
     def run(self, stage: Stage) -> None:
         """Train one stage, or take its weights from the work folder."""
         kept = self.work / f"{stage.name}.pt"
@@ -188,7 +202,9 @@ def main() -> None:
     trainer = Trainer(work, chosen.seed)
     for stage in STAGES:
         trainer.run(stage)
-    save(trainer.model.train(False), chosen.out)
+    trainer.model.train(False)
+    save(trainer.model, chosen.out)
+    print(publish(chosen.out, trainer.record(chosen.seed, chosen.threads)))
 
 
 if __name__ == "__main__":
