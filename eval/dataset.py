@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from eval import pocket
 from eval.coco import Vocabulary, image_id, image_path, read_truth
 from eval.config import Config
@@ -190,13 +192,13 @@ def _chosen(config: Config, source: Source) -> list[int]:
                 )
         return listed[: config.limit]
     ids = _shuffled(source.images, config.seed)
-    wanted = min(config.chair.images or len(ids), config.limit or len(ids))
-    if wanted > len(ids):
+    wanted = config.chair.images and min(config.chair.images, config.limit or config.chair.images)
+    if wanted is not None and wanted > len(ids):
         raise EvalError(
             f"chair.images asks for {wanted} images of {source.split}, but {source.folder} has "
             f"{len(ids)}; put the images there, or --set chair.images={len(ids)}"
         )
-    return ids[:wanted]
+    return ids[: wanted or config.limit]
 
 
 def _shuffled(ids: Iterable[int], seed: int) -> list[int]:
@@ -248,4 +250,4 @@ def _sha256(lines: Iterable[str]) -> str:
 
 def notice(text: str) -> None:
     """A line for the person who watches, beside the progress bar."""
-    print(text, file=sys.stderr, flush=True)
+    tqdm.write(text, file=sys.stderr)

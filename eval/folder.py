@@ -61,16 +61,16 @@ class RunFolder:
     def open(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Start the run that `record` describes or go on with it; returns the record to keep.
 
-        EvalError if the folder holds another run, or files that are no run.
+        EvalError if the folder holds answers of another run, or files that are no run.
         """
-        if self.config.exists():
+        if self.config.exists() and self.answers.exists():
             found = self.record()
             _check_same(self.path, found, record)
             new = [e for e in record["environments"] if e not in found["environments"]]
             return {**found, "environments": [*found["environments"], *new]}
         self.path.mkdir(parents=True, exist_ok=True)
         strange = [entry.name for entry in self.path.iterdir() if entry.name != "scenes"]
-        if strange:
+        if strange and not self.config.exists():
             raise EvalError(
                 f"{self.path} holds {min(strange)} but no config.yaml, so it is no run folder: "
                 f"choose another --out"

@@ -150,14 +150,16 @@ def _wrapped(model: Any, processor: Any, config: Config) -> AbstractContextManag
 
 @contextmanager
 def _noting(notes: list[str]) -> Iterator[None]:
-    """Warnings of this project are shown as ever and also kept in `notes`, each once."""
+    """Warnings of this project are shown as notices and kept in `notes`, each once."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def keep(message: Any, category: Any, filename: str, *more: Any, **named: Any) -> None:
-            if any(Path(filename).is_relative_to(ours) for ours in OURS):
-                notes.extend({str(message)}.difference(notes))
-            show(message, category, filename, *more, **named)
+            if not any(Path(filename).is_relative_to(ours) for ours in OURS):
+                show(message, category, filename, *more, **named)
+            elif str(message) not in notes:
+                notes.append(str(message))
+                notice(f"note: {message}")
 
         warnings.showwarning = keep
         yield

@@ -134,7 +134,10 @@ def _size(column: Column, split: str) -> str:
     captions = column.metrics.get("chair", {}).get(split)
     questions = column.metrics.get("pope", {}).get(split, {})
     parts = [f"{captions['counts']['captions']} captions"] if captions else []
-    parts += [f"{score['questions']} {name} questions" for name, score in questions.items()]
+    parts += [
+        f"{count} questions a POPE strategy"
+        for count in dict.fromkeys(score["questions"] for score in questions.values())
+    ]
     return ", ".join(parts) or "nothing answered"
 
 

@@ -1,0 +1,48 @@
+"""Stand-ins for real models and data: a tiny random LLaVA on disk, and a small COCO folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eval.config import Config, from_settings
+from eval.pocket import world
+from tests import tiny
+
+Settings = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as save_pretrained leaves it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny.llava().save_pretrained(folder)
+    tiny.processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images with instances_test.json and captions_test.json."""
+    folder = tmp_path_factory.mktemp("coco")
+    world.write("test", 12, folder)
+    return folder
+
+
+@pytest.fixture
+def settings(checkpoint: Path, coco: Path) -> Settings:
+    """Settings of a small run, with some of them changed."""
+
+    def make(**changes: object) -> Config:
+        small = {
+            "model": str(checkpoint),
+            "data": str(coco),
+            "dtype": "float32",
+            "device": "cpu",
+            "batch_size": 4,
+            "chair": {"max_new_tokens": 6, "images": 5},
+            "pope": {"max_new_tokens": 2, "images": 3, "per_image": 1},
+        }
+        return from_settings(small | changes)
+
+    return make

@@ -1,0 +1,150 @@
+"""Settings: precedence, types, and what is said of a wrong one."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eval import config
+from eval.config import ChairTask, Config, PopeTask, from_settings, load
+from eval.errors import EvalError
+from vlm_patch import GIFT, VAR, VHR
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = sorted(CONFIGS.glob("*/*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("methods: [gift]\ngift: {alpha: 4.0, beta: 0.5}\nbatch_size: 3\n")
+    return path
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file: Path) -> None:
+    made = load(file, ["gift.alpha=2", "chair.max_new_tokens=64", "splits=[test]"])
+    assert [type(method) for method in made.build_methods()] == [GIFT]
+    assert made.options == {"gift": {"alpha": 2.0, "beta": 0.5}}
+    assert (made.batch_size, made.seed, made.splits) == (3, 0, ("test",))
+    assert made.chair == ChairTask(max_new_tokens=64)
+    assert made.pope == PopeTask()
+
+
+def test_without_a_file_the_defaults_are_the_stock_pocket_model() -> None:
+    made = load(None)
+    assert made == Config()
+    assert (made.model, made.data, made.methods) == ("pocket", "pocket", ())
+
+
+def test_methods_keep_their_order() -> None:
+    made = from_settings({"methods": ["vhr", "var"], "var": {"dims": [1, 2]}, "vhr": None})
+    assert made.build_methods() == [VHR(), VAR(dims=(1, 2))]
+
+
+def test_settings_can_be_read_back(file: Path) -> None:
+    made = load(file, ["heads.gift={1: [0, 3]}", "pope.strategies=[popular]"])
+    written = yaml.safe_dump(made.settings())
+    assert from_settings(yaml.safe_load(written)) == made
+
+
+def test_numbers_written_as_yaml_text_are_numbers() -> None:
+    made = load(None, ["methods=[gift, vhr]", "gift.alpha=1e-3", "vhr.alpha=3"])
+    assert [method.alpha for method in made.build_methods()] == [0.001, 3.0]
+    assert type(made.options["vhr"]["alpha"]) is float
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_shipped_configs_load_and_name_only_known_keys(path: Path) -> None:
+    made = load(path)
+    wanted = {"baseline": [], "all": ["var", "gift", "vhr"]}.get(path.stem, [path.stem])
+    assert [*made.methods] == wanted
+    assert [type(method) for method in made.build_methods()] == [
+        {"var": VAR, "gift": GIFT, "vhr": VHR}[name] for name in wanted
+    ]
+    assert {*made.options} == {*wanted}
+
+
+def test_every_model_has_the_five_configs_and_they_differ_in_methods_only() -> None:
+    folders = sorted(folder for folder in CONFIGS.iterdir())
+    assert [folder.name for folder in folders] == ["llava-1.5-7b", "pocket"]
+    for folder in folders:
+        assert {p.stem for p in folder.iterdir()} == {"baseline", "var", "gift", "vhr", "all"}
+        made = [load(folder / f"{name}.yaml").settings() for name in ("baseline", "all")]
+        for settings in made:
+            for key in ("methods", *config.METHODS):
+                settings.pop(key, None)
+        assert made[0] == made[1]
+
+
+def test_llava_configs_hold_the_values_of_the_papers() -> None:
+    made = load(CONFIGS / "llava-1.5-7b" / "all.yaml")
+    var, gift, vhr = made.build_methods()
+    assert (var.move_fraction, var.rho_nonsink, var.min_image_mass, var.tau) == (0.6, 0.5, 0.2, 20)
+    assert var.dims == (1415, 2533)
+    assert (gift.alpha, gift.saliency_layer, gift.layers) == (5, 11, tuple(range(12, 23)))
+    assert (vhr.alpha, vhr.layers) == (2, (1, *range(18, 32)))
+    assert (made.chair.max_new_tokens, made.pope.max_new_tokens) == (512, 10)
+    assert made.chair.prompt == "Please describe this image in detail."
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["bach_size=2"], "unknown setting: bach_size; did you mean batch_size?"),
+        (["chair.prompts=x"], "unknown key in section chair: prompts; did you mean prompt?"),
+        (
+            ["methods=[gift]", "gift.alhpa=4"],
+            "unknown key in section gift: alhpa; did you mean alp",
+        ),
+        (["methods=[gfit]"], "unknown name in methods: gfit; did you mean gift?"),
+        (["methods=[gift, gift]"], "methods names gift twice"),
+        (["tasks=[chiar]"], "unknown name in tasks: chiar; did you mean chair?"),
+        (["tasks=[]"], "tasks is empty: name at least one of chair, pope"),
+        (["dtype=float8"], "unknown name in dtype: float8; did you mean float"),
+        (["batch_size=two"], r"batch_size: expected a whole number, found 'two' \(text\)"),
+        (["batch_size=true"], r"batch_size: expected a whole number, found True"),
+        (["batch_size=0"], "batch_size: expected a whole number of at least 1, found 0"),
+        (["limit=-1"], "limit: expected a whole number of at least 1, found -1"),
+        (["chair.images=0"], "chair.images: expected a whole number of at least 1, found 0"),
+        (["methods=gift"], r"methods: expected a list of names, found 'gift' \(text\)"),
+        (["methods=[gift]", "gift.alpha=much"], r"gift.alpha: expected a number or nothing \(null"),
+        (["methods=[var]", "var.move_fraction=2"], "section var: VAR move_fraction"),
+        (["methods=[var]", "gift.alpha=4"], r"section gift: the run does not use gift .*\['var'\]"),
+        (["chair=3"], r"chair: expected a section \(key: value lines\), found 3"),
+        (["gift.alpha"], "--set gift.alpha: expected key=value, for example"),
+        (["=3"], "--set =3: expected key=value"),
+        (["seed=[1"], r"--set seed=\[1: the value is not YAML"),
+        (["pope.prompt=Hello?"], "pope.prompt is 'Hello\\?': it must hold {question}"),
+        (["pope.questions=a.json"], "pope.questions is 'a.json': it must hold {strategy}"),
+        (["pope.strategies=[populr]"], "unknown name in pope.strategies: populr; did you mean pop"),
+        (["device=cpu", "device_map=auto"], "device and device_map are both set"),
+    ],
+)
+def test_wrong_settings_are_explained(overrides: list[str], message: str) -> None:
+    with pytest.raises(EvalError, match=message):
+        load(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not YAML"),
+        ("- a\n- b", "expected `key: value` lines"),
+        ("gift:\n  alpha: 4", "the run does not use gift"),
+    ],
+)
+def test_wrong_files_are_explained(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(EvalError, match=message):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match=r"nothing\.yaml: no such file"):
+        load(tmp_path / "nothing.yaml")
+
+
+def test_a_setting_is_no_section(file: Path) -> None:
+    with pytest.raises(EvalError, match=r"--set batch_size.x=1: batch_size is 3 .* not a section"):
+        load(file, ["batch_size.x=1"])

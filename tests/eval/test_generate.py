@@ -1,0 +1,193 @@
+"""Answers of a tiny random LLaVA: batches, greedy search, and inputs that cannot be used."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from eval import generate
+from eval.dataset import Sample
+from eval.errors import EvalError
+from tests import tiny
+from tests.eval.conftest import Settings
+
+PROMPTS = (
+    "Is there a dog ?",
+    "Please describe this image in detail.",
+    "What is on the table ?",
+    "red",
+)
+LONG = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Greedy answers of this seed are of different lengths: some end, some are cut."""
+    return tiny.llava().eval()
+
+
+@pytest.fixture
+def processor() -> Any:
+    return generate.prepare(tiny.processor(), "tiny")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    paths = []
+    for place in range(len(PROMPTS)):
+        pixels = torch.Generator().manual_seed(place)
+        noise = torch.randint(256, (32, 32, 3), generator=pixels, dtype=torch.uint8).numpy()
+        paths.append(tmp_path / f"{place}.png")
+        Image.fromarray(noise).save(paths[-1])
+    return paths
+
+
+@pytest.fixture
+def samples(images: list[Path]) -> list[Sample]:
+    return [
+        Sample("chair", "test", str(place), image, prompt, {})
+        for place, (image, prompt) in enumerate(zip(images, PROMPTS, strict=True))
+    ]
+
+
+def test_a_padded_batch_says_what_single_prompts_say(
+    model: Any, processor: Any, samples: list[Sample]
+) -> None:
+    together = generate.ask(model, processor, samples, LONG)
+    alone = [generate.ask(model, processor, [sample], LONG)[0] for sample in samples]
+    assert together == alone
+    assert len({answer.text for answer in together}) > 1
+
+
+def test_prompts_are_padded_on_the_left_and_hold_one_image_each(
+    processor: Any, samples: list[Sample]
+) -> None:
+    inputs = generate.encode(processor, samples)
+    lengths = inputs["attention_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 1
+    for mask, length in zip(inputs["attention_mask"], lengths, strict=True):
+        assert mask.tolist() == [0] * (len(mask) - length) + [1] * int(length)
+    assert (inputs["input_ids"] == tiny.IMAGE).sum(1).tolist() == [16] * len(samples)
+    rendered = processor.tokenizer.decode(inputs["input_ids"][0][-int(lengths[0]) :])
+    assert rendered.startswith("<s> USER : <image>")
+    assert rendered.endswith("Is there a dog ? ASSISTANT :")
+
+
+def test_length_counts_the_end_mark_and_cut_answers_are_not_ended(processor: Any) -> None:
+    tokens = [10, 11, tiny.EOS, tiny.PAD, tiny.PAD]
+    said = generate._answer(processor.tokenizer, tokens, {tiny.EOS})
+    assert (said.tokens, said.ended) == (3, True)
+    cut = generate._answer(processor.tokenizer, [10, 11, 12], {tiny.EOS})
+    assert (cut.tokens, cut.ended) == (3, False)
+    assert "</s>" not in said.text
+    assert said.text == processor.tokenizer.decode([10, 11])
+
+
+def test_the_limit_cuts_the_same_answer_short(
+    model: Any, processor: Any, samples: list[Sample]
+) -> None:
+    (short,), (long,) = (generate.ask(model, processor, samples[:1], n) for n in (2, LONG))
+    assert short.tokens == 2
+    assert long.text.startswith(short.text)
+    assert long.tokens > 2
+
+
+def test_search_is_greedy_whatever_the_checkpoint_asks_for(
+    processor: Any, samples: list[Sample]
+) -> None:
+    model = tiny.llava().eval()
+    plain = generate.ask(model, processor, samples, LONG)
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    model.generation_config.repetition_penalty = 3.0
+    model.generation_config.num_beams = 2
+    assert generate.ask(model, processor, samples, LONG) == plain
+
+
+def test_an_equal_prompt_on_an_image_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, samples: list[Sample]
+) -> None:
+    asked: list[list[str]] = []
+
+    def ask(_model: Any, _processor: Any, batch: list[Sample], limit: int) -> list[Any]:
+        asked.append([sample.id for sample in batch])
+        return [generate.Answer(f"{sample.prompt} {limit}", 1, True) for sample in batch]
+
+    monkeypatch.setattr(generate, "ask", ask)
+    first, second, *_ = samples
+    again = replace(first, id="again")
+    question = replace(first, task="pope", id="question")
+    config = settings(batch_size=1)
+    found = list(generate.answers(None, None, [second, first, again, question], config))
+    assert asked == [["0"], ["1"], ["question"]]
+    told = {sample.id: answer.text for batch in found for sample, answer in batch}
+    assert told == {
+        "0": f"{PROMPTS[0]} 6",
+        "again": f"{PROMPTS[0]} 6",
+        "1": f"{PROMPTS[1]} 6",
+        "question": f"{PROMPTS[0]} 2",
+    }
+
+
+def test_a_missing_and_a_broken_image_are_named(
+    processor: Any, samples: list[Sample], tmp_path: Path
+) -> None:
+    missing = replace(samples[1], image=tmp_path / "none.png")
+    with pytest.raises(EvalError, match=r"sample chair test 1: no such image: .*none\.png"):
+        generate.encode(processor, [samples[0], missing])
+    (tmp_path / "broken.png").write_bytes(samples[0].image.read_bytes()[:200])
+    broken = replace(samples[1], image=tmp_path / "broken.png")
+    with pytest.raises(EvalError, match=r"chair test 1: .*broken\.png is not a readable image"):
+        generate.encode(processor, [samples[0], broken])
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(EvalError, match=r"text\.png is not a readable image"):
+        generate.open_image(replace(samples[1], image=tmp_path / "text.png"))
+
+
+def test_an_empty_prompt_is_named(processor: Any, samples: list[Sample]) -> None:
+    with pytest.raises(EvalError, match="sample chair test 2: the prompt is empty"):
+        generate.encode(processor, [samples[0], replace(samples[2], prompt=" ")])
+
+
+def test_a_prompt_without_its_image_is_an_error(
+    model: Any, processor: Any, samples: list[Sample]
+) -> None:
+    blind = {"input_ids": torch.tensor([[1, 20, tiny.IMAGE], [1, 20, 21]])}
+    with pytest.raises(EvalError, match=r"chair test 1: the rendered prompt holds no image token"):
+        generate._check_images(model, blind["input_ids"], samples[:2])
+    processor.chat_template = "USER: {{ messages[0]['content'][1]['text'] }}"
+    with pytest.raises(EvalError, match=r"sample chair test 0\b"):
+        generate.ask(model, processor, samples[:2], 2)
+
+
+def test_a_prompt_the_processor_refuses_is_named(processor: Any, samples: list[Sample]) -> None:
+    twice = replace(samples[1], prompt="What is <image> ?")
+    with pytest.raises(EvalError, match=r"the processor cannot take sample chair test 1:"):
+        generate.encode(processor, [samples[0], twice, samples[2]])
+
+
+def test_a_processor_without_chat_template_or_tokenizer_is_refused() -> None:
+    bare = tiny.processor()
+    bare.chat_template = None
+    with pytest.raises(EvalError, match=r"model m: .* no chat template.*chat_template\.jinja"):
+        generate.prepare(bare, "m")
+    with pytest.raises(EvalError, match="model m: its processor has no tokenizer"):
+        generate.prepare(object(), "m")
+
+
+def test_a_model_is_loaded_from_its_folder(checkpoint: Path, settings: Settings) -> None:
+    model, processor = generate.load_model(settings(dtype="bfloat16"))
+    assert (model.dtype, model.device.type, model.training) == (torch.bfloat16, "cpu", False)
+    assert processor.tokenizer.padding_side == "left"
+    eager, _ = generate.load_model(settings(attn_implementation="eager", device=None))
+    assert eager.config._attn_implementation == "eager"
+    assert eager.dtype == torch.float32
+
+
+def test_a_model_that_is_not_there_is_explained(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EvalError, match=r"model .*empty cannot be loaded \(expected: pocket"):
+        generate.load_model(settings(model=str(tmp_path / "empty")))

@@ -1,0 +1,254 @@
+"""Run folders: what they hold, how a run goes on, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eval import generate, runs
+from eval.config import Config
+from eval.dataset import Sample
+from eval.errors import EvalError
+from eval.folder import RunFolder
+from eval.generate import Answer
+from tests.eval.conftest import Settings
+
+GIFT = {"methods": ["gift"], "gift": {"alpha": 3.0, "saliency_layer": 1, "layers": [2, 3]}}
+Models = tuple[Any, Any]
+Generator = Callable[..., Iterator[list[tuple[Sample, Answer]]]]
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint: Path) -> Models:
+    config = Config(model=str(checkpoint), dtype="float32", device="cpu")
+    return generate.load_model(config)
+
+
+@pytest.fixture
+def finished(settings: Settings, loaded: Models, tmp_path: Path) -> Path:
+    """The folder of a complete run."""
+    runs.run(settings(), tmp_path / "done", load=lambda _: loaded)
+    return tmp_path / "done"
+
+
+def stopping_after(batches: int) -> Generator:
+    """generate.answers that is interrupted by the user."""
+    whole = generate.answers
+
+    def answers(*arguments: Any) -> Iterator[list[tuple[Sample, Answer]]]:
+        for place, batch in enumerate(whole(*arguments)):
+            if place == batches:
+                raise KeyboardInterrupt
+            yield batch
+
+    return answers
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_holds_all_that_is_needed(finished: Path, settings: Settings) -> None:
+    record = yaml.safe_load((finished / "config.yaml").read_text())
+    assert record["settings"] == settings().settings()
+    assert record["data"]["samples"] == 5 + 3 * 3 * 2
+    (environment,) = record["environments"]
+    assert environment["device"] == "cpu"
+    assert {"python", "torch", "transformers", "vlm-patch", "commit"} <= environment.keys()
+    rows = lines(finished)
+    assert len(rows) == record["data"]["samples"]
+    caption = next(row for row in rows if row["task"] == "chair")
+    assert [*caption] == [
+        *("task", "split", "id", "image", "prompt", "answer", "tokens", "ended"),
+        *("image_id", "truth"),
+    ]
+    question = next(row for row in rows if row["task"] == "pope")
+    assert (question["split"], question["prompt"][:11]) == ("test", "Is there a ")
+    assert question["label"] in ("yes", "no")
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["answered"] == metrics["samples"] == 23
+    assert metrics["chair"]["test"]["counts"]["captions"] == 5
+    assert [*metrics["pope"]["test"]] == ["adversarial", "popular", "random"]
+    assert metrics["pope"]["test"]["random"]["questions"] == 6
+
+
+def test_scoring_again_needs_the_folder_alone_and_gives_the_same_bytes(
+    finished: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.move(finished, moved)
+    before = (moved / "metrics.json").read_bytes()
+    (moved / "metrics.json").unlink()
+    runs.score(moved)
+    assert (moved / "metrics.json").read_bytes() == before
+    shuffled = (moved / "answers.jsonl").read_text().splitlines(keepends=True)[::-1]
+    (moved / "answers.jsonl").write_text("".join(shuffled))
+    runs.score(moved)
+    assert (moved / "metrics.json").read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(
+    finished: Path,
+    settings: Settings,
+    loaded: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "again"
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "answers", stopping_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(settings(), out, load=lambda _: loaded)
+    assert 0 < len(lines(out)) < 23
+    half = (out / "answers.jsonl").read_text()
+    runs.run(settings(batch_size=3), out, load=lambda _: loaded)
+    assert (out / "answers.jsonl").read_text().startswith(half)
+    assert RunFolder(out).rows() == RunFolder(finished).rows()
+    assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+
+
+def test_a_finished_run_loads_no_model(finished: Path, settings: Settings) -> None:
+    def load(_: Config) -> Models:
+        raise AssertionError("the model was loaded")
+
+    before = (finished / "answers.jsonl").read_bytes()
+    assert runs.run(settings(), finished, load=load)["answered"] == 23
+    assert (finished / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("torn", [b'{"task": "chair", "spl', b"\x00\x00\x00\n", b'{"a": 1}\n'])
+def test_a_last_line_broken_by_a_crash_is_done_again(
+    torn: bytes,
+    finished: Path,
+    settings: Settings,
+    loaded: Models,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, whole = finished / "answers.jsonl", RunFolder(finished).rows()
+    kept = file.read_bytes().splitlines(keepends=True)[:-1]
+    file.write_bytes(b"".join(kept) + torn)
+    assert runs.score(finished)["answered"] == 22
+    assert file.read_bytes().endswith(torn), "scoring changes no answers"
+    assert "the last line is broken off" in capsys.readouterr().err
+    runs.run(settings(), finished, load=lambda _: loaded)
+    assert RunFolder(finished).rows() == whole
+    assert file.read_bytes().startswith(b"".join(kept))
+
+
+def test_a_broken_or_doubled_line_elsewhere_is_named(finished: Path) -> None:
+    file = finished / "answers.jsonl"
+    good = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*good[:2], "{broken\n", *good[2:]]))
+    with pytest.raises(EvalError, match=r"answers\.jsonl, line 3 is no answer"):
+        runs.score(finished)
+    file.write_text("".join([*good, good[0]]))
+    first = json.loads(good[0])
+    with pytest.raises(
+        EvalError, match=rf"line 24 answers {first['task']} test {first['id']} a se"
+    ):
+        runs.score(finished)
+
+
+def test_another_run_in_the_folder_is_refused_and_the_settings_named(
+    finished: Path, settings: Settings, loaded: Models
+) -> None:
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    changed = settings(**GIFT, seed=1, batch_size=1)
+    with pytest.raises(EvalError) as caught:
+        runs.run(changed, finished, load=lambda _: loaded)
+    message = str(caught.value)
+    assert "methods is [] there and ['gift'] now" in message
+    assert "gift.alpha is None there and 3.0 now" in message
+    assert "seed is 0 there and 1 now" in message
+    assert "batch_size" not in message
+    assert "Choose another --out" in message
+    assert before == {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+
+
+def test_changed_data_is_refused(
+    finished: Path, settings: Settings, coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe = runs.dataset.describe
+
+    def other(samples: Sequence[Sample]) -> dict[str, Any]:
+        return describe(samples[1:])
+
+    monkeypatch.setattr(runs.dataset, "describe", other)
+    with pytest.raises(EvalError, match="images, prompts or annotations changed"):
+        runs.run(settings(), finished)
+
+
+def test_a_folder_with_other_files_is_left_alone(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(EvalError, match=r"holds thesis\.tex but no config\.yaml"):
+        runs.run(settings(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_scoring_what_is_no_run_is_explained(tmp_path: Path, settings: Settings) -> None:
+    with pytest.raises(EvalError, match=r"is not a run folder .* python -m eval run CONFIG --out"):
+        runs.score(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: pocket")
+    with pytest.raises(EvalError, match="is not the record of a run: no data in it"):
+        runs.score(tmp_path)
+    RunFolder(tmp_path).write_record(runs.describe(settings(), []))
+    with pytest.raises(EvalError, match="holds no answers yet: run it again"):
+        runs.score(tmp_path)
+
+
+def test_methods_act_and_are_described(
+    finished: Path, settings: Settings, loaded: Models, tmp_path: Path
+) -> None:
+    runs.run(settings(**GIFT), tmp_path / "gift", load=lambda _: loaded)
+    stock, patched = RunFolder(finished).rows(), RunFolder(tmp_path / "gift").rows()
+    assert [row["answer"] for row in stock] != [row["answer"] for row in patched]
+    (text,) = RunFolder(tmp_path / "gift").record()["patches"]
+    assert "GIFT(alpha=3.0" in text
+    model, _ = loaded
+    assert model.config.text_config._attn_implementation == "sdpa", "the patch came off again"
+    runs.run(settings(), tmp_path / "stock", load=lambda _: loaded)
+    assert RunFolder(tmp_path / "stock").rows() == stock
+
+
+def test_switched_off_heads_give_the_stock_answers(
+    finished: Path, settings: Settings, loaded: Models, tmp_path: Path
+) -> None:
+    runs.run(settings(**GIFT, heads={"gift": {}}), tmp_path / "off", load=lambda _: loaded)
+    assert RunFolder(tmp_path / "off").rows() == RunFolder(finished).rows()
+
+
+def test_warnings_of_methods_stay_with_the_run(
+    settings: Settings, loaded: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.run(settings(methods=["vhr"]), tmp_path / "vhr", load=lambda _: loaded)
+    (note,) = RunFolder(tmp_path / "vhr").record()["notes"]
+    assert note.startswith("no published settings for a llama of 4 layers")
+    assert f"note: {note}" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_wrapped_is_explained(
+    settings: Settings, loaded: Models, tmp_path: Path
+) -> None:
+    far = {"methods": ["gift"], "gift": {"alpha": 3.0, "saliency_layer": 1, "layers": [40]}}
+    with pytest.raises(EvalError, match=r"cannot be wrapped: GIFT layers: .*40"):
+        runs.run(settings(**far), tmp_path / "far", load=lambda _: loaded)
+    runs.run(settings(**GIFT), tmp_path / "far", load=lambda _: loaded)
+    assert RunFolder(tmp_path / "far").record()["settings"]["gift"]["layers"] == [2, 3]
+
+
+def test_a_synonym_list_stays_with_the_run(
+    settings: Settings, loaded: Models, tmp_path: Path
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("cup, mug\nbowl\n")
+    chosen = settings(
+        tasks=["chair"], chair={"images": 2, "max_new_tokens": 3, "synonyms": str(words)}
+    )
+    before = runs.run(chosen, tmp_path / "out", load=lambda _: loaded)
+    words.unlink()
+    assert runs.score(tmp_path / "out") == before
+    assert before["chair"]["test"]["vocabulary"].startswith("words.txt")
