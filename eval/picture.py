@@ -82,15 +82,21 @@ def _paragraph(
 def _wrap(
     pieces: Sequence[tuple[str, bool]], width: int, font: Font
 ) -> Iterator[list[tuple[str, bool]]]:
-    """Lines of (text with its blank, invented) that fit `width` pixels."""
+    """Lines of (text, invented) that fit `width` pixels, broken at blanks only."""
+    words = [
+        (word, invented)
+        for text, invented in pieces
+        for word in text.replace(" ", " \n").split("\n")
+        if word
+    ]
     line: list[tuple[str, bool]] = []
-    used = 0.0
-    for text, invented in pieces:
-        for word in text.replace(" ", " \n").split("\n"):
-            length = font.getlength(word.rstrip())
-            if line and line[-1][0].endswith(" ") and used + length > width:
-                yield line
-                line, used = [], 0.0
-            line.append((word, invented))
-            used += font.getlength(word)
+    start = 0
+    for end, (word, _) in enumerate(words, 1):
+        if not word.endswith(" ") and end < len(words):
+            continue
+        unit, start = words[start:end], end
+        if line and sum(font.getlength(text) for text, _ in [*line, *unit]) > width:
+            yield line
+            line = []
+        line += unit
     yield line

@@ -11,9 +11,7 @@ from eval.config import from_settings
 from eval.dataset import Sample
 from eval.errors import EvalError
 from tests.eval.conftest import Settings
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no folder {SHARED}")
+from tests.shared_data import SHARED, shared
 
 
 def test_captions_carry_their_truth(settings: Settings, coco: Path, tmp_path: Path) -> None:
@@ -148,8 +146,7 @@ def test_checksums_change_with_the_images_and_with_what_is_asked() -> None:
     assert image["images"] != base["images"]
 
 
-@pytest.mark.shared
-@needs_shared
+@shared
 def test_real_photos_with_real_annotations(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

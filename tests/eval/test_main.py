@@ -1,0 +1,110 @@
+"""The command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eval.__main__ import main
+
+
+@pytest.fixture
+def config(checkpoint: Path, coco: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    small = {
+        "model": str(checkpoint),
+        "data": str(coco),
+        "dtype": "float32",
+        "chair": {"max_new_tokens": 3},
+        "pope": {"max_new_tokens": 2, "images": 4, "per_image": 1},
+    }
+    path.write_text(yaml.safe_dump(small))
+    return path
+
+
+def test_run_score_and_table(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert main(["run", str(config), "--out", one, "--limit", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "| split | measure" in shown
+    assert "- test: 3 captions, 6 questions a POPE strategy" in shown
+    gift = ["--set", "methods=[gift]", "--set", "gift.alpha=2", "--set", "tasks=[chair]"]
+    assert main(["run", str(config), "--out", two, "--limit", "3", *gift]) == 0
+    record = yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())
+    assert record["settings"]["gift"] == {"alpha": 2.0}
+    assert record["settings"]["limit"] == 3
+    before = (tmp_path / "one" / "metrics.json").read_bytes()
+    capsys.readouterr()
+    assert main(["score", one]) == 0
+    assert capsys.readouterr().out == shown
+    assert (tmp_path / "one" / "metrics.json").read_bytes() == before
+    assert main(["table", one, two]) == 0
+    assert "| one " in (table := capsys.readouterr().out)
+    assert "| two " in table
+
+
+def test_captions_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions, truth = tmp_path / "captions.jsonl", tmp_path / "objects.json"
+    captions.write_text('{"image_id": 1, "caption": "A dog and a cup."}\n')
+    truth.write_text('{"1": ["cup", "bowl"]}')
+    files = ["--captions", str(captions), "--truth", str(truth)]
+    assert main(["score", "chair", *files, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["chair_s"], result["chair_i"], result["recall"]) == (1.0, 0.5, 0.5)
+    assert main(["score", "chair", *files, "--rules", "wordnet"]) == 1
+    assert "error: " in capsys.readouterr().err
+
+
+def test_answers_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers, questions = tmp_path / "answers.jsonl", tmp_path / "questions.jsonl"
+    asked = {"question_id": 1, "image": "1.jpg", "text": "Is there a cup in the image?"}
+    questions.write_text(json.dumps(asked | {"label": "yes"}) + "\n")
+    answers.write_text(json.dumps({"question": asked["text"], "answer": "No."}) + "\n")
+    files = ["--answers", str(answers), "--questions", str(questions)]
+    assert main(["score", "pope", *files, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["fn"], result["accuracy"], result["yes_ratio"]) == (1, 0.0, 0.0)
+
+
+def test_errors_are_one_line_and_a_status(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["run", str(config), *out, "--set", "methods=[gfit]"]) == 1
+    shown = capsys.readouterr()
+    assert (
+        shown.err
+        == "error: unknown name in methods: gfit; did you mean gift? Known: var, gift, vhr\n"
+    )
+    assert shown.out == ""
+    assert main(["run", str(tmp_path / "none.yaml"), *out]) == 1
+    assert main(["score", str(tmp_path)]) == 1
+    assert main(["table", str(tmp_path)]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["score"], ["score", "chair"], ["walk"]])
+def test_a_wrong_command_line_shows_the_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: python -m eval" in capsys.readouterr().err
+
+
+def test_the_user_can_stop_a_run(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.generate.ask", stop)
+    assert main(["run", str(config), "--out", str(tmp_path / "out")]) == 130
+    assert "the same command goes on where this one ended" in capsys.readouterr().err

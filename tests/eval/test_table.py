@@ -1,0 +1,112 @@
+"""The table: its cells, and what is written below it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import table
+from eval.config import from_settings
+from eval.errors import EvalError
+from eval.folder import RunFolder
+
+CHAIR = dict.fromkeys(table.CHAIR_ROWS, 0.5)
+POPE = dict.fromkeys(table.POPE_ROWS, 0.75)
+
+
+def chair(**values: float) -> dict[str, Any]:
+    values = CHAIR | {"mean_tokens": 41.26} | values
+    intervals = {key: [value - 0.1, value + 0.123] for key, value in values.items()}
+    more = {"counts": {"captions": 200}, "flags": [], "ended_share": 1.0}
+    return {**values, "intervals": intervals, **more}
+
+
+def pope(unreadable: float = 0.0) -> dict[str, Any]:
+    intervals = {key: [0.7, 0.8] for key in POPE}
+    more = {"questions": 360, "flags": [], "unreadable": unreadable}
+    return {**POPE, "intervals": intervals, **more}
+
+
+def folder(path: Path, metrics: dict[str, Any], sha256: str = "a", **record: Any) -> Path:
+    """A run folder with these metrics, as `run` leaves it."""
+    path.mkdir(parents=True)
+    images = {"test": {"count": 200, "sha256": sha256}}
+    settings = from_settings({"splits": ["test"]}).settings()
+    about = {"settings": settings, "data": {"samples": 560, "images": images}}
+    RunFolder(path).write_record({**about, "environments": [], "patches": [], "notes": []} | record)
+    RunFolder(path).write_metrics({"answered": 560, "samples": 560} | metrics)
+    return path
+
+
+def cells(text: str) -> list[list[str]]:
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_runs_stand_side_by_side(tmp_path: Path) -> None:
+    stock = {"chair": {"test": chair(chair_s=0.385)}, "pope": {"test": {"random": pope()}}}
+    gift = {"chair": {"test": chair(chair_s=0.3)}}
+    folders = [folder(tmp_path / "baseline", stock), folder(tmp_path / "gift", gift)]
+    text = table.markdown(folders)
+    assert cells(text) == [
+        ["split", "measure", "baseline", "gift"],
+        [*("-" * width for width in (5, 27, 17, 17))],
+        ["test", "CHAIR_S %", "38.5 [28.5, 50.8]", "30.0 [20.0, 42.3]"],
+        ["test", "CHAIR_I %", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "CHAIR_I %, each object once", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "recall %", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "length in tokens", *["41.3 [41.2, 41.4]"] * 2],
+        ["test", "distinct 4-grams %", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "naming no object %", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "POPE random, accuracy %", "75.0 [70.0, 80.0]", "-"],
+        ["test", "POPE random, F1 %", "75.0 [70.0, 80.0]", "-"],
+        ["test", "POPE random, answered yes %", "75.0 [70.0, 80.0]", "-"],
+    ]
+    assert text.startswith("Model pocket, data pocket. In brackets 95 % bootstrap intervals.")
+    assert "- test: 200 captions, 360 questions a POPE strategy or 200 captions\n" in text
+
+
+def test_no_chair_number_stands_without_recall_length_repetition_and_silence() -> None:
+    assert {"recall", "mean_tokens", "distinct_4gram_share", "no_object_share"} < {
+        *table.CHAIR_ROWS
+    }
+
+
+def test_what_weakens_a_number_is_written_below(tmp_path: Path) -> None:
+    cut = {"chair": {"test": {**chair(), "ended_share": 0.9, "flags": ["chair_i: nothing"]}}}
+    odd = {"pope": {"test": {"random": pope(unreadable=0.25)}}, "answered": 400}
+    folders = [
+        folder(tmp_path / "a", cut, notes=["VAR found no sink."]),
+        folder(tmp_path / "b", odd, notes=["VAR found no sink."], patches=["one", "two"]),
+    ]
+    lines = table.markdown(folders).splitlines()
+    assert "- a, b: VAR found no sink." in lines
+    assert "- a: test: 10.0 % of the captions were cut by the token limit" in lines
+    assert "- a: test, chair_i: nothing" in lines
+    assert "- b: incomplete, 400 of 560 samples are answered" in lines
+    assert "- b: test, POPE random: 25.0 % of answers are unreadable" in lines
+    assert any("described itself differently" in line for line in lines if line.startswith("- b:"))
+
+
+def test_runs_on_different_images_are_marked(tmp_path: Path) -> None:
+    metrics = {"chair": {"test": chair()}}
+    one, two = folder(tmp_path / "a", metrics), folder(tmp_path / "b", metrics, sha256="b")
+    assert "used different images" in table.markdown([one, two])
+    assert "used different images" not in table.markdown([one])
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    metrics = {"chair": {"test": chair()}}
+    folders = [folder(tmp_path / part / "gift", metrics) for part in ("x", "y")]
+    assert cells(table.markdown(folders))[0][2:] == [str(path) for path in folders]
+
+
+def test_what_is_no_scored_run_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match="is not a run folder"):
+        table.markdown([tmp_path])
+    run = folder(tmp_path / "run", {})
+    (run / "metrics.json").unlink()
+    with pytest.raises(EvalError, match=r"no readable metrics\.json: python -m eval score .*run"):
+        table.markdown([run])
+    with pytest.raises(EvalError, match="no run folder given"):
+        table.markdown([])
