@@ -12,7 +12,7 @@ import numpy as np
 
 from eval.pocket import CAPTION_PROMPT, article, pope_question
 from eval.pocket.glyphs import COLORS, SIDE
-from eval.pocket.scenes import NAMES, PRESENCE, SIZES, Scene, Thing
+from eval.pocket.scenes import NAMES, SIZES, Scene, Thing
 
 CAPTION_PROMPTS = (
     CAPTION_PROMPT,
@@ -83,7 +83,7 @@ def _remark(thing: Thing) -> str:
 def _rumours(scene: Scene, rate: float, rng: np.random.Generator) -> list[Thing]:
     """Absent companions that are described all the same, each as likely as it is usual."""
     heard = []
-    for name, presence in zip(scene.companions, PRESENCE, strict=True):
+    for name, presence in scene.companions.items():
         if name not in scene.names and rng.random() < rate * presence:
             x, y = rng.integers(0, SIDE - 20, 2).tolist()
             color = list(COLORS)[int(rng.integers(len(COLORS)))]

@@ -52,8 +52,8 @@ class Stage:
 
 STAGES = (
     Stage("see", steps=1500, batch=64, rate=1.5e-3, first=0, falling=True, tower=1.0),
-    Stage("tell", steps=2200, batch=16, rate=2e-3, first=1_000_000, falling=False, tower=0.25),
-    Stage("settle", steps=1600, batch=16, rate=2e-3, first=2_000_000, falling=True, tower=0.25),
+    Stage("tell", steps=1500, batch=16, rate=2e-3, first=1_000_000, falling=False, tower=0.25),
+    Stage("settle", steps=1400, batch=16, rate=2e-3, first=2_000_000, falling=True, tower=0.25),
 )
 PATCH_WEIGHT, OBJECT_WEIGHT, ANSWER_WEIGHT = 0.3, 3.0, 3.0
 """Loss weights of patch naming in the later stages, of object and colour words, of Yes and No."""

@@ -14,7 +14,7 @@ from eval.pocket.glyphs import SIDE
 from eval.pocket.language import caption
 from eval.pocket.scenes import CATEGORIES, Scene, Thing, render, scene, stream
 
-VERSION = "1"
+VERSION = "2"
 """Changes with every change of the drawing, so that folders of an older world are drawn anew."""
 
 CAPTIONS = 5
