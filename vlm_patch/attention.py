@@ -1,0 +1,197 @@
+"""How a layer's attention is reached: one function, and what it shows of a call.
+
+It is registered under the library's own name, and only modules that were patched ask for it by that
+name: each gets a shallow copy of its config. Masks, caches, other layers and the vision tower go on
+seeing the stock name.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vlm_patch.errors import PatchError, UnsupportedModelError
+from vlm_patch.model import Layer
+
+NAME = "vlm_patch"
+SLOT = "_vlm_patch"
+UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "cache")
+"""Arguments of rarer attention kinds, whose rows could not be recomputed rightly."""
+
+Stock: TypeAlias = Callable[[], tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class Call:
+    """One call of a layer's attention: query `[B, H, S, D]`, key and value `[B, KV, K, D]`."""
+
+    layer: int
+    module: Any
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: dict[str, Any]
+    stock: Stock
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """Attention weights `[B, H, R, K]` of the rows `[R]`, in float32 or the model's float64."""
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        batch, heads, _, size = self.query.shape
+        groups, keys = self.key.shape[1:3]
+        query = self.query if len(rows) == self.query.shape[2] else self.query[:, :, rows]
+        query = query.to(dtype) * self._scaling(size)
+        packed = query.reshape(batch, groups, -1, size)
+        scores = (packed @ self.key.to(dtype).transpose(2, 3)).view(batch, heads, -1, keys)
+        softcap = self.options.get("softcap")
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        hidden = self._hidden(rows)
+        if hidden is not None:
+            # the lowest number, not -inf: a row of padding sees nothing, and must not become NaN
+            scores = scores.masked_fill(hidden, torch.finfo(dtype).min)
+        elif self.mask is not None:
+            scores = scores + self.mask[:, :, rows].to(dtype)
+        return scores.softmax(-1)
+
+    def output(self, weights: Tensor) -> Tensor:
+        """Head outputs `[B, R, H, Dv]` of weights `[B, H, R, K]`."""
+        batch, heads, rows, keys = weights.shape
+        packed = weights.reshape(batch, self.value.shape[1], -1, keys)
+        output = packed @ self.value.to(weights.dtype)
+        return output.view(batch, heads, rows, -1).transpose(1, 2).to(self.query.dtype)
+
+    def _scaling(self, size: int) -> float:
+        scaling = self.options.get("scaling")
+        return size**-0.5 if scaling is None else float(scaling)
+
+    def _hidden(self, rows: Tensor) -> Tensor | None:
+        """Where a row must not look, broadcastable to `[B, H, R, K]`; None without a mask, or with
+        an additive one.
+        """
+        if self.mask is not None:
+            return ~self.mask[:, :, rows] if self.mask.dtype == torch.bool else None
+        new, keys = self.query.shape[2], self.key.shape[2]
+        causal = self.options.get("is_causal")
+        if causal is None:
+            causal = getattr(self.module, "is_causal", True)
+        if new == 1 or not causal:
+            return None
+        return torch.arange(keys, device=rows.device) > (rows + keys - new)[:, None]
+
+
+class Run(Protocol):
+    """What happens in the attention during one forward."""
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]: ...
+
+
+def check(call: Call) -> None:
+    """Raises where rows cannot be recomputed as the stock kernel computes them."""
+    for name in UNKNOWN_TERMS:
+        if call.options.get(name) is not None:
+            raise UnsupportedModelError(
+                f"layer {call.layer} passes {name!r} to its attention, which this library cannot "
+                "edit; leave that layer out: wrap(model, ..., layers=...)"
+            )
+    if call.mask is not None and not isinstance(call.mask, Tensor):
+        raise UnsupportedModelError(
+            f"layer {call.layer} uses a {type(call.mask).__name__}: load the model with "
+            'attn_implementation="sdpa" or "eager"'
+        )
+    if call.mask is not None and call.mask.ndim != 4:
+        raise UnsupportedModelError(
+            f"layer {call.layer} uses a {call.mask.ndim}-dimensional mask (a flash kernel): load "
+            'the model with attn_implementation="sdpa" or "eager"'
+        )
+    if call.options.get("dropout") and call.module.training:
+        raise PatchError("a patched model cannot train with attention dropout: call model.eval()")
+
+
+class View:
+    """An attention module as its stock function must see it: with the config it came with."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self.__dict__.update(_module=module, config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_module" or name.startswith("__"):  # copying would otherwise recurse for ever
+            raise AttributeError(name)
+        return getattr(self._module, name)
+
+
+class Slot:
+    """What a patched attention module carries. A deep copy or a pickle of it is empty: such a copy
+    is a stock model.
+    """
+
+    def __init__(self, layer: int, current: Callable[[], Run | None] | None) -> None:
+        self.layer, self.current = layer, current
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        return Slot(self.layer, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slot, (self.layer, None)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' attention function for patched modules: `[B, H, S, D]` in, `[B, S, H, Dv]` "
+    "out."""
+    slot: Slot = module.__dict__[SLOT]
+    view = View(module, module.__dict__[SLOT + "_config"])
+
+    def stock() -> tuple[Tensor, Tensor | None]:
+        kernel = ALL_ATTENTION_FUNCTIONS.get(view.config._attn_implementation)
+        if kernel is None:
+            kernel = sys.modules[type(module).__module__].eager_attention_forward
+        result: tuple[Tensor, Tensor | None] = kernel(
+            view, query, key, value, attention_mask, **options
+        )
+        return result
+
+    run = slot.current() if slot.current is not None else None
+    if run is None:
+        return stock()
+    return run.attend(Call(slot.layer, module, query, key, value, attention_mask, options, stock))
+
+
+AttentionInterface.register(NAME, attention)
+
+
+def occupied(layer: Layer) -> bool:
+    """Whether a patch sits on this layer; what a deep copy left behind is none."""
+    slot: Slot | None = layer.attention.__dict__.get(SLOT)
+    return slot is not None and slot.current is not None
+
+
+def install(layer: Layer, current: Callable[[], Run | None], undo: ExitStack) -> None:
+    """Lets a layer's attention go through this file; closing `undo` restores it exactly."""
+    module: Any = layer.attention
+    state = module.__dict__
+    config = state.pop(
+        SLOT + "_config", module.config
+    )  # left behind by a deep copy of a patched model
+    own = copy.copy(config)
+    own._attn_implementation_internal = NAME
+    state[SLOT], state[SLOT + "_config"] = Slot(layer.index, current), config
+    undo.callback(state.pop, SLOT)
+    undo.callback(state.pop, SLOT + "_config")
+    module.config = own
+    undo.callback(setattr, module, "config", config)

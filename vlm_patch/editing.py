@@ -1,0 +1,216 @@
+"""What happens in the attention of one forward: the stock kernel, plus edited rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from vlm_patch.attention import Call, check
+from vlm_patch.method import Forward, Memory, Method, Watcher
+
+WEIGHTS_BUDGET = 64 * 2**20
+"""Bytes of explicit attention weights held at once; more rows are done in chunks."""
+
+
+@dataclass
+class Watching:
+    """A pass of the stock model for a method that looks on."""
+
+    watcher: Watcher
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        output, weights = call.stock()
+        if self.watcher.heads is not None:
+            self.watcher.heads(call.layer, output)
+        if self.watcher.weights is not None and self.watcher.rows is not None:
+            self.watcher.weights(
+                call.layer, call.weights(self.watcher.rows), call.value, call.module
+            )
+        return output, weights
+
+
+@dataclass
+class Active:
+    """A method in one forward. heads: by layer that is on, the heads that are `[H]`, None for all
+    of them.
+    """
+
+    method: Method
+    memory: Memory
+    heads: dict[int, Tensor | None]
+
+
+@dataclass
+class Task:
+    """What a method does in a layer: edits rows (or else watches them); mask `[B, S]` of the "
+    "rows."""
+
+    active: Active
+    edits: bool
+    mask: Tensor
+    heads: Tensor | None
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        return self.active.method.name, self.edits
+
+
+@dataclass
+class Part:
+    """What a task does in a chunk of rows. index `[r]`: its rows in the chunk, None for all of
+    them. mask `[B, r]`: per sample, None for all. task: its place in the layer's tasks.
+    """
+
+    task: int
+    index: Tensor | None
+    mask: Tensor | None
+
+
+Plan: TypeAlias = list[tuple[Tensor, list[Part]]]
+"""Chunks of rows `[R]` and what is done to them."""
+
+
+@dataclass
+class Editing:
+    """A forward in which methods act, in the order given.
+
+    whole: by method, whether every sample's new token is edited; kept over a generation, so that no
+    step has to ask the device.
+    """
+
+    forward: Forward
+    actives: list[Active]
+    whole: dict[str, bool]
+
+    def __post_init__(self) -> None:
+        self._edited = [active.method.edited(self.forward) for active in self.actives]
+        self._watched = [active.method.watched(self.forward) for active in self.actives]
+        self._plans: dict[tuple[tuple[str, bool], ...], Plan] = {}
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        tasks = list(self._tasks(call.layer))
+        loud = [active for active in self.actives if call.layer in active.heads]
+        if not tasks and not loud:
+            return call.stock()
+        check(call)
+        output = self._rows(call, tasks)
+        for active in loud:
+            gain = self._gain(call.layer, output, active)
+            if gain is not None:
+                output = output * gain.to(output.dtype)[:, None, :, None]
+        return output, None
+
+    def _gain(self, layer: int, output: Tensor, active: Active) -> Tensor | None:
+        gain = active.method.output_gain(layer, output, self.forward, active.memory)
+        heads = active.heads[layer]
+        return gain if gain is None or heads is None else torch.where(heads, gain, 1.0)
+
+    def _tasks(self, layer: int) -> Iterator[Task]:
+        for active, edited, watched in zip(self.actives, self._edited, self._watched, strict=True):
+            if watched is not None and watched[0] == layer:
+                yield Task(active, False, watched[1], None)
+            if edited is not None and layer in active.heads:
+                yield Task(active, True, edited, active.heads[layer])
+
+    def _plan(self, call: Call, tasks: list[Task]) -> Plan:
+        """The same for every layer with the same tasks."""
+        key = tuple(task.key for task in tasks)
+        if key not in self._plans:
+            batch, heads, _, _ = call.query.shape
+            row_bytes = 4 * batch * heads * call.key.shape[2]
+            self._plans[key] = self._chunks(tasks, max(1, WEIGHTS_BUDGET // row_bytes))
+        return self._plans[key]
+
+    def _chunks(self, tasks: list[Task], size: int) -> Plan:
+        """The rows that some task wants, in chunks of at most `size` rows."""
+        if not tasks:
+            return []
+        device = tasks[0].mask.device
+        if tasks[0].mask.shape[1] == 1:
+            parts = [Part(i, None, self._step_mask(task)) for i, task in enumerate(tasks)]
+            return [(torch.zeros(1, dtype=torch.long, device=device), parts)]
+        union = torch.stack([task.mask.any(0) for task in tasks]).any(0).nonzero().flatten()
+        return [(rows, _parts(tasks, rows)) for rows in torch.split(union, size) if len(rows)]
+
+    def _step_mask(self, task: Task) -> Tensor | None:
+        name = task.active.method.name
+        if name not in self.whole:
+            self.whole[name] = bool(task.mask.all())
+        return None if self.whole[name] else task.mask
+
+    def _rows(self, call: Call, tasks: list[Task]) -> Tensor:
+        """The head outputs `[B, S, H, Dv]`: stock, with the edited rows in their place."""
+        output: Tensor | None = None
+        for rows, parts in self._plan(call, tasks):
+            weights = call.weights(rows)
+            for part in parts:
+                weights = self._apply(call.layer, weights, rows, part, tasks[part.task])
+            edits = [(part, tasks[part.task].heads) for part in parts if tasks[part.task].edits]
+            if not edits:
+                continue
+            new = call.output(weights)
+            everything = any(
+                p.index is None and p.mask is None and heads is None for p, heads in edits
+            )
+            if everything and call.query.shape[2] == 1:
+                return new
+            output = _writable(call) if output is None else output
+            if not everything:
+                keep = _written(edits, new.shape[:3], new.device)
+                new = torch.where(keep[..., None], new, output[:, rows])
+            output[:, rows] = new
+        return call.stock()[0] if output is None else output
+
+    def _apply(self, layer: int, weights: Tensor, rows: Tensor, part: Part, task: Task) -> Tensor:
+        mine = weights if part.index is None else weights[:, :, part.index]
+        method, memory = task.active.method, task.active.memory
+        if not task.edits:
+            watched = rows if part.index is None else rows[part.index]
+            method.observe(layer, mine, watched, self.forward, memory)
+            return weights
+        new = method.weights(layer, mine, self.forward, memory)
+        if part.mask is not None:
+            new = torch.where(part.mask[:, None, :, None], new, mine)
+        if task.heads is not None:
+            new = torch.where(task.heads[:, None, None], new, mine)
+        return new if part.index is None else weights.index_copy(2, part.index, new)
+
+
+def _writable(call: Call) -> Tensor:
+    """The stock output; a copy where autograd still needs the original."""
+    output, _ = call.stock()
+    return output.clone() if output.requires_grad else output
+
+
+def _written(
+    edits: list[tuple[Part, Tensor | None]], shape: torch.Size, device: torch.device
+) -> Tensor:
+    """Which rows and heads of a chunk some method edits, `[B, R, H]`."""
+    keep = torch.zeros(shape, dtype=torch.bool, device=device)
+    for part, heads in edits:
+        mask = torch.ones((), dtype=torch.bool, device=device)
+        if part.mask is not None:
+            mask = mask & part.mask[:, :, None]
+        if heads is not None:
+            mask = mask & heads
+        if part.index is None:
+            keep |= mask
+        else:
+            keep[:, part.index] |= mask
+    return keep
+
+
+def _parts(tasks: list[Task], rows: Tensor) -> list[Part]:
+    parts = []
+    for i, task in enumerate(tasks):
+        here = task.mask[:, rows]
+        index = here.any(0).nonzero().flatten()
+        if len(index):
+            here = here[:, index]
+            everywhere = len(index) == len(rows)
+            parts.append(Part(i, None if everywhere else index, None if here.all() else here))
+    return parts

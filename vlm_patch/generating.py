@@ -1,0 +1,59 @@
+"""Stands before a wrapped model's `generate`, and refuses what would go wrong in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from vlm_patch.errors import PatchError
+
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "assistant_model": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "use_mtp": (None, False),
+    "prefill_chunk_size": (None,),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "guidance_scale": (None, 1, 1.0),
+    "custom_generate": (None,),
+    "use_cache": (None, True),
+    "cache_implementation": (None, "dynamic"),
+    "output_attentions": (None, False),
+}
+"""The values that generation options may have; the last of each is the one that messages name."""
+
+
+class Generate:
+    """The model's `generate` behind a check; in a deep copy or a pickle of the model it is plain.
+
+    active: whether any method is on.
+    """
+
+    def __init__(self, model: nn.Module, active: Callable[[], bool] | None) -> None:
+        self.model, self.active = model, active
+        self.__wrapped__ = type(model).generate.__get__(model)  # type: ignore[attr-defined]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.active is not None and self.active():
+            check_options(kwargs, self.model.generation_config)
+        return self.__wrapped__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
+        return Generate(memo[id(self.model)], None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Generate, (self.model, None)
+
+
+def check_options(kwargs: dict[str, Any], default: Any) -> None:
+    """Raises PatchError for a way of generating in which methods would go wrong in silence."""
+    config = kwargs.get("generation_config") or default
+    for name, supported in SUPPORTED.items():
+        found = kwargs[name] if name in kwargs else getattr(config, name, None)
+        if found not in supported:
+            raise PatchError(
+                f"generate({name}={found!r}) is not supported on a patched model by this version: "
+                f"leave {name} at {supported[-1]!r}, or generate inside `with patch.disabled():`"
+            )

@@ -1,0 +1,318 @@
+"""Which key is image, question or text, sample by sample; follows one generation through its
+forwards.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_patch.errors import PatchError
+from vlm_patch.method import Forward, Memory
+from vlm_patch.question import QuestionReader
+
+
+@dataclass
+class Generation:
+    """What is remembered of one generation; it travels with the cache, also through a deep copy.
+
+    owner: the patch that made it. image, query, content `[B, K]` (bool). memory: of each method, by
+    name. whole: see `attention.Editing`.
+    """
+
+    owner: int
+    image: Tensor
+    query: Tensor
+    content: Tensor
+    memory: dict[str, Memory] = field(default_factory=dict)
+    whole: dict[str, bool] = field(default_factory=dict)
+
+    def reorder(self, index: Tensor) -> None:
+        """Follows the cache when beams are reordered; index `[B]`."""
+        index = index.to(self.image.device)
+        self.image, self.query, self.content = (
+            mask.index_select(0, index) for mask in (self.image, self.query, self.content)
+        )
+        for memory in self.memory.values():
+            for key, tensor in memory.items():
+                memory[key] = tensor.index_select(0, index)
+
+
+@dataclass
+class _Reordering:
+    """Stands in for `cache.reorder_cache`, so that what is remembered follows the beams."""
+
+    cache: Any
+    generation: Generation
+
+    def __call__(self, beam_idx: Tensor) -> None:
+        type(self.cache).reorder_cache(self.cache, beam_idx)
+        self.generation.reorder(beam_idx)
+
+
+def attach(cache: Any, generation: Generation) -> None:
+    """Lets a generation travel with its cache."""
+    cache.vlm_patch = generation
+    cache.reorder_cache = _Reordering(cache, generation)
+
+
+@dataclass
+class Given:
+    """Masks given by hand for the prompts of a `with patch.prompt(...)` block, `[batch, prompt
+    length]` (bool).
+    """
+
+    image: Tensor | None = None
+    query: Tensor | None = None
+
+
+@dataclass
+class _Pending:
+    """What the hook on the whole model saw of the forward that is about to reach the decoder."""
+
+    ids: Tensor | None
+    images: bool
+    mask: Tensor | None
+
+
+class Layout(threading.local):
+    """Turns the inputs of the model and of its decoder into a `Forward`; one state per thread."""
+
+    def __init__(self, owner: int, image_ids: Sequence[int], reader: QuestionReader | None) -> None:
+        self.owner, self.image_ids, self.reader = owner, image_ids, reader
+        self.given: Given | None = None
+        self.pending: _Pending | None = None
+        self.said: set[str] = set()
+
+    def see_model(self, kwargs: Mapping[str, Any]) -> None:
+        """Called before the whole model runs: the only place where token ids and images are "
+        "seen."""
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        images = bool(kwargs.get("mm_encoder_outputs")) or any(
+            value is not None for name, value in kwargs.items() if name.startswith("pixel_values")
+        )
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.pending = _Pending(ids, images, mask)
+
+    def see_decoder(
+        self, kwargs: dict[str, Any], question: bool, words: str | Tensor
+    ) -> tuple[Forward, Generation]:
+        """Called before the decoder runs, which it always does. Raises PatchError where the layout
+        cannot be told.
+
+        question: whether a method wants to know the question; words: what it calls content (see
+        `GIFT`).
+        """
+        pending, self.pending = self.pending, None
+        embeds = kwargs.get("inputs_embeds")
+        hidden = embeds if embeds is not None else kwargs["input_ids"]
+        batch, rows = hidden.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        valid = self._valid(kwargs, pending, batch, rows, hidden.device)
+        generation = self._generation(cache, past, batch, hidden.device)
+        reading = past == 0 or rows > 1
+        if reading:
+            generation.whole.clear()
+
+        image = torch.zeros(batch, rows, dtype=torch.bool, device=hidden.device)
+        query = content = image
+        if reading:
+            if not valid[:, -1].all():
+                raise PatchError(
+                    "a prompt ends in padding: found right padding, expected left padding. Set "
+                    'processor.tokenizer.padding_side = "left".'
+                )
+            image = self._image(pending, past, image)
+            if question:
+                query, content = self._question(pending, words, past, image, generation, valid)
+                generation.query = torch.zeros_like(generation.query)
+                generation.content = torch.zeros_like(generation.content)
+        seen_before = generation.image.any(1, keepdim=True)
+        text = ~image & valid & (seen_before | (image.cumsum(1) > 0))
+        generation.image = torch.cat((generation.image, image), 1)
+        generation.query = torch.cat((generation.query, query), 1)
+        generation.content = torch.cat((generation.content, content), 1)
+        last = torch.zeros_like(image)
+        last[:, -1] = True
+        seen = generation.image.any(1)
+        if reading:
+            self._check_seen(seen)
+        forward = Forward(
+            past=past,
+            image=generation.image,
+            query=generation.query,
+            content=generation.content,
+            valid=valid,
+            text=text,
+            last=last,
+            seen=seen,
+            reading=reading,
+            inputs=kwargs,
+        )
+        return forward, generation
+
+    def _valid(
+        self,
+        kwargs: Mapping[str, Any],
+        pending: _Pending | None,
+        batch: int,
+        rows: int,
+        device: torch.device,
+    ) -> Tensor:
+        mask = kwargs.get("attention_mask")
+        if not (isinstance(mask, Tensor) and mask.ndim == 2):
+            mask = pending.mask if pending is not None else None
+        if mask is None or mask.shape[0] != batch:
+            return torch.ones(batch, rows, dtype=torch.bool, device=device)
+        return mask[:, -rows:].to(device).bool()
+
+    def _generation(self, cache: Any, past: int, batch: int, device: torch.device) -> Generation:
+        """The generation that this forward continues, cut to the cached tokens, or a new one."""
+        if past == 0:
+            empty = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+            return Generation(self.owner, empty, empty, empty)
+        generation = getattr(cache, "vlm_patch", None)
+        if generation is None or generation.owner != self.owner or generation.image.shape[1] < past:
+            raise PatchError(
+                f"the cache holds {past} tokens that this patch did not see: it was off, or not "
+                "put on, when they were read. Start from the prompt with an empty cache."
+            )
+        if generation.image.shape[0] != batch:
+            raise PatchError(
+                f"the cache was filled with a batch of {generation.image.shape[0]}, this forward "
+                f"has {batch}. Start from the prompt with an empty cache."
+            )
+        kept: Generation = generation
+        kept.image, kept.query, kept.content = (
+            mask[:, :past] for mask in (kept.image, kept.query, kept.content)
+        )
+        return kept
+
+    def _image(self, pending: _Pending | None, past: int, empty: Tensor) -> Tensor:
+        if self.given is not None and self.given.image is not None:
+            return self._by_hand(self.given.image, "image", past, empty)
+        if pending is None or pending.ids is None:
+            raise PatchError(
+                "the image tokens of this prompt cannot be told: the model was called with "
+                "inputs_embeds, or not through its own forward or generate. Call the wrapped "
+                "model with input_ids, or give the mask: with patch.prompt(image=mask, "
+                "query=mask)."
+            )
+        if not pending.images:
+            return empty
+        found = torch.zeros_like(pending.ids, dtype=torch.bool)
+        for token in self.image_ids:
+            found |= pending.ids == token
+        return found.to(empty.device)
+
+    def _by_hand(self, mask: Tensor, name: str, past: int, empty: Tensor) -> Tensor:
+        """A mask over the whole padded prompt, repeated for beams and return sequences, cut to the
+        new rows.
+        """
+        batch, rows = empty.shape
+        if mask.dtype != torch.bool or mask.ndim != 2:
+            raise PatchError(
+                f"{name} mask: found {mask.dtype} of shape {tuple(mask.shape)}, expected bool "
+                "[batch, prompt length]"
+            )
+        if mask.shape[1] != past + rows or batch % max(1, mask.shape[0]):
+            raise PatchError(
+                f"{name} mask: found shape {tuple(mask.shape)}, but the prompt is {past + rows} "
+                f"tokens long (padding included) in a batch of {batch}"
+            )
+        return mask.to(empty.device).repeat_interleave(batch // mask.shape[0], 0)[:, past:]
+
+    def _question(
+        self,
+        pending: _Pending | None,
+        words: str | Tensor,
+        past: int,
+        image: Tensor,
+        generation: Generation,
+        valid: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The query and its content words `[B, S]` of a prompt; see `GIFT` for the rules."""
+        ids = pending.ids if pending is not None else None
+        after = self._after_image(image, past, valid)
+        if self.given is not None and self.given.query is not None:
+            query = self._by_hand(self.given.query, "query", past, image)
+        elif self.reader is None or ids is None:
+            query = after
+            self._say(
+                "no processor",
+                "No processor was given to wrap, so the question cannot be told from the text "
+                "around it: all text after the image counts as the question, and all of its "
+                "words as content. Pass wrap(..., processor=processor).",
+            )
+        else:
+            query = self._spans(self.reader, ids, after)
+        if past:
+            seen = generation.image.any(1, keepdim=True) | image.any(1, keepdim=True)
+        else:
+            seen = image.cumsum(1) > 0
+        query = query & seen & ~image
+        if isinstance(words, Tensor):
+            content = query & self._by_hand(words, "words", past, image)
+        elif self.reader is None or ids is None:
+            content = query
+        else:
+            content = self._content(self.reader, ids, query, words)
+        if past:
+            content = content.clone()
+            content[:, 0] = False  # its predecessor was read in an earlier forward
+        return query, torch.where(content.any(1, keepdim=True), content, query)
+
+    def _after_image(self, image: Tensor, past: int, valid: Tensor) -> Tensor:
+        """Text after the last image token; in a later turn without an image all but the answer's
+        last token.
+        """
+        later_image = image.flip(1).cumsum(1).flip(1) > 0
+        after = ~later_image & valid
+        if past:
+            after[:, 0] = False
+        return after
+
+    def _spans(self, reader: QuestionReader, ids: Tensor, after: Tensor) -> Tensor:
+        query = torch.zeros_like(after)
+        for sample, tokens in enumerate(ids.tolist()):
+            span = reader.span(tokens)
+            if span is None:
+                query[sample] = after[sample]
+                self._say(
+                    "template",
+                    "A prompt does not follow the processor's chat template, so all text after "
+                    "the image counts as its question. Render prompts with "
+                    "processor.apply_chat_template, or give masks: patch.prompt(query=mask).",
+                )
+            else:
+                query[sample, span[0] : span[1]] = True
+        return query
+
+    def _content(self, reader: QuestionReader, ids: Tensor, query: Tensor, words: str) -> Tensor:
+        content = torch.zeros_like(query)
+        for sample, tokens in enumerate(ids.tolist()):
+            where = query[sample].nonzero().flatten()
+            marks = reader.content([tokens[i] for i in where.tolist()], words)
+            content[sample, where] = torch.tensor(marks, dtype=torch.bool, device=query.device)
+        return content
+
+    def _check_seen(self, seen: Tensor) -> None:
+        if not seen.all():
+            self._say(
+                "no image",
+                f"{int((~seen).sum())} of {len(seen)} prompts hold no image: they run as in the "
+                "stock model.",
+            )
+
+    def _say(self, key: str, message: str) -> None:
+        """Warns once per patch."""
+        if key not in self.said:
+            self.said.add(key)
+            warnings.warn(message, stacklevel=2)

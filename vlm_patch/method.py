@@ -1,0 +1,169 @@
+"""What a method is, and what it is shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor
+
+Memory: TypeAlias = dict[tuple[str, int], Tensor]
+"""What one method remembers of one generation, by name and layer.
+
+Every tensor has the batch first, so that beams can be reordered without knowing what it is."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method may know of the model when it fills in its defaults.
+
+    profile: the published defaults of this method for this model, empty where none are known.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    profile: Mapping[str, Any]
+
+
+@dataclass
+class Forward:
+    """One forward of the decoder: B samples, S new rows, K keys so far (`past` cached ones and the
+    S new).
+
+    All masks are bool. image, query, content `[B, K]`: keys that are image tokens, tokens of the
+    user's question, and its content words. valid, text, last `[B, S]`: rows that are no padding;
+    rows of text after the first image token (generated ones too); rows that predict the next token.
+    seen `[B]`: samples with an image. reading: the rows hold a new question, and this is the pass
+    in which methods look at how it is read.
+    """
+
+    past: int
+    image: Tensor
+    query: Tensor
+    content: Tensor
+    valid: Tensor
+    text: Tensor
+    last: Tensor
+    seen: Tensor
+    reading: bool
+    inputs: dict[str, Any] = field(repr=False)
+
+    @property
+    def new(self) -> slice:
+        """Where the S new rows stand among the K keys."""
+        return slice(self.past, self.image.shape[1])
+
+
+@dataclass
+class Watcher:
+    """Looks on during a pass of the stock model that a method asked for; all callbacks are
+    optional.
+
+    block(layer, hidden `[B, S, D]`): the residual stream entering a block. heads(layer, output `[B,
+    S, H, Dv]`): head outputs before the output projection. weights(layer, weights `[B, H, R, K]`,
+    value `[B, KV, K, Dv]`, attention module): rows `rows` `[R]`.
+    """
+
+    block: Callable[[int, Tensor], None] | None = None
+    heads: Callable[[int, Tensor], None] | None = None
+    weights: Callable[[int, Tensor, Tensor, Any], None] | None = None
+    rows: Tensor | None = None
+
+
+StockPass: TypeAlias = Callable[[dict[str, Any], Watcher], None]
+"""Runs the decoder once more on the given inputs, without cache and with every method off."""
+
+
+class Method:
+    """A training-free edit of attention. Subclasses are frozen dataclasses; the fields are the
+    hyperparameters.
+
+    Within a layer the core computes the weights of the rows that methods edit or watch, calls
+    `observe` and `weights` of each method in the order given, multiplies with the values, and asks
+    for `output_gain`. It also applies the head table, batching, padding and the cache: a method
+    never sees any of these. `reads_blocks` asks for `block_input`, `reads_question` for the masks
+    query and content; `words` says what counts as content.
+    """
+
+    name: ClassVar[str]
+    reads_blocks: ClassVar[bool] = False
+    reads_question: ClassVar[bool] = False
+    words: str | Tensor = "all"
+
+    def fit(self, facts: Facts) -> tuple[Method, list[str]]:
+        """Self with every None filled in, and what had to be scaled from another model, in "
+        "words."""
+        return self, []
+
+    def own_layers(self, depth: int) -> list[int]:
+        """The layers it acts on by default."""
+        return list(range(depth))
+
+    def settles(self, forward: Forward) -> bool:
+        """Whether it chooses something in this forward by its last row."""
+        return False
+
+    def look(self, forward: Forward, memory: Memory, layers: list[int], run: StockPass) -> Method:
+        """Called before a prompt runs, for passes of its own; `layers` are the ones switched on."""
+        return self
+
+    def begin(self, forward: Forward, memory: Memory) -> None:
+        """Called when a forward starts: the place to forget the prompt before."""
+
+    def block_input(self, layer: int, hidden: Tensor, forward: Forward, memory: Memory) -> None:
+        """Shown the residual stream `[B, S, D]` entering a block, if `reads_blocks`."""
+
+    def edited(self, forward: Forward) -> Tensor | None:
+        """The rows `[B, S]` whose weights it rewrites, or None."""
+        return None
+
+    def watched(self, forward: Forward) -> tuple[int, Tensor] | None:
+        """A layer, and the rows `[B, S]` that it must be shown there."""
+        return None
+
+    def observe(
+        self, layer: int, weights: Tensor, rows: Tensor, forward: Forward, memory: Memory
+    ) -> None:
+        """Shown the weights `[B, H, R, K]` of the watched rows, `rows` `[R]` being their indices in
+        the forward.
+        """
+
+    def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
+        """New weights for the edited rows, `[B, H, R, K]` float32, K being the newest keys of
+        `forward`.
+        """
+        return weights
+
+    def output_gain(
+        self, layer: int, output: Tensor, forward: Forward, memory: Memory
+    ) -> Tensor | None:
+        """A gain `[B, H]` for the head outputs `[B, S, H, Dv]` of all rows, or None."""
+        return None
+
+
+def check_number(
+    name: str, value: float, low: float = -math.inf, high: float = math.inf, above: bool = False
+) -> None:
+    """Raises ValueError unless `value` is a finite number in [low, high] (in (low, high] if
+    `above`).
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (above and value == low):
+        wanted = {
+            (-math.inf, math.inf): "a finite number",
+            (low, math.inf): f"a finite number {'above' if above else 'of at least'} {low:g}",
+        }.get((low, high), f"a number from {low:g} to {high:g}")
+        raise ValueError(f"{name}: found {value!r}, expected {wanted}")
+
+
+def check_whole(name: str, value: int, size: int | None = None) -> None:
+    """Raises ValueError unless `value` is a whole number of at least 0, and below `size` where that
+    is known.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}: found {value!r}, expected a whole number of at least 0")
+    if size is not None and value >= size:
+        raise ValueError(f"{name}: found {value}, but this model has only 0 to {size - 1}")

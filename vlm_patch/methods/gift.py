@@ -1,0 +1,222 @@
+"""GIFT: gaze shift-guided fusion enhancement. Qi et al., ICML 2026,
+https://arxiv.org/abs/2510.22067.
+
+Where the model's gaze on the image moves while it reads the question, it looks harder while it
+answers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_patch.errors import PatchError
+from vlm_patch.method import Facts, Forward, Memory, Method, check_number, check_whole
+
+
+def positive_change(weights: Tensor) -> Tensor:
+    """D[i, j] = max(a[i, j] - a[i-1, j], 0) for consecutive rows `[..., R, K]`; returns `[..., R-1,
+    K]`.
+    """
+    return weights.diff(dim=-2).clamp_min(0)
+
+
+def top_heads(mass: Tensor, fraction: float = 0.5) -> Tensor:
+    """The floor(fraction * H) heads, at least one, with the largest mass `[..., H]`; bool, ties to
+    the lowest index.
+    """
+    count = max(1, math.floor(fraction * mass.shape[-1]))
+    rank = mass.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
+    return rank < count
+
+
+def saliency_gain(saliency: Tensor, image: Tensor, alpha: float) -> Tensor:
+    """g[j] = exp(alpha * S^[j]): the map clipped to mean +- 3 sd over the image tokens, then scaled
+    to [0, 1].
+
+    saliency, image (bool) `[..., K]`; sd has divisor n - 1. Returns `[..., K]` in [1, e^alpha]; 1
+    outside the image and everywhere for a flat map.
+    """
+    count = image.sum(-1, keepdim=True)
+    mean = (saliency * image).sum(-1, keepdim=True) / count.clamp_min(1)
+    square = ((saliency - mean).square() * image).sum(-1, keepdim=True)
+    sd = (square / (count - 1).clamp_min(1)).sqrt()
+    clipped = saliency.clamp(mean - 3 * sd, mean + 3 * sd)
+    low = clipped.masked_fill(~image, math.inf).amin(-1, keepdim=True)
+    high = clipped.masked_fill(~image, -math.inf).amax(-1, keepdim=True)
+    flat = ~image | (high <= low)
+    scaled = ((clipped - low) / (high - low)).masked_fill(flat, 0.0)
+    return (alpha * scaled).exp()
+
+
+def amplify(
+    weights: Tensor,
+    image: Tensor,
+    query: Tensor,
+    gain: Tensor,
+    beta: float = 1.0,
+    head_fraction: float = 0.5,
+) -> Tensor:
+    """Sharpens the gaze by the map and lets the question keep pace with it (paper, section 3).
+
+    weights `[B, H, R, K]`: attention after the softmax. image, query (bool), gain `[B, K]`. In the
+    heads with the largest image mass the image weights are multiplied by the gain; r is the pooled
+    ratio of new to old image mass of these heads, one number per row; in the heads with the largest
+    query mass the query weights are multiplied by beta * r; then every edited row is divided by its
+    sum.
+    """
+    visual, asked = image[:, None, None], query[:, None, None]
+    gain = torch.where(visual, gain[:, None, None].to(weights.dtype), 1.0)
+    mass = (weights * visual).sum(-1)
+    lifted = (weights * visual * gain).sum(-1)
+    looking = top_heads(mass.transpose(1, 2), head_fraction).transpose(1, 2)
+    reading = top_heads((weights * asked).sum(-1).transpose(1, 2), head_fraction).transpose(1, 2)
+    before = (mass * looking).sum(1, keepdim=True)
+    ratio = torch.where(before > 0, (lifted * looking).sum(1, keepdim=True) / before, 1.0)
+    new = weights * torch.where(looking[..., None], gain, 1.0)
+    new = new * torch.where(reading[..., None] & asked, beta * ratio[..., None], 1.0)
+    total = new.sum(-1, keepdim=True)
+    changed = (looking | reading)[..., None] & (total > 0)
+    return torch.where(changed, new / total, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class GIFT(Method):
+    """Looks harder, while answering, at what the question made the model look at.
+
+    alpha: strength; 0 changes nothing; None for the published value. beta: how far the question
+    keeps pace with the image, 1 fully. saliency_layer: where the gaze is read; layers: where it is
+    enhanced; None for the published ones, or the layer below the middle third and the middle third.
+    head_fraction: share of heads taken in each choice. words: "content" (the question without
+    English function words), "spacy" (nouns, verbs, adjectives, adverbs, numbers by spaCy's
+    en_core_web_sm), "all", or a bool mask `[batch, prompt length]`. Raises ValueError on values out
+    of range.
+    """
+
+    name: ClassVar[str] = "gift"
+    reads_question: ClassVar[bool] = True
+
+    alpha: float | None = None
+    beta: float = 1.0
+    saliency_layer: int | None = None
+    layers: Sequence[int] | None = None
+    head_fraction: float = 0.5
+    words: str | Tensor = "content"
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None:
+            check_number("GIFT alpha", self.alpha)
+        check_number("GIFT beta", self.beta, 0)
+        check_number("GIFT head_fraction", self.head_fraction, 0, 1)
+        if self.saliency_layer is not None:
+            check_whole("GIFT saliency_layer", self.saliency_layer)
+        for layer in self.layers or ():
+            check_whole("GIFT layers", layer)
+        if isinstance(self.words, Tensor):
+            if self.words.dtype != torch.bool or self.words.ndim != 2:
+                raise ValueError(
+                    f"GIFT words: found {self.words.dtype} of shape {tuple(self.words.shape)}, "
+                    "expected a bool mask [batch, prompt length]"
+                )
+        elif self.words not in ("content", "spacy", "all"):
+            raise ValueError(
+                f'GIFT words: found {self.words!r}, expected "content", "spacy", "all" or a mask'
+            )
+
+    def fit(self, facts: Facts) -> tuple[Method, list[str]]:
+        third = max(1, facts.depth // 3)
+        scaled = {
+            "alpha": 4.0,
+            "layers": tuple(range(third, max(third + 1, 2 * third))),
+            "saliency_layer": third - 1,
+        }
+        missing = [name for name in scaled if getattr(self, name) is None]
+        notes = [f"GIFT {name}={scaled[name]}" for name in missing if name not in facts.profile]
+        fitted = replace(self, **{n: facts.profile.get(n, scaled[n]) for n in missing})
+        check_whole("GIFT saliency_layer", fitted.saliency_layer or 0, facts.depth)
+        for layer in fitted.layers or ():
+            check_whole("GIFT layers", layer, facts.depth)
+        return fitted, notes
+
+    def own_layers(self, depth: int) -> list[int]:
+        return list(self.layers or ())
+
+    def begin(self, forward: Forward, memory: Memory) -> None:
+        if not forward.reading:
+            return
+        memory.clear()
+        blind = forward.seen & ~forward.query.any(1)
+        if blind.any():
+            warnings.warn(
+                f"GIFT leaves {int(blind.sum())} of {len(blind)} prompts as they are: the "
+                "question stands before the image (or there is none), so no gaze can shift over "
+                "the image. Put the image first.",
+                stacklevel=2,
+            )
+
+    def edited(self, forward: Forward) -> Tensor | None:
+        return forward.last & (forward.seen & forward.query.any(1))[:, None]
+
+    def watched(self, forward: Forward) -> tuple[int, Tensor] | None:
+        """Rows of content words and the rows before them."""
+        if not forward.reading:
+            return None
+        content = forward.content[:, forward.new]
+        before = torch.nn.functional.pad(content[:, 1:], (0, 1))
+        return self.saliency_layer or 0, content | before
+
+    def observe(
+        self, layer: int, weights: Tensor, rows: Tensor, forward: Forward, memory: Memory
+    ) -> None:
+        """Adds up the positive change of the content rows per head and key; may be called in chunks
+        of rows.
+        """
+        keys = weights.shape[-1]
+        before = memory.get(("row before", 0))
+        if before is not None:
+            weights = torch.cat((before, weights), 2)
+        else:
+            rows = rows[1:]
+        memory["row before", 0] = weights[:, :, -1:]
+        # two watched rows in sequence are neighbours wherever the later one is a content row with a
+        # row before it
+        content = forward.content[:, forward.new][:, rows]
+        change = positive_change(weights) * content[:, None, :, None]
+        change = change.sum(2) * forward.image[:, None, -keys:]
+        total = memory.get(("change", 0))
+        memory["change", 0] = change if total is None else total + change
+
+    def gain(self, forward: Forward, memory: Memory) -> Tensor:
+        """The gain `[B, K]` of this generation's map; 1 on keys newer than the prompt."""
+        if ("gain", 0) not in memory:
+            if ("change", 0) not in memory:
+                raise PatchError(
+                    "gift is on, but was off when the prompt was read, so it has no map. Switch "
+                    "it on before the prompt."
+                )
+            change = memory["change", 0]
+            kept = top_heads(change.sum(-1), self.head_fraction)
+            saliency = (change * kept[..., None]).sum(1)
+            image = forward.image[:, : saliency.shape[-1]]
+            gain = saliency_gain(saliency, image, self.alpha or 0.0)
+            memory.clear()
+            memory["gain", 0] = gain
+        gain = memory["gain", 0]
+        return torch.nn.functional.pad(gain, (0, forward.image.shape[1] - gain.shape[1]), value=1.0)
+
+    def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
+        keys = weights.shape[-1]
+        return amplify(
+            weights,
+            forward.image[:, -keys:],
+            forward.query[:, -keys:],
+            self.gain(forward, memory)[:, -keys:],
+            self.beta,
+            self.head_fraction,
+        )

@@ -1,0 +1,193 @@
+"""VAR: visual attention redistribution. Kang et al., ICLR 2025, https://arxiv.org/abs/2503.03321.
+
+Attention that sinks into tokens without meaning is given to the image tokens that have one.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_patch.errors import PatchError
+from vlm_patch.method import (
+    Facts,
+    Forward,
+    Memory,
+    Method,
+    StockPass,
+    check_number,
+    check_whole,
+)
+from vlm_patch.methods.sinks import discover, scaled_tau
+
+
+def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
+    """How far the sink channels stick out of a residual stream (paper, equation 5).
+
+    hidden `[..., D]`: the stream entering a block, before its norm. dims: the sink channels.
+    Returns `[...]`: max over dims of |x[d]| / RMS(x), at most sqrt(D); a zero vector scores 0.
+    """
+    rms = (hidden.square().mean(-1) + eps).sqrt()
+    peak = hidden[..., list(dims)].abs().amax(-1)
+    return torch.where(rms > 0, peak / rms, 0.0)
+
+
+def redistribute(
+    weights: Tensor,
+    image: Tensor,
+    sinks: Tensor,
+    move_fraction: float = 0.6,
+    rho_nonsink: float = 0.5,
+    min_image_mass: float = 0.2,
+    require_visual_sink: bool = False,
+    release: bool = False,
+) -> Tensor:
+    """Moves a fraction of the sink attention to image tokens that are no sinks, in image-centric
+    heads.
+
+    weights `[B, H, R, K]`: attention after the softmax. image, sinks `[B, K]` (bool): image tokens;
+    sinks, text ones too. With V the image keys, S the sinks and N = V without S, a head's row is
+    edited if its image mass sum_V a is at least min_image_mass and sum_N a / sum_V a is at least
+    rho_nonsink; then a' = (1 - move_fraction) a on S, a' = g a on N with g = 1 + move_fraction *
+    sum_S a / sum_N a, and a' = a elsewhere (paper, equations 6 to 8). Row sums are kept. release:
+    the ratio as the release computes it, with 1e-6 added to every image weight below the line.
+    """
+    groups = torch.stack((image, sinks, image & ~sinks), -1)[:, None].to(weights.dtype)
+    mass_image, mass_sinks, mass_rest = (weights @ groups).unbind(-1)
+    if release:
+        floor = 1e-6 * groups[..., 0].sum(-1, keepdim=True)
+        steady = (mass_image - mass_rest) / (mass_image + floor) <= 1 - rho_nonsink
+    else:
+        steady = mass_rest >= rho_nonsink * mass_image
+    chosen = steady & (mass_image >= min_image_mass) & (mass_image > 0) & (mass_rest > 0)
+    if require_visual_sink:
+        chosen = chosen & (image & sinks).any(-1)[:, None, None]
+    moved = move_fraction * mass_sinks
+    change = torch.stack((torch.full_like(moved, -move_fraction), moved / mass_rest), -1)
+    change = change.masked_fill(~chosen[..., None], 0.0)
+    return weights * (1 + change @ groups[..., 1:].transpose(-1, -2))
+
+
+@dataclass(frozen=True)
+class VAR(Method):
+    """Gives image tokens the attention that sinks into BOS-like tokens, for every text token after
+    the image.
+
+    move_fraction: share of the sink attention that is moved, 0 to 1. rho_nonsink: least share of a
+    head's image attention that lies outside sinks, 0 to 1 (the papers' tables use 0.5 for
+    hallucination, 0.8 for general tasks). min_image_mass: least attention to the image. tau: a
+    token is a sink where its score reaches tau; None is 20 scaled by sqrt(width / 4096). dims: the
+    sink channels; None for the published ones, or else those discovered on the first prompt.
+    first_layer: None is 0 ("paper") or 2 ("release"). exclude_last_layer: leave the last layer
+    alone. require_visual_sink: act only in layers where an image token is a sink. semantics:
+    "paper", or "release" (sinks found once, on the prompt, from layer 2; strict threshold; needs a
+    visual sink). The meaning of move_fraction and rho_nonsink is the same in both. Raises
+    ValueError on values out of range.
+    """
+
+    name: ClassVar[str] = "var"
+    reads_blocks: ClassVar[bool] = True
+
+    move_fraction: float = 0.6
+    rho_nonsink: float = 0.5
+    min_image_mass: float = 0.2
+    tau: float | None = None
+    dims: Sequence[int] | None = None
+    first_layer: int | None = None
+    exclude_last_layer: bool = True
+    require_visual_sink: bool = False
+    semantics: str = "paper"
+
+    def __post_init__(self) -> None:
+        check_number("VAR move_fraction", self.move_fraction, 0, 1)
+        check_number("VAR rho_nonsink", self.rho_nonsink, 0, 1)
+        check_number("VAR min_image_mass", self.min_image_mass, 0)
+        if self.tau is not None:
+            check_number("VAR tau", self.tau, 0, above=True)
+        if self.first_layer is not None:
+            check_whole("VAR first_layer", self.first_layer)
+        for channel in self.dims or ():
+            check_whole("VAR dims", channel)
+        if self.semantics not in ("paper", "release"):
+            raise ValueError(
+                f'VAR semantics: found {self.semantics!r}, expected "paper" or "release"'
+            )
+
+    @property
+    def release(self) -> bool:
+        return self.semantics == "release"
+
+    def fit(self, facts: Facts) -> tuple[Method, list[str]]:
+        dims = facts.profile.get("dims") if self.dims is None else self.dims
+        for channel in dims or ():
+            check_whole("VAR dims", channel, facts.width)
+        tau = scaled_tau(facts.width) if self.tau is None else self.tau
+        first = (2 if self.release else 0) if self.first_layer is None else self.first_layer
+        if self.release:
+            first = max(first, 2)
+        check_whole("VAR first_layer", first, facts.depth)
+        dims = None if dims is None else tuple(dims)
+        return replace(self, dims=dims, tau=tau, first_layer=first), []
+
+    def own_layers(self, depth: int) -> list[int]:
+        return list(range(self.first_layer or 0, depth - self.exclude_last_layer))
+
+    def look(self, forward: Forward, memory: Memory, layers: list[int], run: StockPass) -> Method:
+        """Discovers the sink channels on the first prompt where none are known for this model."""
+        if self.dims is not None:
+            return self
+        found = discover(forward, run)
+        if not found.dims:
+            warnings.warn(
+                f"VAR does nothing on this model: no attention sink was found. {found.reason} "
+                "If you know its sink channels, pass VAR(dims=...).",
+                stacklevel=2,
+            )
+        return replace(self, dims=found.dims)
+
+    def block_input(self, layer: int, hidden: Tensor, forward: Forward, memory: Memory) -> None:
+        """Finds the sinks among the new tokens; the release looks at the first prompt only."""
+        if not self.dims:
+            return
+        if self.release and forward.past > 0:
+            found = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        else:
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            score = sink_score(hidden, self.dims, 1e-6 if self.release else 0.0)
+            tau = math.inf if self.tau is None else self.tau
+            found = score > tau if self.release else score >= tau
+        if forward.past:
+            before = memory.get(("sinks", layer))
+            if before is None or before.shape[1] < forward.past:
+                raise PatchError(
+                    f"var is on in layer {layer}, but was off there for the first {forward.past} "
+                    "tokens of this generation. Switch layers before the prompt."
+                )
+            found = torch.cat((before[:, : forward.past], found), 1)
+        memory["sinks", layer] = found
+
+    def edited(self, forward: Forward) -> Tensor | None:
+        return forward.text if self.dims else None
+
+    def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
+        if self.release and layer < 2:
+            raise PatchError(
+                f'VAR(semantics="release") never acts below layer 2, but layer {layer} is on'
+            )
+        keys = weights.shape[-1]
+        return redistribute(
+            weights,
+            forward.image[:, -keys:],
+            memory["sinks", layer][:, -keys:],
+            self.move_fraction,
+            self.rho_nonsink,
+            self.min_image_mass,
+            self.require_visual_sink or self.release,
+            self.release,
+        )

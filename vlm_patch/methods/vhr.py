@@ -1,0 +1,166 @@
+"""VHR: vision-aware head reinforcement. He et al., ACL 2025, https://arxiv.org/abs/2412.13949.
+
+Heads whose output changes most when the image is taken away are made louder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_patch.errors import PatchError
+from vlm_patch.method import (
+    Facts,
+    Forward,
+    Memory,
+    Method,
+    StockPass,
+    Watcher,
+    check_number,
+    check_whole,
+)
+
+
+def divergence(with_image: Tensor, text_only: Tensor, squared: bool) -> Tensor:
+    """Vision-aware head divergence (paper, section 3): how far the image moves each head's output.
+
+    with_image, text_only `[..., H, Dv]`: outputs of the last row before the output projection.
+    Returns `[..., H]`: the Euclidean distance, or its square.
+    """
+    square = (with_image - text_only).square().sum(-1)
+    return square if squared else square.sqrt()
+
+
+def drop_outliers(scores: Tensor, text_only: Tensor, guard: float | None) -> Tensor:
+    """Scores `[..., H]` with 0 for heads that are large by far both in divergence and in text-only
+    output.
+
+    text_only `[..., H, Dv]`. Both must exceed mean + standard deviation (divisor H - 1) over the
+    heads of the layer. guard: do nothing in a layer where the standard deviation of the scores does
+    not exceed it; None for no guard.
+    """
+    strength = text_only.square().sum(-1)
+    outlier = (scores > scores.mean(-1, keepdim=True) + scores.std(-1, keepdim=True)) & (
+        strength > strength.mean(-1, keepdim=True) + strength.std(-1, keepdim=True)
+    )
+    if guard is not None:
+        outlier &= scores.std(-1, keepdim=True) > guard
+    return scores.masked_fill(outlier, 0.0)
+
+
+def above_median(scores: Tensor) -> Tensor:
+    """The heads `[..., H]` (bool) that score strictly above the median of their layer."""
+    return scores > scores.median(-1, keepdim=True).values
+
+
+def without_image(forward: Forward) -> dict[str, Tensor]:
+    """The decoder inputs of a prompt with its image tokens deleted, left-padded, positions
+    re-packed from 0.
+
+    Returns inputs_embeds `[B, T, D]`, attention_mask `[B, T]`, position_ids `[B, T]`, T the longest
+    text of the batch.
+    """
+    embeds: Tensor = forward.inputs["inputs_embeds"]
+    keep = forward.valid & ~forward.image[:, forward.new]
+    length = int(keep.sum(1).max())
+    order = keep.long().argsort(dim=1, stable=True)[:, -length:]
+    mask = keep.gather(1, order)
+    return {
+        "inputs_embeds": embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1])),
+        "attention_mask": mask.long(),
+        "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+    }
+
+
+@dataclass(frozen=True)
+class VHR(Method):
+    """Doubles the heads whose output depends most on the image, chosen once per prompt.
+
+    alpha: gain of the chosen heads; 1 changes nothing. layers: where; None for the published ones,
+    or those scaled to the depth (the second layer and the last 14 of 32). filter: leave out heads
+    that are outliers without the image too. semantics: "release" (squared distance; the filter only
+    where the scores spread by more than 1) or "paper". Raises ValueError on values out of range.
+    """
+
+    name: ClassVar[str] = "vhr"
+
+    alpha: float = 2.0
+    layers: Sequence[int] | None = None
+    filter: bool = True
+    semantics: str = "release"
+
+    def __post_init__(self) -> None:
+        check_number("VHR alpha", self.alpha)
+        for layer in self.layers or ():
+            check_whole("VHR layers", layer)
+        if self.semantics not in ("release", "paper"):
+            raise ValueError(
+                f'VHR semantics: found {self.semantics!r}, expected "release" or "paper"'
+            )
+
+    def fit(self, facts: Facts) -> tuple[Method, list[str]]:
+        if self.layers is not None:
+            for layer in self.layers:
+                check_whole("VHR layers", layer, facts.depth)
+            return self, []
+        if "layers" in facts.profile:
+            return replace(self, layers=tuple(facts.profile["layers"])), []
+        last = max(1, round(facts.depth * 14 / 32))
+        layers = tuple(sorted({min(1, facts.depth - 1), *range(facts.depth - last, facts.depth)}))
+        return replace(self, layers=layers), [f"VHR layers={list(layers)}"]
+
+    def own_layers(self, depth: int) -> list[int]:
+        return list(self.layers or ())
+
+    def settles(self, forward: Forward) -> bool:
+        return forward.past == 0
+
+    def look(self, forward: Forward, memory: Memory, layers: list[int], run: StockPass) -> Method:
+        """The text-only pass: keeps the last row's head outputs of every layer that is on."""
+        if forward.past > 0:
+            return self
+        memory.clear()
+
+        def keep(layer: int, output: Tensor) -> None:
+            if layer in layers:
+                memory["text", layer] = output[:, -1]
+
+        run(dict(without_image(forward)), Watcher(heads=keep))
+        return self
+
+    def begin(self, forward: Forward, memory: Memory) -> None:
+        """Heads are chosen anew by every pass over the first prompt, and kept from then on."""
+        if forward.past == 0:
+            for key in [key for key in memory if key[0] == "gain"]:
+                del memory[key]
+
+    def output_gain(
+        self, layer: int, output: Tensor, forward: Forward, memory: Memory
+    ) -> Tensor | None:
+        gain = memory.get(("gain", layer))
+        if gain is None:
+            if ("text", layer) not in memory:
+                raise PatchError(
+                    f"vhr is on in layer {layer}, but chose no heads there: they are chosen when "
+                    "a conversation's first prompt is read, with its image. Switch layers before "
+                    "the prompt."
+                )
+            chosen = self.choose(output[:, -1], memory["text", layer])
+            gain = torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)
+            memory["gain", layer] = gain
+        return gain
+
+    def choose(self, with_image: Tensor, text_only: Tensor) -> Tensor:
+        """The heads `[B, H]` to reinforce, from last-row outputs `[B, H, Dv]` with and without the
+        image.
+        """
+        dtype = torch.promote_types(with_image.dtype, torch.float32)
+        with_image, text_only = with_image.to(dtype), text_only.to(dtype)
+        scores = divergence(with_image, text_only, squared=self.semantics == "release")
+        if self.filter:
+            scores = drop_outliers(scores, text_only, 1.0 if self.semantics == "release" else None)
+        return above_median(scores)

@@ -1,0 +1,254 @@
+"""What happens around one forward of the decoder: methods look, first passes run, then the rest."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from vlm_patch.attention import Run
+from vlm_patch.editing import Active, Editing, Watching
+from vlm_patch.errors import PatchError
+from vlm_patch.layout import Generation, Layout, attach
+from vlm_patch.method import Forward, Method, Watcher
+
+
+class Hook:
+    """A hook that does nothing in a deep copy or a pickle of the model."""
+
+    def __init__(self, call: Callable[..., Any] | None) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if self.call is None else self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (None,)
+
+
+class Now(threading.local):
+    """What this thread does at the moment.
+
+    run: what attention serves. inside: the decoder runs for a pass of our own. first: the output of
+    a pass that did all of the prompt but its last token.
+    """
+
+    run: Run | None = None
+    inside: bool = False
+    first: Any = None
+
+
+@dataclass
+class Passes:
+    """The hooks of a patched model.
+
+    switched: the methods that are on, each with its layers and their heads; asked at every forward.
+    learned: told of a method that found out something about the model.
+    """
+
+    decoder: nn.Module
+    layout: Layout
+    switched: Callable[[], list[tuple[Method, dict[int, Tensor | None]]]]
+    learned: Callable[[Method, Method], None]
+    now: Now = field(default_factory=Now)
+
+    def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model."""
+        if not self.now.inside:
+            self.layout.see_model(_named(module, args, kwargs))
+
+    def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the decoder."""
+        if self.now.inside:
+            return None
+        self.now.run = self.now.first = None
+        switched = self.switched()
+        if not switched:
+            self.layout.pending = None
+            return None
+        kwargs = _named(module, args, kwargs)
+        _check(kwargs)
+        asking = [method for method, _ in switched if method.reads_question]
+        forward, generation = self.layout.see_decoder(
+            kwargs, bool(asking), asking[0].words if asking else "all"
+        )
+        cache = kwargs.get("past_key_values")
+        if cache is None and kwargs.get("use_cache"):
+            config: Any = module.config
+            cache = kwargs["past_key_values"] = DynamicCache(config=config)
+        if cache is not None and forward.past == 0:
+            attach(cache, generation)
+        if not forward.reading or forward.seen.any():
+            kwargs = self._start(forward, generation, switched, kwargs)
+        return (), kwargs
+
+    def after_decoder(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of the decoder, called after errors too."""
+        if self.now.inside:
+            return None
+        first, self.now.run, self.now.first = self.now.first, None, None
+        if first is None or output is None:
+            return None
+        for name in ("last_hidden_state", "hidden_states"):
+            if output.get(name) is not None:
+                output[name] = _join(first[name], output[name])
+        return output
+
+    def before_block(self, layer: int) -> Callable[..., None]:
+        """A forward pre-hook for the block of a layer."""
+
+        def show(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            run = self.now.run
+            if run is None:
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if isinstance(run, Watching) and run.watcher.block is not None:
+                run.watcher.block(layer, hidden)
+            elif isinstance(run, Editing):
+                for active in run.actives:
+                    if active.method.reads_blocks and layer in active.heads:
+                        active.method.block_input(layer, hidden, run.forward, active.memory)
+
+        return show
+
+    def _start(
+        self,
+        forward: Forward,
+        generation: Generation,
+        switched: list[tuple[Method, dict[int, Tensor | None]]],
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Lets methods look, runs first passes; returns the decoder inputs that remain to run."""
+        actives = []
+        for method, layers in switched:
+            memory = generation.memory.setdefault(method.name, {})
+            actives.append(Active(method, memory, layers))
+        if forward.reading:
+            for active in actives:
+                self._look(active, forward)
+        late = [active for active in actives if _late(active, forward)]
+        if late:
+            forward, kwargs = self._read_first(forward, generation, actives, late, kwargs)
+        for active in actives:
+            active.method.begin(forward, active.memory)
+        self.now.run = Editing(forward, actives, generation.whole)
+        return kwargs
+
+    def _look(self, active: Active, forward: Forward) -> None:
+        """Runs a method's own passes of the stock model, and keeps what it learned of the model."""
+
+        def run(inputs: dict[str, Any], watcher: Watcher) -> None:
+            self._run(Watching(watcher), {**inputs, "use_cache": False})
+
+        before = active.method
+        active.method = before.look(forward, active.memory, list(active.heads), run)
+        if active.method is not before:
+            self.learned(before, active.method)
+
+    def _run(self, run: Run, kwargs: dict[str, Any]) -> Any:
+        """Runs the decoder once more, inside the forward that is about to start."""
+        self.now.run, self.now.inside = run, True
+        try:
+            return self.decoder(**kwargs)
+        finally:
+            self.now.run, self.now.inside = None, False
+
+    def _read_first(
+        self,
+        forward: Forward,
+        generation: Generation,
+        actives: list[Active],
+        late: list[Active],
+        kwargs: dict[str, Any],
+    ) -> tuple[Forward, dict[str, Any]]:
+        """Shows the prompt to methods that must see it before their first edit, with that edit off.
+
+        What is left to run is the last token, on the same cache, since such an edit changes no
+        other row; or all of it, where there is no cache or another method settles something by that
+        row.
+        """
+        for active in actives:
+            active.method.begin(forward, active.memory)
+        first = [replace(a, heads={}) if a in late else a for a in actives]
+        cache = kwargs.get("past_key_values")
+        again = any(a.method.settles(forward) for a in actives if a not in late)
+        if cache is None or again:
+            stateless = {**kwargs, "past_key_values": None, "use_cache": False}
+            self._run(Editing(forward, first, generation.whole), stateless)
+            return replace(forward, reading=False), kwargs
+        self.now.first = self._run(Editing(forward, first, generation.whole), kwargs)
+        cache.crop(-1)
+        return _last_row(forward, kwargs)
+
+
+def _check(kwargs: Mapping[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if cache is not None and type(cache) is not DynamicCache:
+        raise PatchError(
+            f"a {type(cache).__name__} is not supported on a patched model by this version: use a "
+            "DynamicCache (the default), or run inside `with patch.disabled():`"
+        )
+    if kwargs.get("output_attentions"):
+        raise PatchError(
+            "output_attentions is not supported on a patched model: the weights returned would not "
+            "be the edited ones. Ask for them inside `with patch.disabled():`"
+        )
+
+
+def _late(active: Active, forward: Forward) -> bool:
+    """Whether a method watches, in this forward, a layer that is not below all those it edits."""
+    watched = active.method.watched(forward)
+    return watched is not None and bool(active.heads) and watched[0] >= min(active.heads)
+
+
+def _last_row(forward: Forward, kwargs: dict[str, Any]) -> tuple[Forward, dict[str, Any]]:
+    """The step that is left when all of a prompt but its last token is done."""
+    batch, rows = forward.valid.shape
+
+    def cut(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(name, item) for key, item in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        if name == "attention_mask":
+            return value[:, :, -1:] if value.ndim == 4 else value
+        if name == "position_ids":
+            return value[..., -1:]
+        per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
+        return value[:, -1:] if per_row else value
+
+    inputs = {name: cut(name, value) for name, value in kwargs.items()}
+    step = replace(
+        forward,
+        past=forward.past + rows - 1,
+        valid=forward.valid[:, -1:],
+        text=forward.text[:, -1:],
+        last=forward.last[:, -1:],
+        reading=False,
+        inputs=inputs,
+    )
+    return step, inputs
+
+
+def _join(first: Any, last: Any) -> Any:
+    """The rows of a first pass with the last one replaced; layer by layer for hidden states."""
+    if isinstance(last, tuple):
+        return tuple(_join(a, b) for a, b in zip(first, last, strict=True))
+    return torch.cat((first[:, :-1], last), 1)
+
+
+def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All inputs by name."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

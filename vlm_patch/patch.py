@@ -1,0 +1,208 @@
+"""Puts methods on a model, switches them, takes them off."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_patch import attention, heads
+from vlm_patch.catalogue import fit, instances, unknown, values
+from vlm_patch.errors import PatchError
+from vlm_patch.generating import Generate
+from vlm_patch.layout import Given, Layout
+from vlm_patch.method import Method
+from vlm_patch.model import Decoder, read
+from vlm_patch.passes import Hook, Passes
+from vlm_patch.question import QuestionReader
+
+_owners = itertools.count()
+
+
+def wrap(
+    model: Any,
+    *methods: Method | str,
+    processor: Any = None,
+    layers: heads.LayerSpec | None = None,
+    heads: heads.HeadSpec | Mapping[str, heads.HeadSpec] | None = None,
+) -> Patch:
+    """Puts methods on a vision-language model of transformers; the model stays the user's own.
+
+    methods: instances, or names ("var", "gift", "vhr") for the defaults of this model; they act in
+    the order given. processor: the model's own; needed to tell the user's question from the text
+    around it (GIFT). layers: restricts every method to these layers (`[12, 13]`, `"12-20"`). heads:
+    the heads that are on, for all methods or as a mapping by method name; each is a bool table
+    `[layers, heads]`, `{12: [0, 3]}`, `"12:0,3; 14-20:*"` or `"all"`; by default all heads of the
+    layers that the method is made for.
+
+    Returns the handle. Raises UnsupportedModelError, PatchError (already wrapped), ValueError (bad
+    names, heads, hyperparameters).
+    """
+    return Patch(model, methods, processor, layers, heads)
+
+
+class Patch:
+    """The handle of a wrapped model; as a context manager it takes the patch off at its end.
+
+    heads: per method a live bool table `[layers, heads]` of what is on (see `wrap`); what is
+    written there counts from the next forward on.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        methods: Sequence[Method | str],
+        processor: Any = None,
+        layers: heads.LayerSpec | None = None,
+        head_specs: heads.HeadSpec | Mapping[str, heads.HeadSpec] | None = None,
+    ) -> None:
+        decoder = read(model)
+        if any(attention.occupied(layer) for layer in decoder.layers):
+            raise PatchError(
+                f"this {type(model).__name__} is already wrapped: call remove() on its patch "
+                "first, or give all methods to one wrap(model, VAR(), VHR())"
+            )
+        self.model, self._decoder = model, decoder
+        self._methods = fit(instances(methods), decoder)
+        self.heads = _tables(self._methods, decoder, layers, head_specs)
+        self._disabled: list[frozenset[str]] = []
+        self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
+        reader = None if processor is None else QuestionReader(processor, decoder.image_ids)
+        self._layout = Layout(next(_owners), decoder.image_ids, reader)
+        with ExitStack() as undo:
+            self._put_on(undo)
+            self._undo = undo.pop_all()
+
+    def _put_on(self, undo: ExitStack) -> None:
+        model, decoder = self.model, self._decoder.module
+        passes = Passes(decoder, self._layout, self._switched, self._learned)
+        for layer in self._decoder.layers:
+            attention.install(layer, lambda: passes.now.run, undo)
+            if any(method.reads_blocks for method in self._methods):
+                show = Hook(passes.before_block(layer.index))
+                handle = layer.block.register_forward_pre_hook(show, with_kwargs=True)
+                undo.callback(handle.remove)
+        for handle in (
+            model.register_forward_pre_hook(Hook(passes.before_model), with_kwargs=True),
+            decoder.register_forward_pre_hook(Hook(passes.before_decoder), with_kwargs=True),
+            decoder.register_forward_hook(Hook(passes.after_decoder), always_call=True),
+        ):
+            undo.callback(handle.remove)
+        model.__dict__["generate"] = Generate(model, lambda: bool(self._switched()))
+        undo.callback(model.__dict__.pop, "generate", None)
+
+    def remove(self) -> None:
+        """Takes the patch off; the model is exactly as before. Harmless when called again."""
+        self._undo.close()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    @contextmanager
+    def disabled(self, *names: str) -> Iterator[None]:
+        """The stock model for a moment, or without some methods: `with patch.disabled("vhr"):`."""
+        for name in names:
+            if name not in self.heads:
+                raise ValueError(unknown(name, list(self.heads)))
+        self._disabled.append(frozenset(names or self.heads))
+        try:
+            yield
+        finally:
+            self._disabled.pop()
+
+    @contextmanager
+    def prompt(self, image: Tensor | None = None, query: Tensor | None = None) -> Iterator[None]:
+        """Token masks by hand for the prompts run inside: what is image, and what is the question.
+
+        image, query: bool `[batch, prompt length]` over the padded prompt; repeated for beams and
+        return sequences. None: derived as usual. Raises PatchError, when the prompt runs, if a mask
+        does not fit it.
+        """
+        before, self._layout.given = self._layout.given, Given(image, query)
+        try:
+            yield
+        finally:
+            self._layout.given = before
+
+    def describe(self) -> str:
+        """What is patched, in words: decoder, layers, methods with their values, what is off."""
+        decoder = self._decoder
+        layers = heads.text([layer.index for layer in decoder.layers])
+        lines = [
+            f"{type(self.model).__name__}: {type(decoder.module).__name__}, {decoder.depth} layers "
+            f"x {decoder.heads} heads, softmax attention in {layers}"
+        ]
+        for method in self._methods:
+            lines.append(f"  {values(method)}: {self._where(method)}")
+        return "\n".join(lines)
+
+    __repr__ = describe
+
+    def _where(self, method: Method) -> str:
+        table = self.heads[method.name]
+        on = [layer for layer, row in enumerate(table) if row.any()]
+        partly = [layer for layer in on if not table[layer].all()]
+        where = f"on in layers {heads.text(on)}" if on else "off"
+        if partly:
+            where += f", with some heads off in {heads.text(partly)}"
+        if method.name in self._off():
+            where += ", disabled at the moment"
+        return where
+
+    def _off(self) -> frozenset[str]:
+        return frozenset().union(*self._disabled)
+
+    def _switched(self) -> list[tuple[Method, dict[int, Tensor | None]]]:
+        """The methods that are on, and by layer their heads (None: all)."""
+        off = self._off()
+        layers = [(m, self._layers(m.name)) for m in self._methods if m.name not in off]
+        return [(method, on) for method, on in layers if on]
+
+    def _layers(self, name: str) -> dict[int, Tensor | None]:
+        """What the live table of a method says; worked out again only after it was written."""
+        table = self.heads[name]
+        known = self._switches.get(name)
+        if known is None or known[0] is not table or known[1] != table._version:
+            on = {
+                layer.index: None if row.all() else row.to(next(layer.block.parameters()).device)
+                for layer in self._decoder.layers
+                if (row := table[layer.index]).any()
+            }
+            known = self._switches[name] = (table, table._version, on)
+        return known[2]
+
+    def _learned(self, before: Method, after: Method) -> None:
+        self._methods = [after if method is before else method for method in self._methods]
+
+
+def _tables(
+    methods: list[Method],
+    decoder: Decoder,
+    layers: heads.LayerSpec | None,
+    specs: heads.HeadSpec | Mapping[str, heads.HeadSpec] | None,
+) -> heads.HeadTables:
+    tables = heads.HeadTables(decoder.depth, decoder.heads)
+    names = [method.name for method in methods]
+    chosen = heads.by_method(specs, names)
+    allowed = torch.zeros(decoder.depth, 1, dtype=torch.bool)
+    allowed[heads.numbers("*" if layers is None else layers, decoder.depth, "layer")] = True
+    for method in methods:
+        own = method.own_layers(decoder.depth)
+        spec = chosen[method.name]
+        tables[method.name] = dict.fromkeys(own, "*") if spec is None else spec
+        tables[method.name] &= allowed
+        if not tables[method.name].any():
+            warnings.warn(
+                f"{method.name} is off in every layer: its layers {heads.text(own)} and the layers "
+                "and heads given have none in common",
+                stacklevel=4,
+            )
+    return tables
