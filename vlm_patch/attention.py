@@ -152,8 +152,9 @@ def attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Transformers' attention function for patched modules: `[B, H, S, D]` in, `[B, S, H, Dv]` "
-    "out."""
+    """Transformers' attention function for patched modules: `[B, H, S, D]` in, `[B, S, H, Dv]`
+    out.
+    """
     slot: Slot = module.__dict__[SLOT]
     view = View(module, module.__dict__[SLOT + "_config"])
 

@@ -46,8 +46,9 @@ class Active:
 
 @dataclass
 class Task:
-    """What a method does in a layer: edits rows (or else watches them); mask `[B, S]` of the "
-    "rows."""
+    """What a method does in a layer: edits rows (or else watches them); mask `[B, S]` of the
+    rows.
+    """
 
     active: Active
     edits: bool

@@ -91,8 +91,9 @@ class Layout(threading.local):
         self.said: set[str] = set()
 
     def see_model(self, kwargs: Mapping[str, Any]) -> None:
-        """Called before the whole model runs: the only place where token ids and images are "
-        "seen."""
+        """Called before the whole model runs: the only place where token ids and images are
+        seen.
+        """
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         images = bool(kwargs.get("mm_encoder_outputs")) or any(
             value is not None for name, value in kwargs.items() if name.startswith("pixel_values")

@@ -94,8 +94,9 @@ class Method:
     words: str | Tensor = "all"
 
     def fit(self, facts: Facts) -> tuple[Method, list[str]]:
-        """Self with every None filled in, and what had to be scaled from another model, in "
-        "words."""
+        """Self with every None filled in, and what had to be scaled from another model, in
+        words.
+        """
         return self, []
 
     def own_layers(self, depth: int) -> list[int]:

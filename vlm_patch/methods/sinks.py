@@ -33,8 +33,9 @@ class Found:
 
 
 def scaled_tau(width: int) -> float:
-    """The paper's threshold 20, scaled by the bound sqrt(D) of the sink score: 20 * sqrt(D / "
-    "4096)."""
+    """The paper's threshold 20, scaled by the bound sqrt(D) of the sink score: 20 * sqrt(D /
+    4096).
+    """
     return 20.0 * math.sqrt(width / 4096)
 
 
