@@ -103,12 +103,23 @@ def answers(
         max_new_tokens = getattr(config, task).max_new_tokens
         for start in range(0, len(of_task), config.batch_size):
             batch = of_task[start : start + config.batch_size]
-            found = ask(model, processor, [group[0] for group in batch], max_new_tokens)
+            found = _ask(model, processor, [group[0] for group in batch], max_new_tokens)
             yield [
                 (sample, answer)
                 for group, answer in zip(batch, found, strict=True)
                 for sample in group
             ]
+
+
+def _ask(model: Any, processor: Any, batch: Sequence[Sample], max_new_tokens: int) -> list[Answer]:
+    try:
+        return ask(model, processor, batch, max_new_tokens)
+    except torch.OutOfMemoryError as error:
+        half = max(1, len(batch) // 2)
+        raise EvalError(
+            f"out of memory with {len(batch)} samples at once ({error}); the answers so far are "
+            f"kept: run again with --set batch_size={half}"
+        ) from error
 
 
 @torch.inference_mode()

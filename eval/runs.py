@@ -130,8 +130,8 @@ def _generate(
                 folder.append([_line(sample, answer) for sample, answer in batch])
                 bar.update(len(batch))
         finally:
-            said = [] if patch is None else [str(patch.describe())]
-            record["patches"] += [text for text in said if text not in record["patches"]]
+            said = [] if patch is None else [patch.describe().splitlines()]
+            record["patches"] += [lines for lines in said if lines not in record["patches"]]
             folder.write_record(record)
 
 

@@ -132,6 +132,17 @@ def test_an_equal_prompt_on_an_image_is_asked_once(
     }
 
 
+def test_a_batch_that_does_not_fit_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, samples: list[Sample]
+) -> None:
+    def ask(*_: Any) -> list[Any]:
+        raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+
+    monkeypatch.setattr(generate, "ask", ask)
+    with pytest.raises(EvalError, match=r"out of memory with 4 samples .* --set batch_size=2"):
+        list(generate.answers(None, None, samples, settings()))
+
+
 def test_a_missing_and_a_broken_image_are_named(
     processor: Any, samples: list[Sample], tmp_path: Path
 ) -> None:

@@ -206,8 +206,9 @@ def test_methods_act_and_are_described(
     runs.run(settings(**GIFT), tmp_path / "gift", load=lambda _: loaded)
     stock, patched = RunFolder(finished).rows(), RunFolder(tmp_path / "gift").rows()
     assert [row["answer"] for row in stock] != [row["answer"] for row in patched]
-    (text,) = RunFolder(tmp_path / "gift").record()["patches"]
-    assert "GIFT(alpha=3.0" in text
+    ((model_line, gift_line),) = RunFolder(tmp_path / "gift").record()["patches"]
+    assert model_line.startswith("LlavaForConditionalGeneration")
+    assert gift_line.strip().startswith("GIFT(alpha=3.0")
     model, _ = loaded
     assert model.config.text_config._attn_implementation == "sdpa", "the patch came off again"
     runs.run(settings(), tmp_path / "stock", load=lambda _: loaded)
