@@ -23,7 +23,8 @@ class Generation:
     """What is remembered of one generation; it travels with the cache, also through a deep copy.
 
     owner: the patch that made it. image, query, content `[B, K]` (bool). memory: of each method, by
-    name. whole: see `attention.Editing`.
+    name. whole: see `attention.Editing`. pictured: whether any sample has an image; without one
+    everything is left stock.
     """
 
     owner: int
@@ -32,6 +33,7 @@ class Generation:
     content: Tensor
     memory: dict[str, Memory] = field(default_factory=dict)
     whole: dict[str, bool] = field(default_factory=dict)
+    pictured: bool = True
 
     def reorder(self, index: Tensor) -> None:
         """Follows the cache when beams are reordered; index `[B]`."""
@@ -144,6 +146,7 @@ class Layout(threading.local):
         last[:, -1] = True
         seen = generation.image.any(1)
         if reading:
+            generation.pictured = bool(seen.any())
             self._check_seen(seen)
         forward = Forward(
             past=past,

@@ -82,12 +82,12 @@ class Passes:
             kwargs, bool(asking), asking[0].words if asking else "all"
         )
         cache = kwargs.get("past_key_values")
-        if cache is None and kwargs.get("use_cache"):
+        if cache is None and _wants_cache(module, kwargs):
             config: Any = module.config
             cache = kwargs["past_key_values"] = DynamicCache(config=config)
         if cache is not None and forward.past == 0:
             attach(cache, generation)
-        if not forward.reading or forward.seen.any():
+        if generation.pictured:
             kwargs = self._start(forward, generation, switched, kwargs)
         return (), kwargs
 
@@ -188,6 +188,15 @@ class Passes:
         self.now.first = self._run(Editing(forward, first, generation.whole), kwargs)
         cache.crop(-1)
         return _last_row(forward, kwargs)
+
+
+def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the decoder is about to make a cache of its own, which could not be followed."""
+    wanted = kwargs.get("use_cache")
+    if wanted is None:
+        config: Any = decoder.config
+        wanted = not decoder.training and getattr(config, "use_cache", False)
+    return bool(wanted)
 
 
 def _check(kwargs: Mapping[str, Any]) -> None:
