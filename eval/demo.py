@@ -20,6 +20,9 @@ from eval.folder import RunFolder, row_key
 CONFIGS = Path(__file__).parent.parent / "configs" / "pocket"
 RUNS = ("baseline", "var", "gift", "vhr", "all")
 SHOWN = 2
+CHOICE = (
+    f"The first {SHOWN} scenes of each split where the captions differ and one invents an object."
+)
 CAVEAT = (
     "The pocket model is a small model made for this project. These numbers show that the "
     "machinery works and what it does to this one model; they are no evidence about 7B models."
@@ -67,8 +70,8 @@ def demo(out: Path) -> None:
         runs.run(configs[name], out / name, out / "scenes", lambda _: load())
     text = f"{table.markdown([out / name for name in RUNS])}{_changes(out)}\n{CAVEAT}\n"
     (out / "table.md").write_text(text, encoding="utf-8")
-    scenes = list(_scenes(out))
-    picture.draw(scenes, CAVEAT, out / "scenes.png")
+    scenes = sorted(_scenes(out), key=lambda scene: POCKET_SPLITS.index(scene.split))
+    picture.draw(scenes, CHOICE, CAVEAT, out / "scenes.png")
     print(f"\n{text}\n{_as_text(scenes)}\n")
     print(f"{out} holds table.md, scenes.png and a folder for each run.")
 
@@ -135,10 +138,7 @@ def _invented(
 
 def _as_text(scenes: list[Scene]) -> str:
     """The scenes for the terminal."""
-    lines = [
-        f"The first {SHOWN} scenes of each split where the captions differ and one invents an "
-        "object (between stars: not there):"
-    ]
+    lines = [f"{CHOICE} Between stars: not there."]
     for scene in scenes:
         lines += ["", f"{scene.image} ({scene.split})", f"  truth: {', '.join(scene.truth)}"]
         for said in scene.captions:

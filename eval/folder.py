@@ -66,8 +66,7 @@ class RunFolder:
         if self.config.exists() and self.answers.exists():
             found = self.record()
             _check_same(self.path, found, record)
-            new = [e for e in record["environments"] if e not in found["environments"]]
-            return {**found, "environments": [*found["environments"], *new]}
+            return found
         self.path.mkdir(parents=True, exist_ok=True)
         strange = [entry.name for entry in self.path.iterdir() if entry.name != "scenes"]
         if strange and not self.config.exists():
@@ -78,6 +77,7 @@ class RunFolder:
         synonyms = record["settings"]["chair"]["synonyms"]
         if synonyms is not None:
             shutil.copyfile(synonyms, self.path / Path(synonyms).name)
+        self.write_record(record)
         return dict(record)
 
     def write_record(self, record: Mapping[str, Any]) -> None:

@@ -20,16 +20,17 @@ Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
 LINE = 30
 
 
-def draw(scenes: Sequence[Scene], caveat: str, path: Path) -> None:
-    """Write the picture of these scenes as PNG, as tall as its content."""
+def draw(scenes: Sequence[Scene], choice: str, caveat: str, path: Path) -> None:
+    """Write the picture of these scenes as PNG, as tall as its content.
+
+    `choice` says which scenes these are, `caveat` what they cannot show.
+    """
     sheet = Image.new("RGB", (WIDTH, 260 + len(scenes) * 900), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN), "What the pocket model says of a scene", INK, TITLE)
-    legend = (
-        "Same scenes, same prompt, greedy. Words in red name objects that are not in the picture."
-    )
-    pen.text((MARGIN, MARGIN + 42), legend, FAINT, TEXT)
-    top = MARGIN + 92
+    legend = "Same prompt, greedy. Words in red name objects that are not in the picture."
+    pen.text((MARGIN, MARGIN + 42), f"{choice}\n{legend}", FAINT, TEXT, spacing=8)
+    top = MARGIN + 122
     for scene in scenes:
         top = _scene(sheet, pen, scene, top)
     for line in _wrap([(caveat, False)], WIDTH - 2 * MARGIN, SMALL):

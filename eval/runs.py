@@ -43,14 +43,25 @@ def run(
     folder = RunFolder(out)
     samples = dataset.samples(config, scenes or out / "scenes")
     record = folder.open(describe(config, samples))
-    folder.write_record(record)
     done = {row_key(row) for row in folder.rows(repair=True)}
     pending = [sample for sample in samples if sample.key not in done]
     if done and pending:
         notice(f"{out}: {len(done)} of {len(samples)} samples are answered, going on")
+    _check_environment(out, record, _environment(config), bool(pending))
     if pending:
         _generate(folder, record, config, pending, len(done), *load(config))
     return score(out)
+
+
+def _check_environment(
+    out: Path, record: Mapping[str, Any], now: Mapping[str, Any], more: bool
+) -> None:
+    """Say so where answers were made by other versions; keep the new ones if they make more."""
+    before = record["environments"][-1]
+    if changed := [f"{key} {before.get(key)}" for key in now if before.get(key) != now[key]]:
+        notice(f"{out} has answers of {', '.join(changed)}: delete it to make them anew")
+        if more:
+            record["environments"].append(now)
 
 
 def describe(config: Config, samples: Sequence[Sample]) -> dict[str, Any]:

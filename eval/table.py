@@ -146,6 +146,8 @@ def _column_notes(column: Column) -> Iterator[str]:
     if answered < samples:
         yield f"incomplete, {answered} of {samples} samples are answered"
     yield from column.record["notes"]
+    if len(column.record["environments"]) > 1:
+        yield "answers made by different versions, see config.yaml"
     if len(column.record["patches"]) > 1:
         yield "the patch described itself differently when the run went on, see config.yaml"
     for split, score in column.metrics.get("chair", {}).items():

@@ -70,8 +70,8 @@ def test_the_picture_shows_the_scene_and_invented_words_in_red(
     texts = ("There is a dog. " * 30, "There is a cup.")
     said = [caption("stock", text, {"cup"}, vocabulary) for text in texts]
     drawn, plain = tmp_path / "drawn.png", tmp_path / "plain.png"
-    picture.draw([scene(tmp_path, said)], "A caveat.", drawn)
-    picture.draw([scene(tmp_path, [said[1]] * 2)], "A caveat.", plain)
+    picture.draw([scene(tmp_path, said)], "A choice.", "A caveat.", drawn)
+    picture.draw([scene(tmp_path, [said[1]] * 2)], "A choice.", "A caveat.", plain)
     assert colors(drawn)[0, 128, 0] > 250 * 250
     assert colors(drawn)[RED] > 100
     assert RED not in colors(plain)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from eval.__main__ import main
+from tests.shared_data import SHARED, shared
 
 
 @pytest.fixture
@@ -108,3 +109,31 @@ def test_the_user_can_stop_a_run(
     monkeypatch.setattr("eval.generate.ask", stop)
     assert main(["run", str(config), "--out", str(tmp_path / "out")]) == 130
     assert "the same command goes on where this one ended" in capsys.readouterr().err
+
+
+@shared
+def test_real_photos_go_through_the_config_of_a_real_model(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LLaVA-1.5-7B's VHR config on six COCO photos, with a tiny checkpoint in the model's place."""
+    config = Path(__file__).parents[2] / "configs" / "llava-1.5-7b" / "vhr.yaml"
+    changes = [
+        f"model={checkpoint}",
+        f"data={SHARED / 'coco'}",
+        "splits=[mini]",
+        "dtype=float32",
+        "vhr.layers=[1, 2, 3]",
+        "chair.images=6",
+        "chair.max_new_tokens=4",
+        "pope={images: 4, per_image: 2, max_new_tokens: 2}",
+    ]
+    sets = [word for change in changes for word in ("--set", change)]
+    out = tmp_path / "run"
+    assert main(["run", str(config), "--out", str(out), *sets]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    truth = json.loads((SHARED / "chair" / "objects_pattern.json").read_text())
+    photos = [str(int(path.stem)) for path in (SHARED / "coco" / "images").iterdir()]
+    counts = metrics["chair"]["mini"]["counts"]
+    assert counts["gt_objects"] == sum(len(truth[photo]) for photo in photos)
+    assert metrics["pope"]["mini"]["popular"]["questions"] == 4 * 2 * 2
+    assert "| mini  | CHAIR_S %" in capsys.readouterr().out

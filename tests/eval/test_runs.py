@@ -120,6 +120,25 @@ def test_a_finished_run_loads_no_model(finished: Path, settings: Settings) -> No
     assert (finished / "answers.jsonl").read_bytes() == before
 
 
+def test_other_versions_are_said_and_kept_if_they_make_more(
+    finished: Path,
+    settings: Settings,
+    loaded: Models,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (first,) = RunFolder(finished).record()["environments"]
+    newer = first | {"torch": "9.0"}
+    monkeypatch.setattr(runs, "_environment", lambda _: newer)
+    runs.run(settings(), finished, load=lambda _: loaded)
+    assert f"has answers of torch {first['torch']}: delete it" in capsys.readouterr().err
+    assert RunFolder(finished).record()["environments"] == [first]
+    file = finished / "answers.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+    runs.run(settings(), finished, load=lambda _: loaded)
+    assert RunFolder(finished).record()["environments"] == [first, newer]
+
+
 @pytest.mark.parametrize("torn", [b'{"task": "chair", "spl', b"\x00\x00\x00\n", b'{"a": 1}\n'])
 def test_a_last_line_broken_by_a_crash_is_done_again(
     torn: bytes,
