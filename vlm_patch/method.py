@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -153,10 +153,12 @@ def check_number(
     """
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not low <= value <= high or (above and value == low):
-        wanted = {
-            (-math.inf, math.inf): "a finite number",
-            (low, math.inf): f"a finite number {'above' if above else 'of at least'} {low:g}",
-        }.get((low, high), f"a number from {low:g} to {high:g}")
+        if high < math.inf:
+            wanted = f"a number from {low:g} to {high:g}"
+        elif low == -math.inf:
+            wanted = "a finite number"
+        else:
+            wanted = f"a finite number {'above' if above else 'of at least'} {low:g}"
         raise ValueError(f"{name}: found {value!r}, expected {wanted}")
 
 
@@ -168,3 +170,13 @@ def check_whole(name: str, value: int, size: int | None = None) -> None:
         raise ValueError(f"{name}: found {value!r}, expected a whole number of at least 0")
     if size is not None and value >= size:
         raise ValueError(f"{name}: found {value}, but this model has only 0 to {size - 1}")
+
+
+def check_wholes(name: str, values: Sequence[int] | None, size: int | None = None) -> None:
+    """The same for every one of a sequence of layers or channels; None is none."""
+    if values is not None and not isinstance(values, list | tuple | range):
+        raise ValueError(
+            f"{name}: found {values!r}, expected a list or a range of whole numbers, such as [1, 2]"
+        )
+    for value in values or ():
+        check_whole(name, value, size)

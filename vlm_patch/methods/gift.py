@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from vlm_patch.errors import PatchError
-from vlm_patch.method import Facts, Forward, Memory, Method, check_number, check_whole
+from vlm_patch.method import (
+    Facts,
+    Forward,
+    Memory,
+    Method,
+    check_number,
+    check_whole,
+    check_wholes,
+)
 
 
 def positive_change(weights: Tensor) -> Tensor:
@@ -116,8 +124,7 @@ class GIFT(Method):
         check_number("GIFT head_fraction", self.head_fraction, 0, 1)
         if self.saliency_layer is not None:
             check_whole("GIFT saliency_layer", self.saliency_layer)
-        for layer in self.layers or ():
-            check_whole("GIFT layers", layer)
+        check_wholes("GIFT layers", self.layers)
         if isinstance(self.words, Tensor):
             if self.words.dtype != torch.bool or self.words.ndim != 2:
                 raise ValueError(
@@ -140,8 +147,7 @@ class GIFT(Method):
         notes = [f"GIFT {name}={scaled[name]}" for name in missing if name not in facts.profile]
         fitted = replace(self, **{n: facts.profile.get(n, scaled[n]) for n in missing})
         check_whole("GIFT saliency_layer", fitted.saliency_layer or 0, facts.depth)
-        for layer in fitted.layers or ():
-            check_whole("GIFT layers", layer, facts.depth)
+        check_wholes("GIFT layers", fitted.layers, facts.depth)
         return fitted, notes
 
     def own_layers(self, depth: int) -> list[int]:

@@ -23,6 +23,7 @@ from vlm_patch.method import (
     StockPass,
     check_number,
     check_whole,
+    check_wholes,
 )
 from vlm_patch.methods.sinks import discover, scaled_tau
 
@@ -112,8 +113,7 @@ class VAR(Method):
             check_number("VAR tau", self.tau, 0, above=True)
         if self.first_layer is not None:
             check_whole("VAR first_layer", self.first_layer)
-        for channel in self.dims or ():
-            check_whole("VAR dims", channel)
+        check_wholes("VAR dims", self.dims)
         if self.semantics not in ("paper", "release"):
             raise ValueError(
                 f'VAR semantics: found {self.semantics!r}, expected "paper" or "release"'
@@ -125,8 +125,7 @@ class VAR(Method):
 
     def fit(self, facts: Facts) -> tuple[Method, list[str]]:
         dims = facts.profile.get("dims") if self.dims is None else self.dims
-        for channel in dims or ():
-            check_whole("VAR dims", channel, facts.width)
+        check_wholes("VAR dims", dims, facts.width)
         tau = scaled_tau(facts.width) if self.tau is None else self.tau
         first = (2 if self.release else 0) if self.first_layer is None else self.first_layer
         if self.release:

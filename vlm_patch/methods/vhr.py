@@ -21,7 +21,7 @@ from vlm_patch.method import (
     StockPass,
     Watcher,
     check_number,
-    check_whole,
+    check_wholes,
 )
 
 
@@ -95,8 +95,7 @@ class VHR(Method):
 
     def __post_init__(self) -> None:
         check_number("VHR alpha", self.alpha)
-        for layer in self.layers or ():
-            check_whole("VHR layers", layer)
+        check_wholes("VHR layers", self.layers)
         if self.semantics not in ("release", "paper"):
             raise ValueError(
                 f'VHR semantics: found {self.semantics!r}, expected "release" or "paper"'
@@ -104,8 +103,7 @@ class VHR(Method):
 
     def fit(self, facts: Facts) -> tuple[Method, list[str]]:
         if self.layers is not None:
-            for layer in self.layers:
-                check_whole("VHR layers", layer, facts.depth)
+            check_wholes("VHR layers", self.layers, facts.depth)
             return self, []
         if "layers" in facts.profile:
             return replace(self, layers=tuple(facts.profile["layers"])), []
