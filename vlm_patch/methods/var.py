@@ -34,45 +34,51 @@ def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
     hidden `[..., D]`: the stream entering a block, before its norm. dims: the sink channels.
     Returns `[...]`: max over dims of |x[d]| / RMS(x), at most sqrt(D); a zero vector scores 0.
     """
-    rms = (hidden.square().mean(-1) + eps).sqrt()
-    peak = hidden[..., list(dims)].abs().amax(-1)
-    return torch.where(rms > 0, peak / rms, 0.0)
+    rms = (torch.linalg.vector_norm(hidden, dim=-1).square() / hidden.shape[-1] + eps).sqrt()
+    peak = torch.stack([hidden[..., d] for d in dims]).abs().amax(0)
+    return peak / rms.clamp_min(torch.finfo(rms.dtype).tiny)
+
+
+def key_groups(image: Tensor, sinks: Tensor) -> Tensor:
+    """The image keys V, the sinks S and the image keys that are none, N, as 0 and 1 `[B, 3, K]`.
+
+    image, sinks `[B, K]` (bool); text tokens can be sinks too.
+    """
+    return torch.stack((image, sinks, image & ~sinks), 1)
 
 
 def redistribute(
     weights: Tensor,
-    image: Tensor,
-    sinks: Tensor,
+    groups: Tensor,
     move_fraction: float = 0.6,
     rho_nonsink: float = 0.5,
     min_image_mass: float = 0.2,
     require_visual_sink: bool = False,
     release: bool = False,
 ) -> Tensor:
-    """Moves a fraction of the sink attention to image tokens that are no sinks, in image-centric
-    heads.
+    """Moves sink attention to image tokens that are no sinks, in image-centric heads.
 
-    weights `[B, H, R, K]`: attention after the softmax. image, sinks `[B, K]` (bool): image tokens;
-    sinks, text ones too. With V the image keys, S the sinks and N = V without S, a head's row is
-    edited if its image mass sum_V a is at least min_image_mass and sum_N a / sum_V a is at least
-    rho_nonsink; then a' = (1 - move_fraction) a on S, a' = g a on N with g = 1 + move_fraction *
-    sum_S a / sum_N a, and a' = a elsewhere (paper, equations 6 to 8). Row sums are kept. release:
-    the ratio as the release computes it, with 1e-6 added to every image weight below the line.
+    weights `[B, H, R, K]`: attention after the softmax. groups `[B, 3, K]`: see `key_groups`. A
+    head's row is edited if its image mass sum_V a is at least min_image_mass and sum_N a / sum_V a
+    is at least rho_nonsink; then a' = (1 - move_fraction) a on S, a' = g a on N with g = 1 +
+    move_fraction * sum_S a / sum_N a, and a' = a elsewhere (paper, equations 6 to 8). Row sums are
+    kept; a row with nothing on N stays as it is. release: the ratio as the release computes it,
+    with 1e-6 added to every image weight below the line.
     """
-    groups = torch.stack((image, sinks, image & ~sinks), -1)[:, None].to(weights.dtype)
-    mass_image, mass_sinks, mass_rest = (weights @ groups).unbind(-1)
+    groups = groups[:, None].to(weights.dtype)
+    mass_image, mass_sinks, mass_rest = (weights @ groups.transpose(-1, -2)).unbind(-1)
     if release:
-        floor = 1e-6 * groups[..., 0].sum(-1, keepdim=True)
-        steady = (mass_image - mass_rest) / (mass_image + floor) <= 1 - rho_nonsink
+        floor = 1e-6 * groups[:, :, 0].sum(-1, keepdim=True)
+        chosen = mass_image - mass_rest <= (1 - rho_nonsink) * (mass_image + floor)
     else:
-        steady = mass_rest >= rho_nonsink * mass_image
-    chosen = steady & (mass_image >= min_image_mass) & (mass_image > 0) & (mass_rest > 0)
+        chosen = mass_rest >= rho_nonsink * mass_image
+    tiny = torch.finfo(weights.dtype).tiny
+    chosen = chosen & (mass_image >= min_image_mass) & (mass_rest >= tiny)
     if require_visual_sink:
-        chosen = chosen & (image & sinks).any(-1)[:, None, None]
-    moved = move_fraction * mass_sinks
-    change = torch.stack((torch.full_like(moved, -move_fraction), moved / mass_rest), -1)
-    change = change.masked_fill(~chosen[..., None], 0.0)
-    return weights * (1 + change @ groups[..., 1:].transpose(-1, -2))
+        chosen = chosen & (groups[:, :, 0] > groups[:, :, 2]).any(-1, keepdim=True)
+    gain = move_fraction * mass_sinks / mass_rest.clamp_min(tiny)
+    change = torch.addcmul(-move_fraction * groups[:, :, 1:2], gain[..., None], groups[:, :, 2:])
+    return torch.addcmul(weights, weights, change * chosen[..., None])
 
 
 @dataclass(frozen=True)
@@ -155,21 +161,22 @@ class VAR(Method):
         if not self.dims:
             return
         if self.release and forward.past > 0:
-            found = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
             hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             score = sink_score(hidden, self.dims, 1e-6 if self.release else 0.0)
             tau = math.inf if self.tau is None else self.tau
-            found = score > tau if self.release else score >= tau
+            sinks = score > tau if self.release else score >= tau
+        groups = key_groups(forward.image[:, forward.new], sinks)
         if forward.past:
-            before = memory.get(("sinks", layer))
-            if before is None or before.shape[1] < forward.past:
+            before = memory.get(("groups", layer))
+            if before is None or before.shape[2] < forward.past:
                 raise PatchError(
                     f"var is on in layer {layer}, but was off there for the first {forward.past} "
                     "tokens of this generation. Switch layers before the prompt."
                 )
-            found = torch.cat((before[:, : forward.past], found), 1)
-        memory["sinks", layer] = found
+            groups = torch.cat((before[:, :, : forward.past], groups), 2)
+        memory["groups", layer] = groups
 
     def edited(self, forward: Forward) -> Tensor | None:
         return forward.text if self.dims else None
@@ -179,11 +186,9 @@ class VAR(Method):
             raise PatchError(
                 f'VAR(semantics="release") never acts below layer 2, but layer {layer} is on'
             )
-        keys = weights.shape[-1]
         return redistribute(
             weights,
-            forward.image[:, -keys:],
-            memory["sinks", layer][:, -keys:],
+            memory["groups", layer][:, :, -weights.shape[-1] :],
             self.move_fraction,
             self.rho_nonsink,
             self.min_image_mass,
