@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,11 +66,11 @@ def numbers(spec: LayerSpec, size: int, what: str) -> list[int]:
 
 
 def _int_numbers(spec: int | Iterable[int], what: str) -> list[int]:
-    items = [spec] if isinstance(spec, int) else list(spec)
+    items = list(spec) if isinstance(spec, Iterable) else [spec]
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, int):
+        if isinstance(item, bool) or not isinstance(item, SupportsIndex):
             raise ValueError(f"{what}: found {item!r}, expected whole numbers")
-    return items
+    return [operator.index(item) for item in items]
 
 
 def _text_numbers(text: str, size: int, what: str) -> list[int]:
@@ -87,18 +88,33 @@ def _text_numbers(text: str, size: int, what: str) -> list[int]:
     return found
 
 
-class HeadTables(dict[str, Tensor]):
-    """A live bool table `[layers, heads]` per method; takes every spelling."""
+class HeadTables(Mapping[str, Tensor]):
+    """A live bool table `[layers, heads]` for each of the methods `names`; takes every spelling."""
 
-    def __init__(self, layers: int, heads: int) -> None:
-        super().__init__()
+    def __init__(self, names: Iterable[str], layers: int, heads: int) -> None:
         self.layers, self.heads = layers, heads
+        self._tables = {name: torch.zeros(layers, heads, dtype=torch.bool) for name in names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._check(name)
+        return self._tables[name]
 
     def __setitem__(self, name: str, spec: HeadSpec) -> None:
-        super().__setitem__(name, parse(spec, self.layers, self.heads))
+        self._check(name)
+        self._tables[name] = parse(spec, self.layers, self.heads)
 
-    def __missing__(self, name: str) -> Tensor:
-        raise KeyError(f"no method {name!r} on this patch, only {list(self)}")
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __repr__(self) -> str:
+        return repr(self._tables)
+
+    def _check(self, name: str) -> None:
+        if name not in self._tables:
+            raise KeyError(f"no method {name!r} on this patch, only {list(self)}")
 
 
 def by_method(

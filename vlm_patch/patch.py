@@ -189,8 +189,8 @@ def _tables(
     layers: heads.LayerSpec | None,
     specs: heads.HeadSpec | Mapping[str, heads.HeadSpec] | None,
 ) -> heads.HeadTables:
-    tables = heads.HeadTables(decoder.depth, decoder.heads)
     names = [method.name for method in methods]
+    tables = heads.HeadTables(names, decoder.depth, decoder.heads)
     chosen = heads.by_method(specs, names)
     allowed = torch.zeros(decoder.depth, 1, dtype=torch.bool)
     allowed[heads.numbers("*" if layers is None else layers, decoder.depth, "layer")] = True
