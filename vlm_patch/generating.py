@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -26,32 +28,42 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class Generate:
-    """The model's `generate` behind a check; in a deep copy or a pickle of the model it is plain.
+    """A model's `generate` (`stock`) behind a check; in a deep copy or a pickle of the model it is
+    plain.
 
     active: whether any method is on.
     """
 
-    def __init__(self, model: nn.Module, active: Callable[[], bool] | None) -> None:
-        self.model, self.active = model, active
-        self.__wrapped__ = type(model).generate.__get__(model)  # type: ignore[attr-defined]
+    def __init__(
+        self, model: nn.Module, stock: Callable[..., Any], active: Callable[[], bool] | None
+    ) -> None:
+        self.model, self.__wrapped__, self.active = model, stock, active
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.active is not None and self.active():
-            check_options(kwargs, self.model.generation_config)
+            named = dict(zip(inspect.signature(self.__wrapped__).parameters, args, strict=False))
+            check_options({**named, **kwargs}, self.model.generation_config)
         return self.__wrapped__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
-        return Generate(memo[id(self.model)], None)
+        model, stock = copy.deepcopy((self.model, self.__wrapped__), memo)
+        return Generate(model, stock, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Generate, (self.model, None)
+        return Generate, (self.model, self.__wrapped__, None)
 
 
-def check_options(kwargs: dict[str, Any], default: Any) -> None:
-    """Raises PatchError for a way of generating in which methods would go wrong in silence."""
-    config = kwargs.get("generation_config") or default
+def check_options(given: Mapping[str, Any], default: Any) -> None:
+    """Raises PatchError for a way of generating in which methods would go wrong in silence.
+
+    given: the arguments of `generate` by name. default: the model's own generation config, which
+    counts where the one given says None, as in transformers.
+    """
     for name, supported in SUPPORTED.items():
-        found = kwargs[name] if name in kwargs else getattr(config, name, None)
+        found = given.get(name)
+        for config in (given.get("generation_config"), default):
+            if found is None and name not in given:
+                found = getattr(config, name, None)
         if found not in supported:
             raise PatchError(
                 f"generate({name}={found!r}) is not supported on a patched model by this version: "

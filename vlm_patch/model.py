@@ -107,7 +107,12 @@ def read(model: Any) -> Decoder:
             f"{name} is no vision-language model: its config names no image_token_id. "
             "Load it with AutoModelForImageTextToText."
         )
-    if callable(getattr(type(model), "generate", None)) and hasattr(model, "qformer"):
+    if not callable(getattr(model, "generate", None)):
+        raise UnsupportedModelError(
+            f"{name} cannot generate, so it is only a part of a model: wrap the whole one, such as "
+            "AutoModelForImageTextToText.from_pretrained(...) gives"
+        )
+    if hasattr(model, "qformer"):
         raise UnsupportedModelError(
             f"{name} runs its language model through a generate of its own, which hides the image "
             "tokens; it is not supported by this version"

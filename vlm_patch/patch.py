@@ -93,7 +93,10 @@ class Patch:
             decoder.register_forward_hook(Hook(passes.after_decoder), always_call=True),
         ):
             undo.callback(handle.remove)
-        model.__dict__["generate"] = Generate(model, lambda: bool(self._switched()))
+        before = {name: call for name, call in model.__dict__.items() if name == "generate"}
+        generate = Generate(model, model.generate, lambda: bool(self._switched()))
+        model.__dict__["generate"] = generate
+        undo.callback(model.__dict__.update, before)
         undo.callback(model.__dict__.pop, "generate", None)
 
     def remove(self) -> None:
