@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlm_patch.errors import PatchError
-from vlm_patch.method import Forward, Memory
+from vlm_patch.method import Forward, Memory, append
 from vlm_patch.question import QuestionReader
 
 
@@ -22,28 +22,44 @@ from vlm_patch.question import QuestionReader
 class Generation:
     """What is remembered of one generation; it travels with the cache, also through a deep copy.
 
-    owner: the patch that made it. image, query, content `[B, K]` (bool). memory: of each method, by
-    name. whole: see `attention.Editing`. pictured: whether any sample has an image; without one
-    everything is left stock.
+    owner: the patch that made it. length: tokens seen so far. keys: the masks "image", "query" and
+    "content" of the tokens, and "seen" `[B]`, the samples with an image. memory: of each method, by
+    name. history: the layers in which a method was on, and up to which length. whole: see
+    `editing.Editing`. pictured: whether any sample has an image; without one everything is left
+    stock.
     """
 
     owner: int
-    image: Tensor
-    query: Tensor
-    content: Tensor
+    batch: int
+    length: int = 0
+    keys: Memory = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
+    history: dict[str, tuple[Collection[int], int]] = field(default_factory=dict)
     whole: dict[str, bool] = field(default_factory=dict)
     pictured: bool = True
 
     def reorder(self, index: Tensor) -> None:
         """Follows the cache when beams are reordered; index `[B]`."""
-        index = index.to(self.image.device)
-        self.image, self.query, self.content = (
-            mask.index_select(0, index) for mask in (self.image, self.query, self.content)
-        )
-        for memory in self.memory.values():
+        for memory in (self.keys, *self.memory.values()):
             for key, tensor in memory.items():
-                memory[key] = tensor.index_select(0, index)
+                memory[key] = tensor.index_select(0, index.to(tensor.device))
+
+    def follow(self, name: str, layers: Collection[int], past: int) -> None:
+        """Notes that a method acts in these layers now. Raises PatchError if it missed tokens."""
+        known, length = self.history.get(name, ((), 0))
+        if past and known is not layers:
+            missed = [layer for layer in layers if layer not in known]
+            if missed or length < past:
+                where = f"layer {missed[0]}" if missed else "every layer"
+                raise PatchError(
+                    f"{name} is on, but was off in {where} while a part of the first {past} tokens "
+                    "was read, so it does not know them. Switch methods and layers before a prompt."
+                )
+        self.history[name] = (layers, self.length)
+
+    def grow(self, name: str, new: Tensor, past: int) -> Tensor:
+        """The mask `name` `[B, past + S]` with the new tokens' `[B, S]` behind the cached ones."""
+        return append(self.keys, (name, 0), new, past)
 
 
 @dataclass
@@ -118,49 +134,64 @@ class Layout(threading.local):
         batch, rows = hidden.shape[:2]
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
+        generation = self._generation(cache, past, batch)
+        generation.length = past + rows
+        if past and rows == 1:
+            return self._step(generation, past, kwargs), generation
         valid = self._valid(kwargs, pending, batch, rows, hidden.device)
-        generation = self._generation(cache, past, batch, hidden.device)
-        reading = past == 0 or rows > 1
-        if reading:
-            generation.whole.clear()
-
-        image = torch.zeros(batch, rows, dtype=torch.bool, device=hidden.device)
-        query = content = image
-        if reading:
-            if not valid[:, -1].all():
-                raise PatchError(
-                    "a prompt ends in padding: found right padding, expected left padding. Set "
-                    'processor.tokenizer.padding_side = "left".'
-                )
-            image = self._image(pending, past, image)
-            if question:
-                query, content = self._question(pending, words, past, image, generation, valid)
-                generation.query = torch.zeros_like(generation.query)
-                generation.content = torch.zeros_like(generation.content)
-        seen_before = generation.image.any(1, keepdim=True)
-        text = ~image & valid & (seen_before | (image.cumsum(1) > 0))
-        generation.image = torch.cat((generation.image, image), 1)
-        generation.query = torch.cat((generation.query, query), 1)
-        generation.content = torch.cat((generation.content, content), 1)
-        last = torch.zeros_like(image)
+        if not valid[:, -1].all():
+            raise PatchError(
+                "a prompt ends in padding: found right padding, expected left padding. Set "
+                'processor.tokenizer.padding_side = "left".'
+            )
+        generation.whole.clear()
+        image = self._image(pending, past, torch.zeros_like(valid))
+        images = generation.grow("image", image, past)
+        query = content = torch.zeros_like(valid)
+        if question:
+            query, content = self._question(pending, words, past, images, valid)
+        for name in ("query", "content"):
+            if (name, 0) in generation.keys:
+                generation.keys[name, 0].zero_()
+        seen = generation.keys["seen", 0] = images.any(1)
+        generation.pictured = bool(seen.any())
+        self._check_seen(seen)
+        last = torch.zeros_like(valid)
         last[:, -1] = True
-        seen = generation.image.any(1)
-        if reading:
-            generation.pictured = bool(seen.any())
-            self._check_seen(seen)
         forward = Forward(
             past=past,
-            image=generation.image,
-            query=generation.query,
-            content=generation.content,
+            image=images,
+            query=generation.grow("query", query, past),
+            content=generation.grow("content", content, past),
             valid=valid,
-            text=text,
+            text=~image & valid & (images.cumsum(1)[:, past:] > 0),
             last=last,
             seen=seen,
-            reading=reading,
+            reading=True,
             inputs=kwargs,
         )
         return forward, generation
+
+    def _step(self, generation: Generation, past: int, kwargs: dict[str, Any]) -> Forward:
+        """The forward of one generated token per sample."""
+        seen = generation.keys["seen", 0]
+        row = torch.ones_like(seen)[:, None]
+        nothing = torch.zeros_like(row)
+        image, query, content = (
+            generation.grow(name, nothing, past) for name in ("image", "query", "content")
+        )
+        return Forward(
+            past=past,
+            image=image,
+            query=query,
+            content=content,
+            valid=row,
+            text=seen[:, None],
+            last=row,
+            seen=seen,
+            reading=False,
+            inputs=kwargs,
+        )
 
     def _valid(
         self,
@@ -177,27 +208,22 @@ class Layout(threading.local):
             return torch.ones(batch, rows, dtype=torch.bool, device=device)
         return mask[:, -rows:].to(device).bool()
 
-    def _generation(self, cache: Any, past: int, batch: int, device: torch.device) -> Generation:
-        """The generation that this forward continues, cut to the cached tokens, or a new one."""
+    def _generation(self, cache: Any, past: int, batch: int) -> Generation:
+        """The generation that this forward continues, or a new one."""
         if past == 0:
-            empty = torch.zeros(batch, 0, dtype=torch.bool, device=device)
-            return Generation(self.owner, empty, empty, empty)
-        generation = getattr(cache, "vlm_patch", None)
-        if generation is None or generation.owner != self.owner or generation.image.shape[1] < past:
+            return Generation(self.owner, batch)
+        generation: Generation | None = getattr(cache, "vlm_patch", None)
+        if generation is None or generation.owner != self.owner or generation.length < past:
             raise PatchError(
                 f"the cache holds {past} tokens that this patch did not see: it was off, or not "
                 "put on, when they were read. Start from the prompt with an empty cache."
             )
-        if generation.image.shape[0] != batch:
+        if generation.batch != batch:
             raise PatchError(
-                f"the cache was filled with a batch of {generation.image.shape[0]}, this forward "
-                f"has {batch}. Start from the prompt with an empty cache."
+                f"the cache was filled with a batch of {generation.batch}, this forward has "
+                f"{batch}. Start from the prompt with an empty cache."
             )
-        kept: Generation = generation
-        kept.image, kept.query, kept.content = (
-            mask[:, :past] for mask in (kept.image, kept.query, kept.content)
-        )
-        return kept
+        return generation
 
     def _image(self, pending: _Pending | None, past: int, empty: Tensor) -> Tensor:
         if self.given is not None and self.given.image is not None:
@@ -238,11 +264,14 @@ class Layout(threading.local):
         pending: _Pending | None,
         words: str | Tensor,
         past: int,
-        image: Tensor,
-        generation: Generation,
+        images: Tensor,
         valid: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The query and its content words `[B, S]` of a prompt; see `GIFT` for the rules."""
+        """The query and its content words `[B, S]` of a prompt; see `GIFT` for the rules.
+
+        images `[B, past + S]`: the image keys so far.
+        """
+        image = images[:, past:]
         ids = pending.ids if pending is not None else None
         after = self._after_image(image, past, valid)
         if self.given is not None and self.given.query is not None:
@@ -257,11 +286,7 @@ class Layout(threading.local):
             )
         else:
             query = self._spans(self.reader, ids, after)
-        if past:
-            seen = generation.image.any(1, keepdim=True) | image.any(1, keepdim=True)
-        else:
-            seen = image.cumsum(1) > 0
-        query = query & seen & ~image
+        query = query & (images.cumsum(1)[:, past:] > 0) & ~image
         if isinstance(words, Tensor):
             content = query & self._by_hand(words, "words", past, image)
         elif self.reader is None or ids is None:

@@ -15,6 +15,22 @@ Memory: TypeAlias = dict[tuple[str, int], Tensor]
 Every tensor has the batch first, so that beams can be reordered without knowing what it is."""
 
 
+def append(memory: Memory, key: tuple[str, int], new: Tensor, past: int) -> Tensor:
+    """Writes `new` `[B, ..., S]` behind the first `past` entries kept under `key`; returns them all.
+
+    The buffer behind it doubles when it is full, so that a step of decoding writes one column.
+    """
+    total = past + new.shape[-1]
+    buffer = memory.get(key)
+    if buffer is None or buffer.shape[-1] < total:
+        larger = new.new_zeros(*new.shape[:-1], max(256, 2 * total))
+        if buffer is not None:
+            larger[..., :past] = buffer[..., :past]
+        buffer = memory[key] = larger
+    buffer[..., past:total] = new
+    return buffer[..., :total]
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a method may know of the model when it fills in its defaults.

@@ -132,6 +132,8 @@ class Passes:
         for method, layers in switched:
             memory = generation.memory.setdefault(method.name, {})
             actives.append(Active(method, memory, layers))
+            if method.reads_blocks:
+                generation.follow(method.name, layers, forward.past)
         if forward.reading:
             for active in actives:
                 self._look(active, forward)

@@ -21,6 +21,7 @@ from vlm_patch.method import (
     Memory,
     Method,
     StockPass,
+    append,
     check_number,
     check_whole,
     check_wholes,
@@ -34,8 +35,10 @@ def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
     hidden `[..., D]`: the stream entering a block, before its norm. dims: the sink channels.
     Returns `[...]`: max over dims of |x[d]| / RMS(x), at most sqrt(D); a zero vector scores 0.
     """
-    rms = (torch.linalg.vector_norm(hidden, dim=-1).square() / hidden.shape[-1] + eps).sqrt()
-    peak = torch.stack([hidden[..., d] for d in dims]).abs().amax(0)
+    rms = torch.linalg.vector_norm(hidden, dim=-1) / math.sqrt(hidden.shape[-1])
+    if eps:
+        rms = (rms.square() + eps).sqrt()
+    peak: Tensor = hidden[..., torch.tensor(dims, device=hidden.device)].abs().amax(-1)
     return peak / rms.clamp_min(torch.finfo(rms.dtype).tiny)
 
 
@@ -67,15 +70,16 @@ def redistribute(
     """
     groups = groups[:, None].to(weights.dtype)
     mass_image, mass_sinks, mass_rest = (weights @ groups.transpose(-1, -2)).unbind(-1)
+    tiny = torch.finfo(weights.dtype).tiny
+    chosen = mass_image >= min_image_mass
     if release:
         floor = 1e-6 * groups[:, :, 0].sum(-1, keepdim=True)
-        chosen = mass_image - mass_rest <= (1 - rho_nonsink) * (mass_image + floor)
+        chosen &= mass_image - mass_rest <= (1 - rho_nonsink) * (mass_image + floor)
+        chosen &= mass_rest >= tiny
     else:
-        chosen = mass_rest >= rho_nonsink * mass_image
-    tiny = torch.finfo(weights.dtype).tiny
-    chosen = chosen & (mass_image >= min_image_mass) & (mass_rest >= tiny)
+        chosen &= mass_rest >= (rho_nonsink * mass_image).clamp_min(tiny)
     if require_visual_sink:
-        chosen = chosen & (groups[:, :, 0] > groups[:, :, 2]).any(-1, keepdim=True)
+        chosen &= (groups[:, :, 0] > groups[:, :, 2]).any(-1, keepdim=True)
     gain = move_fraction * mass_sinks / mass_rest.clamp_min(tiny)
     change = torch.addcmul(-move_fraction * groups[:, :, 1:2], gain[..., None], groups[:, :, 2:])
     return torch.addcmul(weights, weights, change * chosen[..., None])
@@ -160,23 +164,15 @@ class VAR(Method):
         """Finds the sinks among the new tokens; the release looks at the first prompt only."""
         if not self.dims:
             return
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if self.release and forward.past > 0:
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
-            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             score = sink_score(hidden, self.dims, 1e-6 if self.release else 0.0)
             tau = math.inf if self.tau is None else self.tau
             sinks = score > tau if self.release else score >= tau
         groups = key_groups(forward.image[:, forward.new], sinks)
-        if forward.past:
-            before = memory.get(("groups", layer))
-            if before is None or before.shape[2] < forward.past:
-                raise PatchError(
-                    f"var is on in layer {layer}, but was off there for the first {forward.past} "
-                    "tokens of this generation. Switch layers before the prompt."
-                )
-            groups = torch.cat((before[:, :, : forward.past], groups), 2)
-        memory["groups", layer] = groups
+        append(memory, ("groups", layer), groups.to(hidden.dtype), forward.past)
 
     def edited(self, forward: Forward) -> Tensor | None:
         return forward.text if self.dims else None
@@ -186,9 +182,10 @@ class VAR(Method):
             raise PatchError(
                 f'VAR(semantics="release") never acts below layer 2, but layer {layer} is on'
             )
+        total = forward.image.shape[1]
         return redistribute(
             weights,
-            memory["groups", layer][:, :, -weights.shape[-1] :],
+            memory["groups", layer][:, :, total - weights.shape[-1] : total],
             self.move_fraction,
             self.rho_nonsink,
             self.min_image_mass,
