@@ -38,8 +38,9 @@ def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
     rms = torch.linalg.vector_norm(hidden, dim=-1) / math.sqrt(hidden.shape[-1])
     if eps:
         rms = (rms.square() + eps).sqrt()
-    peak: Tensor = hidden[..., torch.tensor(dims, device=hidden.device)].abs().amax(-1)
-    return peak / rms.clamp_min(torch.finfo(rms.dtype).tiny)
+    peak = hidden[..., torch.tensor(dims, device=hidden.device)].abs().amax(-1)
+    score: Tensor = peak / rms.clamp_min(torch.finfo(rms.dtype).tiny)
+    return score
 
 
 def key_groups(image: Tensor, sinks: Tensor) -> Tensor:
@@ -68,8 +69,10 @@ def redistribute(
     kept; a row with nothing on N stays as it is. release: the ratio as the release computes it,
     with 1e-6 added to every image weight below the line.
     """
-    groups = groups[:, None].to(weights.dtype)
-    mass_image, mass_sinks, mass_rest = (weights @ groups.transpose(-1, -2)).unbind(-1)
+    groups = groups.to(weights.dtype)
+    masses = weights.flatten(1, 2) @ groups.transpose(1, 2)
+    mass_image, mass_sinks, mass_rest = masses.view(*weights.shape[:3], 3).unbind(-1)
+    groups = groups[:, None]
     tiny = torch.finfo(weights.dtype).tiny
     chosen = mass_image >= min_image_mass
     if release:
