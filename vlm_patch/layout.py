@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,16 +63,22 @@ class Generation:
         return append(self.keys, (name, 0), new, past)
 
 
-@dataclass
 class _Reordering:
-    """Stands in for `cache.reorder_cache`, so that what is remembered follows the beams."""
+    """Stands in for `cache.reorder_cache`, so that what is remembered follows the beams.
 
-    cache: Any
-    generation: Generation
+    Holds the cache weakly: a cycle would keep its memory until the garbage collector runs.
+    """
+
+    def __init__(self, cache: Any, generation: Generation) -> None:
+        self.cache, self.generation = weakref.ref(cache), generation
 
     def __call__(self, beam_idx: Tensor) -> None:
-        type(self.cache).reorder_cache(self.cache, beam_idx)
+        cache: Any = self.cache()
+        type(cache).reorder_cache(cache, beam_idx)
         self.generation.reorder(beam_idx)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Reordering, (self.cache(), self.generation)
 
 
 def attach(cache: Any, generation: Generation) -> None:

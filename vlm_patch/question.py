@@ -87,9 +87,9 @@ class QuestionReader:
     """
 
     def __init__(self, processor: Any, image_ids: Sequence[int]) -> None:
+        self.template = read_template(processor, image_ids)
         self.tokenizer = processor.tokenizer
         self.image_ids = frozenset(image_ids)
-        self.template = read_template(processor, image_ids)
 
     def span(self, ids: Sequence[int]) -> tuple[int, int] | None:
         """Start and end (exclusive) of the last user text in `ids`, or None where the template is

@@ -1,0 +1,397 @@
+"""Taking a patch off leaves nothing behind; copies of a patched model are stock models."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from tests import tiny
+from vlm_patch import GIFT, VAR, VHR, PatchError, attention, patch, wrap
+
+METHODS = (
+    VAR(dims=tiny.SINK_DIMS, tau=3.0),
+    GIFT(alpha=3.0, saliency_layer=1, layers=(2, 3)),
+    VHR(layers=(1, 2, 3)),
+)
+KINDS = {"llava": tiny.llava, "qwen2-vl": tiny.qwen2_vl}
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
+
+pytestmark = pytest.mark.filterwarnings("ignore:No processor was given")
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that a patch could leave changed; objects by identity."""
+    found: dict[str, Any] = {"state_dict": list(model.state_dict())}
+    for name, module in model.named_modules():
+        found[name, "keys"] = list(module.__dict__)
+        found[name, "config"] = id(getattr(module, "config", None))
+        found[name, "class"] = type(module)
+        for hooks in (*HOOKS, "_backward_hooks", "_forward_pre_hooks_with_kwargs"):
+            found[name, hooks] = [(key, id(hook)) for key, hook in getattr(module, hooks).items()]
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        found[id(config)] = copy.deepcopy(config.__dict__)
+    return found
+
+
+def logits(model: nn.Module) -> Tensor:
+    """The prompt's logits, and those of 4 steps that follow it."""
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    with torch.no_grad():
+        steps = model.generate(
+            **batch,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        ).logits
+        return torch.cat((model(**batch).logits.flatten(), *[step.flatten() for step in steps]))
+
+
+def planted(kind: str = "llava") -> nn.Module:
+    model: nn.Module = tiny.plant(KINDS[kind]())
+    logits(model)  # transformers itself marks a model when it first runs
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_remove_leaves_the_untouched_model(kind: str, tmp_path: Path) -> None:
+    model = planted(kind)
+    model.save_pretrained(tmp_path / "before")
+    before, stock = state_of(model), logits(model)
+    handle = wrap(model, *METHODS)
+    assert not torch.equal(logits(model), stock)
+    assert state_of(model) != before
+    handle.remove()
+    assert state_of(model) == before
+    assert "generate" not in model.__dict__
+    assert torch.equal(logits(model), stock)
+    model.save_pretrained(tmp_path / "after")
+    for file in (tmp_path / "before").iterdir():
+        assert file.read_bytes() == (tmp_path / "after" / file.name).read_bytes(), file.name
+
+
+def test_a_patched_model_saves_what_the_stock_model_saves(tmp_path: Path) -> None:
+    model = planted()
+    model.save_pretrained(tmp_path / "stock")
+    keys = list(model.state_dict())
+    with wrap(model, *METHODS):
+        assert list(model.state_dict()) == keys
+        model.save_pretrained(tmp_path / "patched")
+    for file in (tmp_path / "stock").iterdir():
+        assert file.read_bytes() == (tmp_path / "patched" / file.name).read_bytes(), file.name
+
+
+def test_the_end_of_with_takes_it_off_also_after_an_error() -> None:
+    model = planted()
+    before = state_of(model)
+    with wrap(model, *METHODS) as handle:
+        assert isinstance(handle, patch.Patch)
+    assert state_of(model) == before
+    with pytest.raises(ZeroDivisionError), wrap(model, *METHODS):
+        raise ZeroDivisionError
+    assert state_of(model) == before
+
+
+def test_an_error_inside_a_forward_leaves_the_patch_whole() -> None:
+    """A prompt that is refused, and a layer that fails: the next prompt runs as if alone."""
+    model = planted()
+    before, stock = state_of(model), logits(model)
+    with wrap(model, *METHODS):
+        patched = logits(model)
+        wrong = tiny.inputs(model)
+        wrong["input_ids"] = wrong["input_ids"].flip(1)
+        wrong["attention_mask"] = torch.ones_like(wrong["input_ids"])
+        wrong["attention_mask"][:, -1] = 0
+        with pytest.raises(PatchError, match="right padding"):
+            model(**wrong)
+        fail = model.get_decoder().layers[2].mlp.register_forward_pre_hook(_fail)
+        with pytest.raises(ZeroDivisionError):
+            model(**tiny.inputs(model))
+        fail.remove()
+        assert torch.equal(logits(model), patched)
+    assert state_of(model) == before
+    assert torch.equal(logits(model), stock)
+
+
+def _fail(module: nn.Module, args: object) -> None:
+    raise ZeroDivisionError
+
+
+def test_an_error_in_a_pass_of_our_own_leaves_the_patch_whole() -> None:
+    """VHR's text-only pass fails inside the forward that asked for it."""
+    model = planted()
+    with wrap(model, *METHODS):
+        patched = logits(model)
+        fail = model.get_decoder().layers[0].mlp.register_forward_pre_hook(_fail)
+        with pytest.raises(ZeroDivisionError):
+            model(**tiny.inputs(model))
+        fail.remove()
+        assert torch.equal(logits(model), patched)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_failure_halfway_rolls_back(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = planted()
+    before = state_of(model)
+    done, install = [], attention.install
+
+    def failing(layer: Any, *rest: Any) -> None:
+        if len(done) == steps:
+            raise MemoryError
+        done.append(layer)
+        install(layer, *rest)
+
+    monkeypatch.setattr(attention, "install", failing)
+    with pytest.raises(MemoryError):
+        wrap(model, *METHODS)
+    assert state_of(model) == before
+
+
+def test_a_failure_at_the_last_step_rolls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = planted()
+    before = state_of(model)
+
+    def failing(*args: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(patch, "Generate", failing)
+    with pytest.raises(MemoryError):
+        wrap(model, *METHODS)
+    assert state_of(model) == before
+    monkeypatch.undo()
+    wrap(model, *METHODS).remove()
+    assert state_of(model) == before
+
+
+def test_a_refused_wrap_touches_nothing() -> None:
+    model = planted()
+    before = state_of(model)
+    for methods, error in (((), ValueError), (("war",), ValueError), (("var", "var"), ValueError)):
+        with pytest.raises(error):
+            wrap(model, *methods)
+    with pytest.raises(PatchError):
+        wrap(model, *METHODS, processor=object())
+    with pytest.raises(ValueError, match="out of range"):
+        wrap(model, *METHODS, layers=[9])
+    assert state_of(model) == before
+
+
+def test_remove_twice_and_wrap_again() -> None:
+    model = planted()
+    before = state_of(model)
+    first = wrap(model, *METHODS)
+    patched = logits(model)
+    first.remove()
+    first.remove()
+    assert state_of(model) == before
+    second = wrap(model, *METHODS)
+    first.remove()  # an old handle does not take a new patch off
+    assert torch.equal(logits(model), patched)
+    second.remove()
+    assert state_of(model) == before
+
+
+def test_a_generate_that_the_user_put_there_comes_back() -> None:
+    model = planted()
+    stock, calls = model.generate, []
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args))
+        return stock(*args, **kwargs)
+
+    model.generate = own
+    with wrap(model, *METHODS):
+        assert model.generate is not own
+        logits(model)
+    assert calls == [0]
+    assert model.generate is own
+
+
+def test_hooks_of_the_user_stay_also_those_put_on_meanwhile() -> None:
+    model = planted()
+    calls: list[str] = []
+    model.register_forward_pre_hook(lambda module, args: calls.append("before"))
+    with wrap(model, *METHODS):
+        model.get_decoder().register_forward_hook(lambda *args: calls.append("within"))
+    model(**tiny.inputs(model))
+    assert calls == ["before", "within"]
+
+
+def test_the_attention_implementation_can_change_while_patched() -> None:
+    model, other = planted(), planted()
+    other.set_attn_implementation("eager")
+    stock = logits(other)
+    with wrap(model, *METHODS):
+        model.set_attn_implementation("eager")
+        patched = logits(model)
+        with wrap(other, *METHODS):
+            assert torch.equal(patched, logits(other))
+    assert model.get_decoder().layers[0].self_attn.config is model.config.get_text_config()
+    assert model.config.get_text_config()._attn_implementation == "eager"
+    assert torch.equal(logits(model), stock)
+
+
+# ---- copies
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deep_copy_is_a_stock_model_and_can_be_patched_itself(kind: str) -> None:
+    model = planted(kind)
+    stock = logits(model)
+    with wrap(model, *METHODS) as handle:
+        patched = logits(model)
+        twin = copy.deepcopy(model)
+        assert torch.equal(logits(twin), stock)
+        assert torch.equal(logits(model), patched)
+        with wrap(twin, *METHODS) as other:
+            assert torch.equal(logits(twin), patched)
+            other.heads["var"][:] = False
+            assert torch.equal(logits(model), patched)
+            handle.heads["vhr"][:] = False
+            assert not torch.equal(logits(model), patched)
+        assert torch.equal(logits(twin), stock)
+    assert torch.equal(logits(model), stock)
+    with wrap(twin, *METHODS):
+        assert torch.equal(logits(twin), patched)
+    assert torch.equal(logits(copy.deepcopy(twin)), stock)
+
+
+def test_a_deep_copy_generates_with_its_own_weights() -> None:
+    model = planted()
+    with wrap(model, *METHODS):
+        twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.get_output_embeddings().weight.neg_()
+    assert twin.generate.__wrapped__.__self__ is twin
+    assert not torch.equal(logits(twin), logits(model))
+
+
+def test_a_pickle_and_a_saved_file_hold_a_stock_model() -> None:
+    """Before its first forward: from then on transformers' own hooks refuse to be pickled."""
+    stock, model = logits(tiny.llava()), tiny.llava()
+    with wrap(model, *METHODS) as handle:
+        pickled = pickle.dumps(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        patched = logits(model)
+        assert not torch.equal(patched, stock)
+        for other in (pickle.loads(pickled), torch.load(file, weights_only=False)):
+            assert torch.equal(logits(other), stock)
+            assert torch.equal(logits(model), patched)
+            with wrap(other, *METHODS):
+                assert torch.equal(logits(other), patched)
+            assert torch.equal(logits(other), stock)
+        handle.remove()
+    assert torch.equal(logits(model), stock)
+
+
+def test_a_model_that_ran_is_as_unpicklable_as_the_stock_model() -> None:
+    model = planted()
+    with pytest.raises(AttributeError, match="output_capturing_hook"):
+        pickle.dumps(model)
+    with wrap(model, *METHODS), pytest.raises(AttributeError, match="output_capturing_hook"):
+        pickle.dumps(model)
+
+
+def test_a_state_dict_loads_into_a_patched_model() -> None:
+    model, other = planted(), tiny.llava(seed=2)
+    with wrap(model, *METHODS):
+        patched = logits(model)
+    with wrap(other, *METHODS):
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(logits(other), patched)
+
+
+# ---- several models, many rounds
+
+
+def test_two_models_patched_at_once_do_not_mix() -> None:
+    llava, qwen = planted(), planted("qwen2-vl")
+    alone = []
+    for model, methods in ((llava, METHODS[:2]), (qwen, METHODS[1:])):
+        with wrap(model, *methods):
+            alone.append(logits(model))
+    with wrap(llava, *METHODS[:2]) as first, wrap(qwen, *METHODS[1:]):
+        assert torch.equal(logits(llava), alone[0])
+        assert torch.equal(logits(qwen), alone[1])
+        assert torch.equal(logits(llava), alone[0])
+        with first.disabled():
+            assert torch.equal(logits(qwen), alone[1])
+
+
+def live_tensors() -> int:
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+def test_rounds_of_wrap_generate_remove_leak_nothing() -> None:
+    model = planted()
+    counts = []
+    for rounds in (1, 20):
+        for _ in range(rounds):
+            with wrap(model, *METHODS):
+                logits(model)
+        gc.collect()
+        counts.append(live_tensors())
+    assert counts[0] == counts[1]
+
+
+def test_prompts_leave_nothing_in_a_patch_that_stays() -> None:
+    model = planted()
+    with wrap(model, *METHODS):
+        counts = []
+        for rounds in (1, 5):
+            for _ in range(rounds):
+                logits(model)
+            gc.collect()
+            counts.append(live_tensors())
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_cache_is_freed_without_waiting_for_the_garbage_collector(beams: int) -> None:
+    """A cache on a GPU is large: it must not hang in a cycle until the collector happens to run."""
+    model = planted()
+    with wrap(model, *METHODS):
+        cache = DynamicCache(config=model.config.get_text_config())
+        gc.collect()
+        gc.disable()
+        try:
+            model.generate(
+                **tiny.inputs(model), past_key_values=cache, max_new_tokens=3, num_beams=beams
+            )
+            held = weakref.ref(cache)
+            del cache
+            assert held() is None
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_cache_takes_along_what_is_remembered(
+    clone: Callable[[DynamicCache], DynamicCache],
+) -> None:
+    """Two answers that go on from copies of one prompt, and reorder their beams, do not mix."""
+    model = planted()
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    order = torch.tensor([2, 0, 1])
+    step = {"input_ids": torch.full((3, 1), 60), "attention_mask": mask}
+    with wrap(model, *METHODS), torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        twin = clone(cache)
+        twin.reorder_cache(order)
+        plain = model(**step, past_key_values=cache).logits
+        other = model(**{**step, "attention_mask": mask[order]}, past_key_values=twin).logits
+    torch.testing.assert_close(other, plain[order], rtol=0, atol=1e-6)
+    assert not torch.allclose(plain[order], plain)
