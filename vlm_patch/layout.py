@@ -292,7 +292,7 @@ class Layout(threading.local):
                 "words as content. Pass wrap(..., processor=processor).",
             )
         else:
-            query = self._spans(self.reader, ids, after)
+            query = self._spans(self.reader, ids, after, images.any(1).tolist())
         query = query & (images.cumsum(1)[:, past:] > 0) & ~image
         if isinstance(words, Tensor):
             content = query & self._by_hand(words, "words", past, image)
@@ -315,9 +315,14 @@ class Layout(threading.local):
             after[:, 0] = False
         return after
 
-    def _spans(self, reader: QuestionReader, ids: Tensor, after: Tensor) -> Tensor:
+    def _spans(
+        self, reader: QuestionReader, ids: Tensor, after: Tensor, seen: Sequence[bool]
+    ) -> Tensor:
+        """The last user text `[B, S]` of every sample that has an image."""
         query = torch.zeros_like(after)
         for sample, tokens in enumerate(ids.tolist()):
+            if not seen[sample]:
+                continue
             span = reader.span(tokens)
             if span is None:
                 query[sample] = after[sample]
