@@ -312,8 +312,7 @@ def test_a_strange_prompt_warns_once_and_takes_all_text_after_the_image() -> Non
     model, processor, spy = tiny.llava(), tiny.processor(), Spy("all")
     batch = tiny.inputs(model, tiny.ONE_IMAGE)
     with wrap(model, spy, processor=processor), pytest.warns(UserWarning, match=r"^A|^1") as record:
-        model(**batch)
-        model(**batch)
+        [model(**batch) for _ in range(2)]
     assert [str(item.message) for item in record] == [
         "A prompt does not follow the processor's chat template, so all text after the image "
         "counts as its question. Render prompts with processor.apply_chat_template, or give "
