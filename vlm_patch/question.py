@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from vlm_patch.errors import PatchError
@@ -101,14 +102,27 @@ class QuestionReader:
         end = _find_last(ids, template.ending, len(ids)) if template.ending else len(ids)
         if end is None:
             return None
-        header = _find_last(ids, template.header, end) if template.header else None
         image = next((i for i in range(end - 1, -1, -1) if ids[i] in self.image_ids), None)
-        start = header + len(template.header) if header is not None else None
-        if image is not None and image >= (start or 0):
-            start = image + 1 + len(template.after_image)
-            if tuple(ids[image + 1 : start]) != template.after_image:
-                return None
+        start = None if image is None else image + 1 + len(template.after_image)
+        if image is not None and tuple(ids[image + 1 : start]) != template.after_image:
+            return None
+        start = self._last_turn(ids, start, end)
         return None if start is None else self._trim(ids, min(start, end), end)
+
+    def _last_turn(self, ids: Sequence[int], start: int | None, end: int) -> int | None:
+        """Where the user text of the last turn in ids[:end] starts, or `start` if none follows.
+
+        start: of an earlier turn's text; None where ids begin inside an answer. Turn by turn, since
+        the words of a header ("USER:") may stand in a text too.
+        """
+        template = self.template
+        while template.header:
+            answer = 0 if start is None else _find(ids, template.ending, start, end)
+            header = None if answer is None else _find(ids, template.header, answer, end)
+            if header is None:
+                break
+            start = header + len(template.header)
+        return start
 
     def _trim(self, ids: Sequence[int], start: int, end: int) -> tuple[int, int]:
         """Without tokens of white space at either end."""
@@ -124,13 +138,24 @@ class QuestionReader:
         """
         if mode == "all":
             return [True] * len(ids)
-        texts = [self.tokenizer.decode(list(ids[:count])) for count in range(len(ids) + 1)]
-        words = spacy_words(texts[-1]) if mode == "spacy" else content_words(texts[-1])
-        ends = [len(text) for text in texts]
+        text = self.tokenizer.decode(list(ids))
+        words = spacy_words(text) if mode == "spacy" else content_words(text)
+        # a letter cut in its bytes decodes to U+FFFD, and is not there yet
+        parts = (self.tokenizer.decode(list(ids[:count])) for count in range(len(ids) + 1))
+        starts = [len(part.rstrip("\ufffd")) for part in parts]
+        ends = [max(end, start + 1) for start, end in pairwise(starts)]
         return [
-            any(first < ends[i + 1] and last > ends[i] for first, last in words)
-            for i in range(len(ids))
+            any(first < end and last > start for first, last in words)
+            for start, end in zip(starts, ends, strict=False)
         ]
+
+
+def _find(ids: Sequence[int], part: tuple[int, ...], first: int, end: int) -> int | None:
+    """Where `part` begins for the first time in ids[first:end]."""
+    for start in range(first, end - len(part) + 1):
+        if tuple(ids[start : start + len(part)]) == part:
+            return start
+    return None
 
 
 def _find_last(ids: Sequence[int], part: tuple[int, ...], end: int) -> int | None:

@@ -29,6 +29,7 @@ FUNCTION_WORDS = frozenset(
     """.split()  # noqa: SIM905
 )
 WORD = re.compile(r"\w+(?:['’]\w+)*")
+JOINED = re.compile(r"(\w+?)(n't|'\w+)")
 SPACY_TAGS = frozenset({"NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"})
 
 
@@ -37,8 +38,16 @@ def content_words(text: str) -> list[tuple[int, int]]:
     return [
         match.span()
         for match in WORD.finditer(text)
-        if match.group().lower().replace("’", "'") not in FUNCTION_WORDS
+        if not _is_function_word(match.group().lower().replace("’", "'"))
     ]
+
+
+def _is_function_word(word: str) -> bool:
+    """Also where it is put together of two ("who's", "mustn't")."""
+    parts = JOINED.fullmatch(word)
+    return word in FUNCTION_WORDS or (
+        parts is not None and FUNCTION_WORDS.issuperset(parts.groups())
+    )
 
 
 def spacy_words(text: str) -> list[tuple[int, int]]:
