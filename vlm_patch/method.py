@@ -16,7 +16,8 @@ Every tensor has the batch first, so that beams can be reordered without knowing
 
 
 def append(memory: Memory, key: tuple[str, int], new: Tensor, past: int) -> Tensor:
-    """Writes `new` `[B, ..., S]` behind the first `past` entries kept under `key`; returns them all.
+    """Writes `new` `[B, ..., S]` behind the first `past` entries kept under `key`; returns them
+    all.
 
     The buffer behind it doubles when it is full, so that a step of decoding writes one column.
     """

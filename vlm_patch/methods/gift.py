@@ -22,6 +22,7 @@ from vlm_patch.method import (
     Forward,
     Memory,
     Method,
+    append,
     check_number,
     check_whole,
     check_wholes,
@@ -35,13 +36,14 @@ def positive_change(weights: Tensor) -> Tensor:
     return weights.diff(dim=-2).clamp_min(0)
 
 
-def top_heads(mass: Tensor, fraction: float = 0.5) -> Tensor:
-    """The floor(fraction * H) heads, at least one, with the largest mass `[..., H]`; bool, ties to
-    the lowest index.
+def top_heads(mass: Tensor, fraction: float = 0.5, dim: int = -1) -> Tensor:
+    """The floor(fraction * H) heads with the largest mass, at least one; ties to the lowest index.
+
+    mass: heads along `dim`. Returns a bool tensor of the same shape.
     """
-    count = max(1, math.floor(fraction * mass.shape[-1]))
-    rank = mass.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
-    return rank < count
+    count = max(1, math.floor(fraction * mass.shape[dim]))
+    order = mass.argsort(dim=dim, descending=True, stable=True).narrow(dim, 0, count)
+    return torch.zeros_like(mass, dtype=torch.bool).scatter_(dim, order, True)
 
 
 def saliency_gain(saliency: Tensor, image: Tensor, alpha: float) -> Tensor:
@@ -63,35 +65,36 @@ def saliency_gain(saliency: Tensor, image: Tensor, alpha: float) -> Tensor:
     return (alpha * scaled).exp()
 
 
+def key_groups(image: Tensor, query: Tensor, gain: Tensor) -> Tensor:
+    """Image keys, the gain on them, and query keys, `[B, 3, K]` in the gain's dtype.
+
+    image, query `[B, K]` (bool); gain `[B, K]`.
+    """
+    return torch.stack((image.to(gain.dtype), gain * image, query.to(gain.dtype)), 1)
+
+
 def amplify(
-    weights: Tensor,
-    image: Tensor,
-    query: Tensor,
-    gain: Tensor,
-    beta: float = 1.0,
-    head_fraction: float = 0.5,
+    weights: Tensor, groups: Tensor, beta: float = 1.0, head_fraction: float = 0.5
 ) -> Tensor:
     """Sharpens the gaze by the map and lets the question keep pace with it (paper, section 3).
 
-    weights `[B, H, R, K]`: attention after the softmax. image, query (bool), gain `[B, K]`. In the
-    heads with the largest image mass the image weights are multiplied by the gain; r is the pooled
-    ratio of new to old image mass of these heads, one number per row; in the heads with the largest
-    query mass the query weights are multiplied by beta * r; then every edited row is divided by its
-    sum.
+    weights `[B, H, R, K]`: attention after the softmax. groups `[B, 3, K]`: see `key_groups`. In
+    the heads with the largest image mass the image weights are multiplied by the gain; r is the
+    pooled ratio of new to old image mass of these heads, one number per row; in the heads with the
+    largest query mass the query weights are multiplied by beta * r; then every edited row is
+    divided by its sum.
     """
-    visual, asked = image[:, None, None], query[:, None, None]
-    gain = torch.where(visual, gain[:, None, None].to(weights.dtype), 1.0)
-    mass = (weights * visual).sum(-1)
-    lifted = (weights * visual * gain).sum(-1)
-    looking = top_heads(mass.transpose(1, 2), head_fraction).transpose(1, 2)
-    reading = top_heads((weights * asked).sum(-1).transpose(1, 2), head_fraction).transpose(1, 2)
-    before = (mass * looking).sum(1, keepdim=True)
-    ratio = torch.where(before > 0, (lifted * looking).sum(1, keepdim=True) / before, 1.0)
-    new = weights * torch.where(looking[..., None], gain, 1.0)
-    new = new * torch.where(reading[..., None] & asked, beta * ratio[..., None], 1.0)
-    total = new.sum(-1, keepdim=True)
-    changed = (looking | reading)[..., None] & (total > 0)
-    return torch.where(changed, new / total, weights)
+    groups = groups.to(weights.dtype)
+    masses = (weights.flatten(1, 2) @ groups.transpose(1, 2)).view(*weights.shape[:3], 3)
+    chosen = top_heads(masses[..., ::2], head_fraction, dim=1).to(weights.dtype)
+    looking, reading = chosen.unbind(-1)
+    before, after = (masses[..., :2] * looking[..., None]).sum(1, keepdim=True).unbind(-1)
+    ratio = torch.where(before > 0, after / before, 1.0)
+    change = torch.stack((-looking, looking, reading * (beta * ratio - 1)), -1)
+    total = weights.sum(-1) + (change * masses).sum(-1)
+    factor = 1 + (change.flatten(1, 2) @ groups).view_as(weights)
+    edited = (looking + reading > 0) & (total > 0)
+    return weights * torch.where(edited[..., None], factor / total[..., None], 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +158,9 @@ class GIFT(Method):
 
     def begin(self, forward: Forward, memory: Memory) -> None:
         if not forward.reading:
+            if forward.image.shape[1] > forward.past and ("groups", 0) in memory:
+                nothing = torch.zeros_like(memory["groups", 0][..., :1])
+                append(memory, ("groups", 0), nothing, forward.past)
             return
         memory.clear()
         blind = forward.seen & ~forward.query.any(1)
@@ -198,31 +204,24 @@ class GIFT(Method):
         total = memory.get(("change", 0))
         memory["change", 0] = change if total is None else total + change
 
-    def gain(self, forward: Forward, memory: Memory) -> Tensor:
-        """The gain `[B, K]` of this generation's map; 1 on keys newer than the prompt."""
-        if ("gain", 0) not in memory:
+    def groups(self, forward: Forward, memory: Memory) -> Tensor:
+        """The key groups of this generation, the map made when it is first asked for."""
+        if ("groups", 0) not in memory:
             if ("change", 0) not in memory:
                 raise PatchError(
-                    "gift is on, but was off when the prompt was read, so it has no map. Switch "
-                    "it on before the prompt."
+                    "gift is on, but was off when the prompt was read, so it has no map. Switch it "
+                    "on before the prompt."
                 )
             change = memory["change", 0]
             kept = top_heads(change.sum(-1), self.head_fraction)
             saliency = (change * kept[..., None]).sum(1)
-            image = forward.image[:, : saliency.shape[-1]]
-            gain = saliency_gain(saliency, image, self.alpha or 0.0)
+            missing = forward.image.shape[1] - saliency.shape[1]  # keys out of a sliding window
+            saliency = torch.nn.functional.pad(saliency, (missing, 0))
+            gain = saliency_gain(saliency, forward.image, self.alpha or 0.0)
             memory.clear()
-            memory["gain", 0] = gain
-        gain = memory["gain", 0]
-        return torch.nn.functional.pad(gain, (0, forward.image.shape[1] - gain.shape[1]), value=1.0)
+            append(memory, ("groups", 0), key_groups(forward.image, forward.query, gain), 0)
+        return memory["groups", 0][..., : forward.image.shape[1]]
 
     def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
-        keys = weights.shape[-1]
-        return amplify(
-            weights,
-            forward.image[:, -keys:],
-            forward.query[:, -keys:],
-            self.gain(forward, memory)[:, -keys:],
-            self.beta,
-            self.head_fraction,
-        )
+        groups = self.groups(forward, memory)[..., -weights.shape[-1] :]
+        return amplify(weights, groups, self.beta, self.head_fraction)
