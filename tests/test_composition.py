@@ -391,8 +391,10 @@ def test_6_the_first_layer(options: dict[str, Any], layers: str) -> None:
 # ---- 7: masks by hand
 
 
+@pytest.mark.filterwarnings("ignore:GIFT leaves")
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_7_masks_are_repeated_for_beams(options: dict[str, int]) -> None:
+    """One prompt of the three has no question by these masks: GIFT leaves its beams alone."""
     model, names = model_of(), ("var", "gift", "vhr")
     batch = batch_of(model, tiny.BATCH_OF_3)
     query = (batch["input_ids"] >= 21) & (batch["input_ids"] < 39)
@@ -412,6 +414,23 @@ def test_7_masks_are_repeated_for_beams(options: dict[str, int]) -> None:
         expected = predicted.gather(2, own[..., None])[..., 0].sum(1)
         found = output.sequences_scores[offset::kept].double()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_7_a_question_before_the_image_is_left_alone_and_said() -> None:
+    """specs/gift.md, decision 17: no gaze can shift over an image that comes later."""
+    model = model_of()
+    batch = batch_of(model, tiny.BATCH_OF_3)
+    stock = generate(model, batch)
+    query = torch.isin(batch["input_ids"], torch.tensor([5, 6, 8, 9, 33]))  # 33: in the second
+    with (
+        vlm_patch.wrap(model, *ours(["gift"])) as patch,
+        patch.prompt(query=query),
+        pytest.warns(UserWarning, match="GIFT leaves 2 of 3 prompts as they are"),
+    ):
+        output = generate(model, batch)
+    found, plain = torch.stack(output.logits, 1), torch.stack(stock.logits, 1)
+    assert [torch.equal(found[row], plain[row]) for row in range(3)] == [True, False, True]
+    assert error(model, batch, output, ["gift"], query=query) <= EXACT
 
 
 # ---- 8: a second turn

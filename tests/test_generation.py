@@ -1,5 +1,6 @@
 """Ways of generating: every one gives what the reference gives on the tokens that came out."""
 
+import copy
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -381,6 +382,51 @@ def test_interleaved_generations_do_not_mix(names: tuple[str, ...]) -> None:
         (sample,) = tiny.samples(model, prompts[which], answers[which][None])
         expected = logits(model, sample, reference(names))[sample.turns[0].end - 1 :]
         torch.testing.assert_close(torch.stack(found[which]), expected, rtol=0, atol=EXACT)
+
+
+def step(model: nn.Module, cache: Any, token: int) -> Tensor:
+    """Logits `[V]` after one more token on a cache with one sample."""
+    return forward(model, input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+
+
+def expected_after(model: nn.Module, batch: Any, answer: list[int], names: Sequence[str]) -> Tensor:
+    (sample,) = tiny.samples(model, batch, torch.tensor([answer]))
+    return logits(model, sample, reference(names))[-1]
+
+
+def test_a_copied_cache_is_a_generation_of_its_own(names: tuple[str, ...]) -> None:
+    """Fork after two tokens, go on with different ones in turn."""
+    model = model_of("llava")
+    batch = batch_of(model, tiny.ONE_IMAGE)
+    forks = [[60, 61, tiny.SINK_WORD, 62, 63], [60, 61, 64, 65, tiny.SINK_WORD, 66]]
+    with vlm_patch.wrap(model, *ours(names)):
+        cache = forward(model, **batch).past_key_values
+        for token in (60, 61):
+            step(model, cache, token)
+        caches = [cache, copy.deepcopy(cache)]
+        found: list[Tensor] = [torch.empty(0)] * 2
+        for place in range(2, 6):
+            for which, fork in enumerate(forks):
+                if place < len(fork):
+                    found[which] = step(model, caches[which], fork[place])
+    for which, fork in enumerate(forks):
+        expected = expected_after(model, batch, fork, names)
+        torch.testing.assert_close(found[which], expected, rtol=0, atol=EXACT)
+
+
+def test_tokens_cropped_from_the_cache_are_forgotten(names: tuple[str, ...]) -> None:
+    """The sink flags of rejected tokens go with them."""
+    model = model_of("llava")
+    batch = batch_of(model, tiny.ONE_IMAGE)
+    with vlm_patch.wrap(model, *ours(names)):
+        cache = forward(model, **batch).past_key_values
+        for token in (60, tiny.SINK_WORD, tiny.SINK_WORD, 61):
+            step(model, cache, token)
+        cache.crop(-3)
+        for token in (62, 63, 64):
+            found = step(model, cache, token)
+    expected = expected_after(model, batch, [60, 62, 63, 64], names)
+    torch.testing.assert_close(found, expected, rtol=0, atol=EXACT)
 
 
 def test_two_threads_at_once(names: tuple[str, ...]) -> None:
