@@ -12,7 +12,7 @@ import vlm_patch
 from tests import tiny
 from tests.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import VAR, PatchError
-from vlm_patch.method import Facts
+from vlm_patch.method import Facts, Forward
 from vlm_patch.methods.sinks import scaled_tau
 from vlm_patch.methods.var import key_groups, redistribute, sink_score
 
@@ -223,6 +223,49 @@ def test_the_release_understates_the_sink_ratio_by_its_epsilon() -> None:
     taken = [redistributed(row, image, mask([1], 102), release=r) for r in (False, True)]
     assert torch.equal(taken[0], row)
     assert not torch.equal(taken[1], row)
+
+
+# ---- sinks, from block inputs
+
+
+def acts(method: VAR, hidden: Tensor) -> bool:
+    """Whether a row is edited where BOS, 4 image tokens and a text token enter layer 2 so."""
+    true = torch.ones(1, 6, dtype=torch.bool)
+    forward = Forward(
+        past=0,
+        image=IMAGE[None],
+        query=true,
+        content=true,
+        valid=true,
+        text=true,
+        last=true,
+        seen=true[:, 0],
+        reading=True,
+        inputs={},
+    )
+    weights, memory = tensor(GIVEN["attention"])[None, :, None], {}
+    method.block_input(2, hidden[None], forward, memory)
+    return not torch.equal(method.weights(2, weights, forward, memory), weights)
+
+
+@pytest.mark.parametrize("scale", [1e4, 3.0])
+def test_a_score_of_exactly_tau_is_a_sink_in_the_paper_only(scale: float) -> None:
+    """phi >= tau without an epsilon, or phi > tau with one."""
+    hidden = torch.ones(6, 64)
+    hidden[2] = 0.0
+    hidden[2, 3] = scale  # a score of 8, the root of the width
+    assert acts(VAR(tau=8.0, dims=(3,)), hidden)
+    assert not acts(VAR(tau=8.0, dims=(3,), semantics="release"), hidden)
+    assert acts(VAR(tau=7.9, dims=(3,), semantics="release"), hidden)
+    assert not acts(VAR(tau=8.01, dims=(3,)), hidden)
+
+
+def test_scores_of_half_precision_streams_are_taken_in_float32() -> None:
+    """The square of 300 is beyond float16."""
+    hidden = torch.ones(6, 64, dtype=torch.float16)
+    hidden[2] = 0.0
+    hidden[2, 3] = 300.0
+    assert acts(VAR(tau=8.0, dims=(3,)), hidden)
 
 
 # ---- bounds
