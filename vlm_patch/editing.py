@@ -14,6 +14,8 @@ from vlm_patch.method import Forward, Memory, Method, Watcher
 
 WEIGHTS_BUDGET = 64 * 2**20
 """Bytes of explicit attention weights held at once; more rows are done in chunks."""
+COPIES = 4
+"""Tensors of that size that live at once while rows are edited."""
 
 
 @dataclass
@@ -102,7 +104,8 @@ class Editing:
         for active in loud:
             gain = self._gain(call.layer, output, active)
             if gain is not None:
-                output = output * gain.to(output.dtype)[:, None, :, None]
+                gain = gain.to(output.dtype)[:, None, :, None]
+                output = output * gain if output.requires_grad else output.mul_(gain)
         return output, None
 
     def _gain(self, layer: int, output: Tensor, active: Active) -> Tensor | None:
@@ -122,7 +125,7 @@ class Editing:
         key = tuple(task.key for task in tasks)
         if key not in self._plans:
             batch, heads, _, _ = call.query.shape
-            row_bytes = 4 * batch * heads * call.key.shape[2]
+            row_bytes = COPIES * 4 * batch * heads * call.key.shape[2]
             self._plans[key] = self._chunks(tasks, max(1, WEIGHTS_BUDGET // row_bytes))
         return self._plans[key]
 

@@ -174,8 +174,8 @@ class VAR(Method):
             score = sink_score(hidden, self.dims, 1e-6 if self.release else 0.0)
             tau = math.inf if self.tau is None else self.tau
             sinks = score > tau if self.release else score >= tau
-        groups = key_groups(forward.image[:, forward.new], sinks)
-        append(memory, ("groups", layer), groups.to(hidden.dtype), forward.past)
+        groups = key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
+        append(memory, ("groups", layer), groups, forward.past)
 
     def edited(self, forward: Forward) -> Tensor | None:
         return forward.text if self.dims else None

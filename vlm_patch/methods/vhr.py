@@ -125,7 +125,7 @@ class VHR(Method):
 
         def keep(layer: int, output: Tensor) -> None:
             if layer in layers:
-                memory["text", layer] = output[:, -1]
+                memory["text", layer] = output[:, -1].clone()
 
         run(dict(without_image(forward)), Watcher(heads=keep))
         return self
