@@ -58,7 +58,7 @@ class Call:
         hidden = self._hidden(rows)
         if hidden is not None:
             # the lowest number, not -inf: a row of padding sees nothing, and must not become NaN
-            scores = scores.masked_fill(hidden, torch.finfo(dtype).min)
+            scores = scores.masked_fill_(hidden, torch.finfo(dtype).min)
         elif self.mask is not None:
             scores = scores + self.mask[:, :, rows].to(dtype)
         return scores.softmax(-1)
