@@ -48,7 +48,7 @@ class Generation:
     def follow(self, name: str, layers: Collection[int], past: int) -> None:
         """Notes that a method acts in these layers now. Raises PatchError if it missed tokens."""
         known, length = self.history.get(name, ((), 0))
-        if past and known is not layers:
+        if past and (known is not layers or length < past):
             missed = [layer for layer in layers if layer not in known]
             if missed or length < past:
                 where = f"layer {missed[0]}" if missed else "every layer"
@@ -254,12 +254,13 @@ class Layout(threading.local):
         new rows.
         """
         batch, rows = empty.shape
-        if mask.dtype != torch.bool or mask.ndim != 2:
-            raise PatchError(
-                f"{name} mask: found {mask.dtype} of shape {tuple(mask.shape)}, expected bool "
-                "[batch, prompt length]"
-            )
-        if mask.shape[1] != past + rows or batch % max(1, mask.shape[0]):
+        wanted = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 2
+        if not wanted:
+            found = type(mask).__name__
+            if isinstance(mask, Tensor):
+                found = f"{mask.dtype} of shape {tuple(mask.shape)}"
+            raise PatchError(f"{name} mask: found {found}, expected bool [batch, prompt length]")
+        if mask.shape[1] != past + rows or not len(mask) or batch % len(mask):
             raise PatchError(
                 f"{name} mask: found shape {tuple(mask.shape)}, but the prompt is {past + rows} "
                 f"tokens long (padding included) in a batch of {batch}"

@@ -76,7 +76,7 @@ class Passes:
             self.layout.pending = None
             return None
         kwargs = _named(module, args, kwargs)
-        _check(kwargs)
+        _check(module, kwargs)
         asking = [method for method, _ in switched if method.reads_question]
         forward, generation = self.layout.see_decoder(
             kwargs, bool(asking), asking[0].words if asking else "all"
@@ -152,7 +152,8 @@ class Passes:
             self._run(Watching(watcher), {**inputs, "use_cache": False})
 
         before = active.method
-        active.method = before.look(forward, active.memory, list(active.heads), run)
+        with torch.no_grad():
+            active.method = before.look(forward, active.memory, list(active.heads), run)
         if active.method is not before:
             self.learned(before, active.method)
 
@@ -201,14 +202,15 @@ def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return bool(wanted)
 
 
-def _check(kwargs: Mapping[str, Any]) -> None:
+def _check(decoder: nn.Module, kwargs: Mapping[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if cache is not None and type(cache) is not DynamicCache:
         raise PatchError(
             f"a {type(cache).__name__} is not supported on a patched model by this version: use a "
             "DynamicCache (the default), or run inside `with patch.disabled():`"
         )
-    if kwargs.get("output_attentions"):
+    config: Any = decoder.config
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
         raise PatchError(
             "output_attentions is not supported on a patched model: the weights returned would not "
             "be the edited ones. Ask for them inside `with patch.disabled():`"
