@@ -351,6 +351,22 @@ def test_bounds(field: str, value: Any, expected: str) -> None:
     assert f"found {value!r}" in str(error.value)
 
 
+def test_alpha_whose_exponential_float32_cannot_hold() -> None:
+    """Up to the bound the pooled mass of 128 heads is finite; beyond, rows would stay as they are
+    without a word.
+    """
+    with pytest.raises(ValueError, match=r"^GIFT alpha: found 81, expected at most 80, since"):
+        GIFT(alpha=81)
+    GIFT(alpha=-1000.0)
+    weights, image, query, _ = (part[:1].float() for part in random_rows(0))
+    weights = weights[:, :1].repeat(1, 128, 1, 1)
+    gain = saliency_gain(torch.arange(20.0)[None], image.bool(), GIFT(alpha=80.0).alpha or 0.0)
+    after = edited(weights, image.bool(), query.bool(), gain, head_fraction=1.0)
+    brightest = places(image[0])[-1]
+    torch.testing.assert_close(after.sum(-1), torch.ones(1, 128, 3))
+    assert (after[..., image[0].bool()].argmax(-1) == brightest - places(image[0])[0]).all()
+
+
 @pytest.mark.parametrize(("layers", "found"), [((-1,), "-1"), ([1.5], "1.5"), ([2, True], "True")])
 def test_layers_are_whole_numbers(layers: Any, found: str) -> None:
     message = f"GIFT layers: found {found}, expected a whole number of at least 0"

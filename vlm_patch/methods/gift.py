@@ -28,6 +28,8 @@ from vlm_patch.method import (
     check_wholes,
 )
 
+MOST_ALPHA = 80.0
+
 
 def positive_change(weights: Tensor) -> Tensor:
     """D[i, j] = max(a[i, j] - a[i-1, j], 0) for consecutive rows `[..., R, K]`; returns `[..., R-1,
@@ -123,6 +125,11 @@ class GIFT(Method):
     def __post_init__(self) -> None:
         if self.alpha is not None:
             check_number("GIFT alpha", self.alpha)
+            if self.alpha > MOST_ALPHA:
+                raise ValueError(
+                    f"GIFT alpha: found {self.alpha!r}, expected at most {MOST_ALPHA:g}, since "
+                    "e^alpha must fit into float32 (published values are 4 and 5)"
+                )
         check_number("GIFT beta", self.beta, 0)
         check_number("GIFT head_fraction", self.head_fraction, 0, 1)
         if self.saliency_layer is not None:
