@@ -449,6 +449,22 @@ def test_8_a_second_turn_reads_a_new_map_and_no_new_heads() -> None:
         assert cache.get_seq_length() == 29
 
 
+def test_8_the_new_question_is_found_behind_the_answer() -> None:
+    """With a processor, on the cache of `generate`: only the new tokens reach the model."""
+    model, processor, spy = planted("llava"), tiny.processor(), Spy("content")
+    batch = asked(processor, QUESTIONS[0])
+    tokens = processor.tokenizer("</s>USER: What is red ? ASSISTANT:", add_special_tokens=False)
+    with vlm_patch.wrap(model, spy, *ours(["var", "gift"]), processor=processor):
+        first = generate(model, batch, steps=4)
+        ids = torch.cat([first.sequences, torch.tensor([tokens["input_ids"]])], 1)
+        again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with passes_of(model) as passes:
+            generate(model, again | {"past_key_values": first.past_key_values}, steps=1)
+    assert words_at(processor, ids, spy.query) == ["What is red ?"]
+    assert words_at(processor, ids, spy.content) == ["red"]
+    assert passes == [(1, 1 + len(tokens["input_ids"]))]
+
+
 # ---- 9: bounds (each value in tests/methods), and no method twice
 
 
