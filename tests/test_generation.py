@@ -210,6 +210,28 @@ def test_a_second_turn_on_the_returned_cache(model: nn.Module, names: tuple[str,
     torch.testing.assert_close(found, expected, rtol=0, atol=EXACT)
 
 
+def test_a_second_turn_without_a_question_in_one_row() -> None:
+    """Which rows are edited is settled anew: GIFT rests in that row, and acts in the other."""
+    model, names = model_of("llava"), ("gift",)
+    batch = batch_of(model, tiny.BATCH_OF_3[:2])
+    asked = torch.tensor([[70, 71, 72]]).expand(2, -1)
+    with vlm_patch.wrap(model, *ours(names)) as patch:
+        first = generate(model, batch, steps=3)
+        again = second_turn(model, batch, first, asked)
+        query = torch.zeros_like(again["input_ids"], dtype=torch.bool)
+        query[1, -2:] = True
+        with patch.prompt(query=query), pytest.warns(UserWarning, match="GIFT leaves 1 of 2"):
+            second = generate(model, again, steps=4)
+    answers, later = generated(batch, first), generated(again, second)
+    samples = tiny.samples(model, batch, answers[:, :-1])
+    for row, sample in enumerate(samples):
+        fed = torch.cat([answers[row, -1:], asked[row]])
+        longer = sample.asked(model, fed, query=query[row, -4:]).followed_by(model, later[row])
+        expected = answer_logits(model, [longer], names)[0]
+        found = torch.stack(second.logits, 1)[row]
+        torch.testing.assert_close(found, expected, rtol=0, atol=EXACT)
+
+
 @pytest.mark.parametrize("names", TURNS, ids="+".join)
 def test_a_second_turn_with_an_image_of_its_own(names: tuple[str, ...]) -> None:
     """One joint map over all images; the question is the text behind the newest."""
