@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from tests import tiny
-from vlm_patch import GIFT, VAR, VHR, wrap
+from vlm_patch import GIFT, VAR, VHR, PatchError, wrap
 from vlm_patch.heads import numbers
 from vlm_patch.method import Method
 
@@ -482,3 +482,11 @@ def test_another_question_gives_another_map() -> None:
         with wrap(model, METHODS["gift"]) as patch, patch.prompt(query=query), torch.no_grad():
             found.append(model(**batch).logits)
     assert not torch.equal(*found)
+
+
+def test_a_removed_patch_says_so() -> None:
+    patch = wrap(tiny.llava(), VHR())
+    patch.remove()
+    assert "(removed: the model is stock)" in patch.describe()
+    with pytest.raises(PatchError, match="was taken off: put the methods on again with wrap"):
+        patch.__enter__()

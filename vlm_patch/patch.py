@@ -74,6 +74,7 @@ class Patch:
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
         reader = None if processor is None else QuestionReader(processor, decoder.image_ids)
         self._layout = Layout(next(_owners), decoder.image_ids, reader)
+        self._removed = False
         with ExitStack() as undo:
             self._put_on(undo)
             self._undo = undo.pop_all()
@@ -102,8 +103,11 @@ class Patch:
     def remove(self) -> None:
         """Takes the patch off; the model is exactly as before. Harmless when called again."""
         self._undo.close()
+        self._removed = True
 
     def __enter__(self) -> Patch:
+        if self._removed:
+            raise PatchError("this patch was taken off: put the methods on again with wrap")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -123,7 +127,7 @@ class Patch:
 
     @contextmanager
     def prompt(self, image: Tensor | None = None, query: Tensor | None = None) -> Iterator[None]:
-        """Token masks by hand for the prompts run inside: what is image, and what is the question.
+        """Token masks by hand for this thread's prompts run inside: what is image, what question.
 
         image, query: bool `[batch, prompt length]` over the padded prompt; repeated for beams and
         return sequences. None: derived as usual. Raises PatchError, when the prompt runs, if a mask
@@ -143,6 +147,8 @@ class Patch:
             f"{type(self.model).__name__}: {type(decoder.module).__name__}, {decoder.depth} layers "
             f"x {decoder.heads} heads, softmax attention in {layers}"
         ]
+        if self._removed:
+            lines[0] += " (removed: the model is stock)"
         for method in self._methods:
             lines.append(f"  {values(method)}: {self._where(method)}")
         return "\n".join(lines)
