@@ -197,3 +197,9 @@ def check_wholes(name: str, values: Sequence[int] | None, size: int | None = Non
         )
     for value in values or ():
         check_whole(name, value, size)
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: found {value!r}, expected True or False")

@@ -417,3 +417,14 @@ def test_a_model_without_sinks_is_told_and_left_stock() -> None:
     message = str(said[0].message)
     assert message.startswith("VAR does nothing on this model: no attention sink was found.")
     assert message.endswith("If you know its sink channels, pass VAR(dims=...).")
+
+
+@pytest.mark.parametrize("name", ["exclude_last_layer", "require_visual_sink"])
+def test_a_flag_is_true_or_false(name: str) -> None:
+    with pytest.raises(ValueError, match=f"VAR {name}: found 'no', expected True or False"):
+        VAR(**{name: "no"})
+
+
+def test_no_sink_channel_is_no_silent_no_op() -> None:
+    with pytest.warns(UserWarning, match=r"VAR\(dims=\(\)\) does nothing"):
+        VAR(dims=()).fit(Facts(depth=4, width=64, heads=4, profile={}))

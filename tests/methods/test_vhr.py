@@ -306,3 +306,8 @@ def test_without_a_profile_the_depth_is_scaled_and_said(depth: int, layers: list
     found, notes = VHR().fit(Facts(depth, 64, 4, {}))
     assert found.own_layers(depth) == layers
     assert notes == [f"VHR layers={layers}"]
+
+
+def test_the_filter_is_true_or_false() -> None:
+    with pytest.raises(ValueError, match="VHR filter: found 'no', expected True or False"):
+        VHR(filter="no")

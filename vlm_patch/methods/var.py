@@ -22,6 +22,7 @@ from vlm_patch.method import (
     Method,
     StockPass,
     append,
+    check_flag,
     check_number,
     check_whole,
     check_wholes,
@@ -122,6 +123,8 @@ class VAR(Method):
         check_number("VAR move_fraction", self.move_fraction, 0, 1)
         check_number("VAR rho_nonsink", self.rho_nonsink, 0, 1)
         check_number("VAR min_image_mass", self.min_image_mass, 0)
+        check_flag("VAR exclude_last_layer", self.exclude_last_layer)
+        check_flag("VAR require_visual_sink", self.require_visual_sink)
         if self.tau is not None:
             check_number("VAR tau", self.tau, 0, above=True)
         if self.first_layer is not None:
@@ -145,6 +148,8 @@ class VAR(Method):
             first = max(first, 2)
         check_whole("VAR first_layer", first, facts.depth)
         dims = None if dims is None else tuple(dims)
+        if dims == ():
+            warnings.warn("VAR(dims=()) does nothing: it names no sink channel", stacklevel=5)
         return replace(self, dims=dims, tau=tau, first_layer=first), []
 
     def own_layers(self, depth: int) -> list[int]:

@@ -20,6 +20,7 @@ from vlm_patch.method import (
     Method,
     StockPass,
     Watcher,
+    check_flag,
     check_number,
     check_wholes,
 )
@@ -66,7 +67,7 @@ def without_image(forward: Forward) -> dict[str, Tensor]:
     """
     embeds: Tensor = forward.inputs["inputs_embeds"]
     keep = forward.valid & ~forward.image[:, forward.new]
-    length = int(keep.sum(1).max())
+    length = max(1, int(keep.sum(1).max()))
     order = keep.long().argsort(dim=1, stable=True)[:, -length:]
     mask = keep.gather(1, order)
     return {
@@ -94,6 +95,7 @@ class VHR(Method):
     semantics: str = "release"
 
     def __post_init__(self) -> None:
+        check_flag("VHR filter", self.filter)
         check_number("VHR alpha", self.alpha)
         check_wholes("VHR layers", self.layers)
         if self.semantics not in ("release", "paper"):
