@@ -1,4 +1,4 @@
-"""python -m eval run | score | table | demo."""
+"""python -m eval run | score | table | demo | speed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    commands = top.add_subparsers(required=True, metavar="run | score | table | demo")
+    commands = top.add_subparsers(required=True, metavar="run | score | table | demo | speed")
 
     run = commands.add_parser("run", help="generate answers by a configuration and score them")
     run.add_argument("config", type=Path, help="a YAML file, see configs/")
@@ -62,7 +62,21 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("demo", help="pocket model: baseline, VAR, GIFT, VHR and all three")
     show.add_argument("--out", type=Path, default=Path("runs/demo"))
     show.set_defaults(command=lambda options: demo.demo(options.out))
+
+    _add_speed(commands.add_parser("speed", help="what the methods cost beside the stock model"))
     return top
+
+
+def _add_speed(costs: argparse.ArgumentParser) -> None:
+    costs.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    costs.add_argument(
+        "--shapes", help="names with commas between, or all (default: the quick ones)"
+    )
+    costs.add_argument("--methods", help="of var,gift,vhr,all (default: every one)")
+    costs.add_argument("--repeats", type=int, default=9, help="pairs at most (default: 9)")
+    costs.add_argument("--device", help="cpu or cuda (default: the accelerator if there is one)")
+    costs.add_argument("--out", type=Path, default=Path("runs/speed"))
+    costs.set_defaults(command=_speed)
 
 
 def _add_score(score: argparse.ArgumentParser) -> None:
@@ -112,6 +126,19 @@ def _score_chair(options: argparse.Namespace) -> None:
 
 def _score_pope(options: argparse.Namespace) -> None:
     scoring.print_result(scoring.score_pope(options.answers, options.questions), options.json)
+
+
+def _speed(options: argparse.Namespace) -> None:
+    from eval import speed  # models of many sizes, which no other command needs
+
+    speed.speed(
+        options.out,
+        options.shapes,
+        options.methods,
+        options.repeats,
+        options.threads,
+        options.device,
+    )
 
 
 def _table(options: argparse.Namespace) -> None:
