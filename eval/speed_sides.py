@@ -62,24 +62,22 @@ class Side:
         return seconds
 
     @torch.inference_mode()
+    def step(self) -> Tensor:
+        """The logits `[B, 1, V]` behind one more token: the last one of the prompt again."""
+        key = "input_ids" if "input_ids" in self.prompt.inputs else "inputs_embeds"
+        token = {key: self.prompt.inputs[key][:, -1:]}
+        logits: Tensor = self.model(**token, past_key_values=self.cache, use_cache=True).logits
+        return logits
+
     def decode(self, steps: int) -> float:
         """Seconds per token of a few steps behind the prompt; the cache is as before after them."""
-        if self.cache is None:
-            self.prefill()
-        inputs = self._next()
-        self.model(**inputs)
+        self.step()
         start = now(self.model.device)
         for _ in range(steps):
-            self.model(**inputs)
+            self.step()
         seconds = now(self.model.device) - start
         self.cache.crop(-steps - 1)
         return seconds / steps
-
-    def _next(self) -> dict[str, Any]:
-        """The inputs of one more token: the last one of the prompt again."""
-        key = "input_ids" if "input_ids" in self.prompt.inputs else "inputs_embeds"
-        token = self.prompt.inputs[key][:, -1:]
-        return {key: token, "past_key_values": self.cache, "use_cache": True}
 
     def attention(self) -> float:
         """Seconds spent inside the decoder's attention function during a prefill."""
