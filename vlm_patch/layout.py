@@ -198,6 +198,7 @@ class Layout(threading.local):
             seen=seen,
             reading=False,
             inputs=kwargs,
+            generated=True,
         )
 
     def _valid(

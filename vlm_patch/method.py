@@ -54,7 +54,7 @@ class Forward:
     user's question, and its content words. valid, text, last `[B, S]`: rows that are no padding;
     rows of text after the first image token (generated ones too); rows that predict the next token.
     seen `[B]`: samples with an image. reading: the rows hold a new question, and this is the pass
-    in which methods look at how it is read.
+    in which methods look at how it is read. generated: the one row is a generated token.
     """
 
     past: int
@@ -67,6 +67,7 @@ class Forward:
     seen: Tensor
     reading: bool
     inputs: dict[str, Any] = field(repr=False)
+    generated: bool = False
 
     @property
     def new(self) -> slice:

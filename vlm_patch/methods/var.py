@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -30,6 +31,11 @@ from vlm_patch.method import (
 from vlm_patch.methods.sinks import discover, scaled_tau
 
 
+@lru_cache(maxsize=64)
+def _index(dims: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(dims, device=device)
+
+
 def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
     """How far the sink channels stick out of a residual stream (paper, equation 5).
 
@@ -39,7 +45,8 @@ def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
     rms = torch.linalg.vector_norm(hidden, dim=-1) / math.sqrt(hidden.shape[-1])
     if eps:
         rms = (rms.square() + eps).sqrt()
-    peak = hidden[..., torch.tensor(dims, device=hidden.device)].abs().amax(-1)
+    channels = hidden.index_select(-1, _index(tuple(dims), hidden.device))
+    peak = torch.linalg.vector_norm(channels, math.inf, dim=-1)
     score: Tensor = peak / rms.clamp_min(torch.finfo(rms.dtype).tiny)
     return score
 
@@ -179,7 +186,10 @@ class VAR(Method):
             score = sink_score(hidden, self.dims, 1e-6 if self.release else 0.0)
             tau = math.inf if self.tau is None else self.tau
             sinks = score > tau if self.release else score >= tau
-        groups = key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
+        if forward.generated:
+            groups = torch.nn.functional.pad(sinks[:, None].to(hidden.dtype), (0, 0, 1, 1))
+        else:
+            groups = key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
         append(memory, ("groups", layer), groups, forward.past)
 
     def edited(self, forward: Forward) -> Tensor | None:
