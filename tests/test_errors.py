@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import DynamicCache, GenerationConfig
 
 from tests import tiny
 from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError, attention, wrap
@@ -367,13 +367,17 @@ def test_a_batch_that_changed() -> None:
         )
 
 
+class OwnCache(DynamicCache):
+    """A kind of cache that the library does not know."""
+
+
 def test_another_kind_of_cache() -> None:
     model = tiny.llava()
     batch = tiny.inputs(model)
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=40)
+    cache = OwnCache(config=model.config.get_text_config())
     text = (
-        "a StaticCache is not supported on a patched model by this version: use a DynamicCache "
-        "(the default), or run inside `with patch.disabled():`"
+        "a OwnCache is not supported on a patched model by this version: use a DynamicCache "
+        "(the default) or a StaticCache, or run inside `with patch.disabled():`"
     )
     with wrap(model, SINKS) as patch:
         assert message(PatchError, lambda: model(**batch, past_key_values=cache)) == text
@@ -454,7 +458,7 @@ REFUSED: dict[str, Any] = {
     "guidance_scale": 1.5,
     "custom_generate": "a/repository",
     "use_cache": False,
-    "cache_implementation": "static",
+    "cache_implementation": "offloaded",
     "output_attentions": True,
 }
 

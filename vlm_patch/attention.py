@@ -11,7 +11,7 @@ import copy
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -42,6 +42,13 @@ class Call:
     mask: Tensor | None
     options: dict[str, Any]
     stock: Stock
+
+    def without_tail(self, keys: int) -> Call:
+        """The call without the unused rest of a static cache, behind its first `keys` entries."""
+        if self.key.shape[2] <= keys:
+            return self
+        mask = self.mask[..., :keys] if self.mask is not None else None
+        return replace(self, key=self.key[:, :, :keys], value=self.value[:, :, :keys], mask=mask)
 
     def weights(self, rows: Tensor) -> Tensor:
         """Attention weights `[B, H, R, K]` of the rows `[R]`, in float32 or the model's float64."""

@@ -100,7 +100,7 @@ class Editing:
         if not tasks and not loud:
             return call.stock()
         check(call)
-        output = self._rows(call, tasks)
+        output = self._rows(call.without_tail(self.forward.image.shape[1]), tasks)
         for active in loud:
             gain = self._gain(call.layer, output, active)
             if gain is not None:

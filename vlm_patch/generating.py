@@ -21,7 +21,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1, 1.0),
     "custom_generate": (None,),
     "use_cache": (None, True),
-    "cache_implementation": (None, "dynamic"),
+    "cache_implementation": (None, "static", "dynamic"),
     "output_attentions": (None, False),
 }
 """The values that generation options may have; the last of each is the one that messages name."""

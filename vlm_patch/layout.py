@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from vlm_patch.errors import PatchError
 from vlm_patch.method import Forward, Memory, append
@@ -87,6 +88,18 @@ def attach(cache: Any, generation: Generation) -> None:
     cache.reorder_cache = _Reordering(cache, generation)
 
 
+def _cached(cache: Any, rows: int) -> int:
+    """How many tokens the cache holds; while a static one generates, known without asking it,
+    since that would wait for the device.
+    """
+    if cache is None:
+        return 0
+    generation: Generation | None = getattr(cache, "vlm_patch", None)
+    if rows == 1 and generation is not None and isinstance(cache, StaticCache):
+        return generation.length
+    return int(cache.get_seq_length())
+
+
 @dataclass
 class Given:
     """Masks given by hand for the prompts of a `with patch.prompt(...)` block, `[batch, prompt
@@ -140,12 +153,12 @@ class Layout(threading.local):
         hidden = embeds if embeds is not None else kwargs["input_ids"]
         batch, rows = hidden.shape[:2]
         cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = _cached(cache, rows)
         generation = self._generation(cache, past, batch)
         generation.length = past + rows
         if past and rows == 1:
             return self._step(generation, past, kwargs), generation
-        valid = self._valid(kwargs, pending, batch, rows, hidden.device)
+        valid = self._valid(kwargs, pending, past, batch, rows, hidden.device)
         if not valid[:, -1].all():
             raise PatchError(
                 "a prompt ends in padding: found right padding, expected left padding. Set "
@@ -205,16 +218,23 @@ class Layout(threading.local):
         self,
         kwargs: Mapping[str, Any],
         pending: _Pending | None,
+        past: int,
         batch: int,
         rows: int,
         device: torch.device,
     ) -> Tensor:
+        """Which of the new tokens `[B, S]` are no padding."""
         mask = kwargs.get("attention_mask")
-        if not (isinstance(mask, Tensor) and mask.ndim == 2):
-            mask = pending.mask if pending is not None else None
-        if mask is None or mask.shape[0] != batch:
+        if isinstance(mask, Mapping):  # prepared in advance, by kind of layer
+            mask = mask.get("full_attention")
+        if pending is not None and pending.mask is not None:
+            mask = pending.mask
+        if not isinstance(mask, Tensor):
             return torch.ones(batch, rows, dtype=torch.bool, device=device)
-        return mask[:, -rows:].to(device).bool()
+        if mask.ndim == 4:  # what the last row sees is no padding
+            seen = mask[:, 0, -1, past : past + rows]
+            mask = seen if seen.dtype == torch.bool else seen == 0
+        return mask[:, -rows:].to(device).bool().expand(batch, rows)
 
     def _generation(self, cache: Any, past: int, batch: int) -> Generation:
         """The generation that this forward continues, or a new one."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from vlm_patch.attention import Run
 from vlm_patch.editing import Active, Editing, Watching
@@ -149,7 +149,7 @@ class Passes:
         """Runs a method's own passes of the stock model, and keeps what it learned of the model."""
 
         def run(inputs: dict[str, Any], watcher: Watcher) -> None:
-            self._run(Watching(watcher), {**inputs, "use_cache": False})
+            self._run(Watching(watcher), _without_cache(inputs))
 
         before = active.method
         with torch.no_grad():
@@ -176,21 +176,44 @@ class Passes:
         """Shows the prompt to methods that must see it before their first edit, with that edit off.
 
         What is left to run is the last token, on the same cache, since such an edit changes no
-        other row; or all of it, where there is no cache or another method settles something by that
-        row.
+        other row; or all of it, where no cache can be cut or another method settles something by
+        that row.
         """
         for active in actives:
             active.method.begin(forward, active.memory)
         first = [replace(a, heads={}) if a in late else a for a in actives]
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         again = any(a.method.settles(forward) for a in actives if a not in late)
-        if cache is None or again:
-            stateless = {**kwargs, "past_key_values": None, "use_cache": False}
-            self._run(Editing(forward, first, generation.whole), stateless)
+        if again or not _can_be_cut(cache):
+            if forward.past:
+                raise PatchError(
+                    f"{late[0].method.name} watches a layer that is not below those it edits, "
+                    "which in a later turn needs a cache that can be cut: use a DynamicCache of a "
+                    "model without sliding window, or watch a lower layer"
+                )
+            self._run(Editing(forward, first, generation.whole), _without_cache(kwargs))
             return replace(forward, reading=False), kwargs
         self.now.first = self._run(Editing(forward, first, generation.whole), kwargs)
         cache.crop(-1)
         return _last_row(forward, kwargs)
+
+
+def _can_be_cut(cache: Any) -> bool:
+    """Whether the last token can be taken out of a cache again."""
+    return type(cache) is DynamicCache and not any(cache.is_sliding)
+
+
+def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a prompt for a pass that leaves no trace; masks for a static cache are cut."""
+    rows = kwargs["inputs_embeds"].shape[1]
+
+    def cut(mask: Any) -> Any:
+        if isinstance(mask, Mapping):
+            return {kind: cut(of_kind) for kind, of_kind in mask.items()}
+        return mask[..., :rows] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
+
+    mask = cut(kwargs.get("attention_mask"))
+    return {**kwargs, "attention_mask": mask, "past_key_values": None, "use_cache": False}
 
 
 def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -204,10 +227,10 @@ def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 def _check(decoder: nn.Module, kwargs: Mapping[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
-    if cache is not None and type(cache) is not DynamicCache:
+    if cache is not None and type(cache) not in (DynamicCache, StaticCache):
         raise PatchError(
             f"a {type(cache).__name__} is not supported on a patched model by this version: use a "
-            "DynamicCache (the default), or run inside `with patch.disabled():`"
+            "DynamicCache (the default) or a StaticCache, or run inside `with patch.disabled():`"
         )
     config: Any = decoder.config
     if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):

@@ -61,7 +61,10 @@ def forward(
 def attention_weights(
     config: PreTrainedConfig, attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Causal softmax weights [H, S, S] and values [H, S, d], key/value heads repeated (GQA)."""
+    """Causal softmax weights [H, S, S] and values [H, S, d], key/value heads repeated (GQA).
+
+    With a sliding window a row sees only the newest keys.
+    """
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     length = x.shape[0]
     q = linear(attention.q_proj, x).view(length, heads, -1).transpose(0, 1)
@@ -71,8 +74,10 @@ def attention_weights(
     v = v.repeat_interleave(heads // groups, dim=0)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     z = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    return z.masked_fill(future, -torch.inf).softmax(-1), v
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    window = getattr(config, "sliding_window", None) or length
+    unseen = (distance < 0) | (distance >= window)
+    return z.masked_fill(unseen, -torch.inf).softmax(-1), v
 
 
 def rotary_tables(decoder: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,7 @@ def discover(forward: Forward, run: StockPass) -> Found:
         )
     record = _Record()
     run(
-        {**forward.inputs, "past_key_values": None, "use_cache": False},
+        forward.inputs,
         Watcher(block=record.block, weights=record.weights, rows=rows),
     )
     return judge(

@@ -1,0 +1,113 @@
+"""Caches and kernels other than the plain ones, against the slow reference."""
+
+import copy
+from collections.abc import Sequence
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+
+from tests import tiny
+from tests.compare import ALONE, NO_PROCESSOR, TOGETHER, error, generate, ours, planted
+from vlm_patch import PatchError, wrap
+from vlm_patch.attention import Call
+
+pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
+CLOSE = 1e-5
+WINDOW = 12
+
+
+def label(names: Sequence[str]) -> str:
+    return "+".join(names)
+
+
+@cache
+def sliding_llava() -> nn.Module:
+    """LLaVA whose layers see the newest 12 keys only, so that image keys drop out of sight."""
+    full = tiny.llava(kv_heads=2)
+    text = MistralConfig(**full.config.text_config.to_dict() | {"sliding_window": WINDOW})
+    config = LlavaConfig(**full.config.to_dict() | {"text_config": text})
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    model.load_state_dict(full.state_dict())
+    return tiny.plant(model)
+
+
+@pytest.mark.parametrize("names", ALONE + TOGETHER, ids=label)
+@pytest.mark.parametrize("kind", ["llava", "llava-gqa", "qwen2-vl"])
+def test_a_static_cache(kind: str, names: Sequence[str]) -> None:
+    model = planted(kind)
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    with wrap(model, *ours(names)):
+        output = generate(model, batch, cache_implementation="static")
+        again = generate(model, batch, cache_implementation="static")
+    assert error(model, batch, output, names) <= CLOSE
+    assert torch.equal(output.sequences, again.sequences)
+
+
+def test_beams_on_a_static_cache() -> None:
+    model = planted("llava")
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    found = []
+    with wrap(model, *ours(("var", "gift", "vhr"))):
+        for kind in ("dynamic", "static"):
+            found.append(generate(model, batch, num_beams=3, cache_implementation=kind).sequences)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("names", ALONE + TOGETHER, ids=label)
+def test_a_sliding_window(names: Sequence[str]) -> None:
+    model = sliding_llava()
+    batch = tiny.inputs(model, tiny.ONE_IMAGE)
+    with wrap(model, *ours(names)):
+        output = generate(model, batch, steps=4)
+    assert error(model, batch, output, names) <= CLOSE
+
+
+def test_a_later_turn_that_would_need_a_cut() -> None:
+    model = sliding_llava()
+    batch = tiny.inputs(model, tiny.ONE_IMAGE)
+    with wrap(model, *ours(("gift-inside",))):
+        output = generate(model, batch, steps=4)
+        turn = torch.cat((output.sequences, torch.tensor([[20, 21, 22]])), 1)
+        with pytest.raises(PatchError, match="in a later turn needs a cache that can be cut"):
+            model.generate(turn, past_key_values=output.past_key_values, max_new_tokens=2)
+
+
+def test_softcap() -> None:
+    """Scores are capped as Gemma 2 does it: cap * tanh(score / cap), before mask and softmax."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 8, dtype=torch.float64) * 3 for heads in (4, 2, 2))
+    options = {"scaling": 0.5, "softcap": 2.0}
+    module = SimpleNamespace(is_causal=True)
+    call = Call(0, module, q, k, v, None, options, lambda: (q, None))
+    z = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.5
+    z = 2.0 * torch.tanh(z / 2.0)
+    z = z.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf)
+    rows = torch.tensor([1, 3, 4])
+    torch.testing.assert_close(call.weights(rows), z.softmax(-1)[:, :, rows], rtol=0, atol=1e-12)
+
+
+def prompt_logits(model: nn.Module, names: Sequence[str]) -> Tensor:
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    with torch.no_grad():
+        if not names:
+            return model(**batch).logits[:, -1].double()
+        with wrap(model, *ours(names)):
+            return model(**batch).logits[:, -1].double()
+
+
+@pytest.mark.parametrize("names", [("var",), ("gift",), ("vhr-unfiltered",)], ids=label)
+def test_bfloat16_is_no_worse_than_eager(names: Sequence[str]) -> None:
+    """The mean error against float32, beside that of the unpatched model under eager attention."""
+    ours_apart, eager_apart = [], []
+    for seed in range(1, 9):
+        exact = tiny.plant(tiny.llava(seed=seed))
+        half = copy.deepcopy(exact).bfloat16()
+        eager = tiny.plant(tiny.llava(seed=seed, attn="eager")).bfloat16()
+        ours_apart.append((prompt_logits(half, names) - prompt_logits(exact, names)).abs().mean())
+        eager_apart.append((prompt_logits(eager, ()) - prompt_logits(exact, ())).abs().mean())
+    assert torch.stack(ours_apart).median() <= 1.25 * torch.stack(eager_apart).median()
