@@ -111,3 +111,16 @@ def test_bfloat16_is_no_worse_than_eager(names: Sequence[str]) -> None:
         ours_apart.append((prompt_logits(half, names) - prompt_logits(exact, names)).abs().mean())
         eager_apart.append((prompt_logits(eager, ()) - prompt_logits(exact, ())).abs().mean())
     assert torch.stack(ours_apart).median() <= 1.25 * torch.stack(eager_apart).median()
+
+
+def test_torch_compile() -> None:
+    """A compiled forward breaks its graph where methods act, and is right."""
+    model = planted("llava")
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    names = ("var", "gift", "vhr")
+    with wrap(model, *ours(names)):
+        plain = generate(model, batch, steps=4, cache_implementation="static")
+        model.forward = torch.compile(model.forward, backend="eager")
+        compiled = generate(model, batch, steps=4, cache_implementation="static")
+    for one, other in zip(plain.logits, compiled.logits, strict=True):
+        assert (one - other).abs().max() <= CLOSE

@@ -151,6 +151,7 @@ class Slot:
         return Slot, (self.layer, None)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -160,7 +161,7 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' attention function for patched modules: `[B, H, S, D]` in, `[B, S, H, Dv]`
-    out.
+    out. Under torch.compile it runs as it stands, since what it does differs from call to call.
     """
     slot: Slot = module.__dict__[SLOT]
     view = View(module, module.__dict__[SLOT + "_config"])

@@ -25,6 +25,7 @@ class Hook:
     def __init__(self, call: Callable[..., Any] | None) -> None:
         self.call = call
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return None if self.call is None else self.call(*args, **kwargs)
 
