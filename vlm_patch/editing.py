@@ -78,35 +78,68 @@ Plan: TypeAlias = list[tuple[Tensor, list[Part]]]
 
 
 @dataclass
+class Work:
+    """What is done in one layer. loud: the methods that may scale its head outputs. direct: every
+    row and head is edited, so that the stock kernel need not run."""
+
+    tasks: list[Task]
+    loud: list[Active]
+    plan: Plan
+    direct: bool
+
+
 class Editing:
     """A forward in which methods act, in the order given.
 
-    whole: by method, whether every sample's new token is edited; kept over a generation, so that no
-    step has to ask the device.
+    What is to be done in a layer stays the same while tokens are generated, so one object serves
+    all these steps (`go_on`), and no step has to ask the device again.
     """
 
-    forward: Forward
-    actives: list[Active]
-    whole: dict[str, bool]
-
-    def __post_init__(self) -> None:
-        self._edited = [active.method.edited(self.forward) for active in self.actives]
-        self._watched = [active.method.watched(self.forward) for active in self.actives]
+    def __init__(self, forward: Forward, actives: list[Active]) -> None:
+        self.forward, self.actives = forward, actives
+        self._edited = [active.method.edited(forward) for active in actives]
+        self._watched = [active.method.watched(forward) for active in actives]
         self._plans: dict[tuple[tuple[str, bool], ...], Plan] = {}
+        self._work: dict[int, Work | None] = {}
+
+    def serves(self, actives: list[Active]) -> bool:
+        """Whether the same methods are on in the same layers and heads."""
+        return len(actives) == len(self.actives) and all(
+            old.method is new.method and old.heads is new.heads and old.memory is new.memory
+            for old, new in zip(self.actives, actives, strict=True)
+        )
+
+    def go_on(self, forward: Forward) -> None:
+        """Takes the next generated token."""
+        self.forward = forward
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        tasks = list(self._tasks(call.layer))
-        loud = [active for active in self.actives if call.layer in active.heads]
-        if not tasks and not loud:
+        if call.layer not in self._work:
+            self._work[call.layer] = self._prepare(call)
+        work = self._work[call.layer]
+        if work is None:
             return call.stock()
-        check(call)
-        output = self._rows(call.without_tail(self.forward.image.shape[1]), tasks)
-        for active in loud:
+        output = self._rows(call.without_tail(self.forward.image.shape[1]), work)
+        for active in work.loud:
             gain = self._gain(call.layer, output, active)
             if gain is not None:
                 gain = gain.to(output.dtype)[:, None, :, None]
                 output = output * gain if output.requires_grad else output.mul_(gain)
         return output, None
+
+    def _prepare(self, call: Call) -> Work | None:
+        tasks = list(self._tasks(call.layer))
+        loud = [active for active in self.actives if call.layer in active.heads]
+        if not tasks and not loud:
+            return None
+        check(call)
+        plan = self._plan(call, tasks)
+        direct = call.query.shape[2] == 1 and any(
+            tasks[part.task].edits and tasks[part.task].heads is None and part.mask is None
+            for _, parts in plan
+            for part in parts
+        )
+        return Work(tasks, loud, plan, direct)
 
     def _gain(self, layer: int, output: Tensor, active: Active) -> Tensor | None:
         gain = active.method.output_gain(layer, output, self.forward, active.memory)
@@ -126,44 +159,24 @@ class Editing:
         if key not in self._plans:
             batch, heads, _, _ = call.query.shape
             row_bytes = COPIES * 4 * batch * heads * call.key.shape[2]
-            self._plans[key] = self._chunks(tasks, max(1, WEIGHTS_BUDGET // row_bytes))
+            self._plans[key] = _chunks(tasks, max(1, WEIGHTS_BUDGET // row_bytes))
         return self._plans[key]
 
-    def _chunks(self, tasks: list[Task], size: int) -> Plan:
-        """The rows that some task wants, in chunks of at most `size` rows."""
-        if not tasks:
-            return []
-        device = tasks[0].mask.device
-        if tasks[0].mask.shape[1] == 1:
-            parts = [Part(i, None, self._step_mask(task)) for i, task in enumerate(tasks)]
-            return [(torch.zeros(1, dtype=torch.long, device=device), parts)]
-        union = torch.stack([task.mask.any(0) for task in tasks]).any(0).nonzero().flatten()
-        return [(rows, _parts(tasks, rows)) for rows in torch.split(union, size) if len(rows)]
-
-    def _step_mask(self, task: Task) -> Tensor | None:
-        name = task.active.method.name
-        if name not in self.whole:
-            self.whole[name] = bool(task.mask.all())
-        return None if self.whole[name] else task.mask
-
-    def _rows(self, call: Call, tasks: list[Task]) -> Tensor:
+    def _rows(self, call: Call, work: Work) -> Tensor:
         """The head outputs `[B, S, H, Dv]`: stock, with the edited rows in their place."""
         output: Tensor | None = None
-        for rows, parts in self._plan(call, tasks):
+        for rows, parts in work.plan:
             weights = call.weights(rows)
             for part in parts:
-                weights = self._apply(call.layer, weights, rows, part, tasks[part.task])
-            edits = [(part, tasks[part.task].heads) for part in parts if tasks[part.task].edits]
+                weights = self._apply(call.layer, weights, rows, part, work.tasks[part.task])
+            if work.direct:
+                return call.output(weights)
+            edits = [(p, work.tasks[p.task].heads) for p in parts if work.tasks[p.task].edits]
             if not edits:
                 continue
-            new = call.output(weights)
-            everything = any(
-                p.index is None and p.mask is None and heads is None for p, heads in edits
-            )
-            if everything and call.query.shape[2] == 1:
-                return new
             output = _writable(call) if output is None else output
-            if not everything:
+            new = call.output(weights)
+            if not any(p.index is None and p.mask is None and on is None for p, on in edits):
                 keep = _written(edits, new.shape[:3], new.device)
                 new = torch.where(keep[..., None], new, output[:, rows])
             output[:, rows] = new
@@ -182,6 +195,15 @@ class Editing:
         if task.heads is not None:
             new = torch.where(task.heads[:, None, None], new, mine)
         return new if part.index is None else weights.index_copy(2, part.index, new)
+
+
+def _chunks(tasks: list[Task], size: int) -> Plan:
+    """The rows that some task wants, in chunks of at most `size` rows."""
+    if not tasks:
+        return []
+    masks = [task.mask for task in tasks]
+    union = torch.stack([mask.any(0) for mask in masks]).any(0).nonzero().flatten()
+    return [(rows, _parts(tasks, rows)) for rows in torch.split(union, size) if len(rows)]
 
 
 def _writable(call: Call) -> Tensor:

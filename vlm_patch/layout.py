@@ -26,9 +26,9 @@ class Generation:
 
     owner: the patch that made it. length: tokens seen so far. keys: the masks "image", "query" and
     "content" of the tokens, and "seen" `[B]`, the samples with an image. memory: of each method, by
-    name. history: the layers in which a method was on, and up to which length. whole: see
-    `editing.Editing`. pictured: whether any sample has an image; without one everything is left
-    stock.
+    name. history: the layers in which a method was on, and up to which length. step: what is
+    done at every generated token (an `editing.Editing`). pictured: whether any sample has an image;
+    without one everything is left stock.
     """
 
     owner: int
@@ -37,7 +37,7 @@ class Generation:
     keys: Memory = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
     history: dict[str, tuple[Collection[int], int]] = field(default_factory=dict)
-    whole: dict[str, bool] = field(default_factory=dict)
+    step: Any = None
     pictured: bool = True
 
     def reorder(self, index: Tensor) -> None:
@@ -157,14 +157,14 @@ class Layout(threading.local):
         generation = self._generation(cache, past, batch)
         generation.length = past + rows
         if past and rows == 1:
-            return self._step(generation, past, kwargs), generation
+            return self._step(generation, past), generation
         valid = self._valid(kwargs, pending, past, batch, rows, hidden.device)
         if not valid[:, -1].all():
             raise PatchError(
                 "a prompt ends in padding: found right padding, expected left padding. Set "
                 'processor.tokenizer.padding_side = "left".'
             )
-        generation.whole.clear()
+        generation.step = None
         image = self._image(pending, past, torch.zeros_like(valid))
         images = generation.grow("image", image, past)
         query = content = torch.zeros_like(valid)
@@ -192,7 +192,7 @@ class Layout(threading.local):
         )
         return forward, generation
 
-    def _step(self, generation: Generation, past: int, kwargs: dict[str, Any]) -> Forward:
+    def _step(self, generation: Generation, past: int) -> Forward:
         """The forward of one generated token per sample."""
         seen = generation.keys["seen", 0]
         row = torch.ones_like(seen)[:, None]
@@ -210,7 +210,7 @@ class Layout(threading.local):
             last=row,
             seen=seen,
             reading=False,
-            inputs=kwargs,
+            inputs={},  # kept from step to step, it must not keep the cache
             generated=True,
         )
 

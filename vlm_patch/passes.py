@@ -140,10 +140,15 @@ class Passes:
                 self._look(active, forward)
         late = [active for active in actives if _late(active, forward)]
         if late:
-            forward, kwargs = self._read_first(forward, generation, actives, late, kwargs)
+            forward, kwargs = self._read_first(forward, actives, late, kwargs)
         for active in actives:
             active.method.begin(forward, active.memory)
-        self.now.run = Editing(forward, actives, generation.whole)
+        if generation.step is not None and generation.step.serves(actives):
+            generation.step.go_on(forward)
+            self.now.run = generation.step
+        else:
+            self.now.run = Editing(forward, actives)
+        generation.step = self.now.run if forward.generated else None
         return kwargs
 
     def _look(self, active: Active, forward: Forward) -> None:
@@ -169,7 +174,6 @@ class Passes:
     def _read_first(
         self,
         forward: Forward,
-        generation: Generation,
         actives: list[Active],
         late: list[Active],
         kwargs: dict[str, Any],
@@ -192,9 +196,9 @@ class Passes:
                     "which in a later turn needs a cache that can be cut: use a DynamicCache of a "
                     "model without sliding window, or watch a lower layer"
                 )
-            self._run(Editing(forward, first, generation.whole), _without_cache(kwargs))
+            self._run(Editing(forward, first), _without_cache(kwargs))
             return replace(forward, reading=False), kwargs
-        self.now.first = self._run(Editing(forward, first, generation.whole), kwargs)
+        self.now.first = self._run(Editing(forward, first), kwargs)
         cache.crop(-1)
         return _last_row(forward, kwargs)
 

@@ -165,11 +165,17 @@ class GIFT(Method):
 
     def begin(self, forward: Forward, memory: Memory) -> None:
         if not forward.reading:
+            if ("read", 0) not in memory:
+                raise PatchError(
+                    "gift is on, but was off when the prompt was read, so it has no map. Switch it "
+                    "on before the prompt."
+                )
             if forward.image.shape[1] > forward.past and ("groups", 0) in memory:
                 nothing = torch.zeros_like(memory["groups", 0][..., :1])
                 append(memory, ("groups", 0), nothing, forward.past)
             return
         memory.clear()
+        memory["read", 0] = forward.seen
         blind = forward.seen & ~forward.query.any(1)
         if blind.any():
             warnings.warn(
@@ -216,16 +222,16 @@ class GIFT(Method):
         if ("groups", 0) not in memory:
             if ("change", 0) not in memory:
                 raise PatchError(
-                    "gift is on, but was off when the prompt was read, so it has no map. Switch it "
-                    "on before the prompt."
+                    f"gift has no map: no attention was seen in its saliency_layer "
+                    f"{self.saliency_layer}, which has no softmax attention on this model"
                 )
-            change = memory["change", 0]
+            change = memory.pop(("change", 0))
             kept = top_heads(change.sum(-1), self.head_fraction)
             saliency = (change * kept[..., None]).sum(1)
             missing = forward.image.shape[1] - saliency.shape[1]  # keys out of a sliding window
             saliency = torch.nn.functional.pad(saliency, (missing, 0))
             gain = saliency_gain(saliency, forward.image, self.alpha or 0.0)
-            memory.clear()
+            memory.pop(("row before", 0))
             append(memory, ("groups", 0), key_groups(forward.image, forward.query, gain), 0)
         return memory["groups", 0][..., : forward.image.shape[1]]
 
