@@ -68,6 +68,8 @@ def _polls(model: Any, processor: Any, views: list[Scene]) -> dict[str, Any]:
         found = pope.score(texts, [q.label for q in asked], [q.image for q in asked])
         kept = ("accuracy", "f1", "yes_ratio", "unreadable")
         scores[strategy] = {key: round(float(found[key]), 4) for key in kept}
+        span = found["intervals"]["accuracy"]
+        scores[strategy]["accuracy_interval"] = [round(float(v), 4) for v in span]
     return scores
 
 

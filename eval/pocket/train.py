@@ -150,7 +150,6 @@ class Trainer:
             "calibration_scenes": CALIBRATION_SCENES,
             "calibration": round(self.check(), 4),
             "rumour": self.teacher.dose.rumour,
-            "choice": "",
         }
 
     def run(self, stage: Stage) -> None:
