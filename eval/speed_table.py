@@ -195,8 +195,8 @@ def _notes(rows: Rows) -> Iterator[str]:
         yield "attention: seconds inside the attention function alone, linear layers left out"
     if "memory" in phases:
         yield (
-            "memory: peak above the model in a prefill of attention around narrow linear layers, "
-            "so that no other peak hides it"
+            "memory: peak of a prefill above the model, whose linear layers are narrow: the peak "
+            "of wide ones (the MLP's) would hide that of attention"
         )
     if "text only" in {row["kind"] for row in rows}:
         yield "stock, prompt without image: the extra pass that VHR needs, once a prompt"
