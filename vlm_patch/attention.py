@@ -56,9 +56,13 @@ class Call:
         batch, heads, _, size = self.query.shape
         groups, keys = self.key.shape[1:3]
         query = self.query if len(rows) == self.query.shape[2] else self.query[:, :, rows]
-        query = query.to(dtype) * self._scaling(size)
-        packed = query.reshape(batch, groups, -1, size)
-        scores = (packed @ self.key.to(dtype).transpose(2, 3)).view(batch, heads, -1, keys)
+        packed = query.to(dtype).reshape(batch * groups, -1, size)
+        key = self.key.to(dtype).reshape(batch * groups, keys, size).transpose(1, 2)
+        # baddbmm scales as it multiplies; with beta=0 its first argument is not read
+        scores = torch.baddbmm(
+            packed.new_empty(1, 1, 1), packed, key, beta=0, alpha=self._scaling(size)
+        )
+        scores = scores.view(batch, heads, -1, keys)
         softcap = self.options.get("softcap")
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
@@ -164,21 +168,31 @@ def attention(
     out. Under torch.compile it runs as it stands, since what it does differs from call to call.
     """
     slot: Slot = module.__dict__[SLOT]
-    view = View(module, module.__dict__[SLOT + "_config"])
-
-    def stock() -> tuple[Tensor, Tensor | None]:
-        kernel = ALL_ATTENTION_FUNCTIONS.get(view.config._attn_implementation)
-        if kernel is None:
-            kernel = sys.modules[type(module).__module__].eager_attention_forward
-        result: tuple[Tensor, Tensor | None] = kernel(
-            view, query, key, value, attention_mask, **options
-        )
-        return result
-
+    config = module.__dict__[SLOT + "_config"]
+    name = config._attn_implementation
+    kernel = ALL_ATTENTION_FUNCTIONS.get(name)
+    if kernel is None:
+        kernel = sys.modules[type(module).__module__].eager_attention_forward
+    # the plain kernels do not look at the config, and a view costs more than their call
+    shown = module if name in ("sdpa", "eager") else View(module, config)
     run = slot.current() if slot.current is not None else None
     if run is None:
-        return stock()
-    return run.attend(Call(slot.layer, module, query, key, value, attention_mask, options, stock))
+        stock: tuple[Tensor, Tensor | None] = kernel(
+            shown, query, key, value, attention_mask, **options
+        )
+        return stock
+    return run.attend(
+        Call(
+            slot.layer,
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            options,
+            lambda: kernel(shown, query, key, value, attention_mask, **options),
+        )
+    )
 
 
 AttentionInterface.register(NAME, attention)

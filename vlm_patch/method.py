@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor
 
 Memory: TypeAlias = dict[tuple[str, int], Tensor]
@@ -28,6 +29,8 @@ def append(memory: Memory, key: tuple[str, int], new: Tensor, past: int) -> Tens
         if buffer is not None:
             larger[..., :past] = buffer[..., :past]
         buffer = memory[key] = larger
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        buffer = memory[key] = buffer.clone()  # could not be written outside inference mode
     buffer[..., past:total] = new
     return buffer[..., :total]
 

@@ -77,23 +77,22 @@ def redistribute(
     kept; a row with nothing on N stays as it is. release: the ratio as the release computes it,
     with 1e-6 added to every image weight below the line.
     """
-    groups = groups.to(weights.dtype)
-    masses = weights.flatten(1, 2) @ groups.transpose(1, 2)
-    mass_image, mass_sinks, mass_rest = masses.view(*weights.shape[:3], 3).unbind(-1)
-    groups = groups[:, None]
+    groups, flat = groups.to(weights.dtype), weights.flatten(1, 2)
+    mass_image, mass_sinks, mass_rest = torch.bmm(flat, groups.transpose(1, 2)).unbind(-1)
     tiny = torch.finfo(weights.dtype).tiny
     chosen = mass_image >= min_image_mass
     if release:
-        floor = 1e-6 * groups[:, :, 0].sum(-1, keepdim=True)
+        floor = 1e-6 * groups[:, 0].sum(-1, keepdim=True)
         chosen &= mass_image - mass_rest <= (1 - rho_nonsink) * (mass_image + floor)
         chosen &= mass_rest >= tiny
     else:
         chosen &= mass_rest >= (rho_nonsink * mass_image).clamp_min(tiny)
     if require_visual_sink:
-        chosen &= (groups[:, :, 0] > groups[:, :, 2]).any(-1, keepdim=True)
+        chosen &= (groups[:, 0] > groups[:, 2]).any(-1, keepdim=True)
     gain = move_fraction * mass_sinks / mass_rest.clamp_min(tiny)
-    change = torch.addcmul(-move_fraction * groups[:, :, 1:2], gain[..., None], groups[:, :, 2:])
-    return torch.addcmul(weights, weights, change * chosen[..., None])
+    change = torch.stack((torch.full_like(gain, -move_fraction), gain), -1) * chosen[..., None]
+    factor = torch.baddbmm(weights.new_ones(1, 1, 1), change, groups[:, 1:])
+    return (flat * factor).view_as(weights)
 
 
 @dataclass(frozen=True)
