@@ -72,7 +72,7 @@ class Call:
             scores = scores.masked_fill_(hidden, torch.finfo(dtype).min)
         elif self.mask is not None:
             scores = scores + self.mask[:, :, rows].to(dtype)
-        return scores.softmax(-1)
+        return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
 
     def output(self, weights: Tensor) -> Tensor:
         """Head outputs `[B, R, H, Dv]` of weights `[B, H, R, K]`."""

@@ -92,7 +92,9 @@ def redistribute(
     gain = move_fraction * mass_sinks / mass_rest.clamp_min(tiny)
     change = torch.stack((torch.full_like(gain, -move_fraction), gain), -1) * chosen[..., None]
     factor = torch.baddbmm(weights.new_ones(1, 1, 1), change, groups[:, 1:])
-    return (flat * factor).view_as(weights)
+    # in place where autograd allows it: fresh memory of this size costs more than the product
+    edited = flat * factor if flat.requires_grad else factor.mul_(flat)
+    return edited.view_as(weights)
 
 
 @dataclass(frozen=True)
