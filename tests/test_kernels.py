@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 from tests import tiny
 from tests.compare import ALONE, NO_PROCESSOR, TOGETHER, error, generate, ours, planted
@@ -124,3 +124,19 @@ def test_torch_compile() -> None:
         compiled = generate(model, batch, steps=4, cache_implementation="static")
     for one, other in zip(plain.logits, compiled.logits, strict=True):
         assert (one - other).abs().max() <= CLOSE
+
+
+@pytest.mark.filterwarnings("ignore:Continuous batching takes no images")
+def test_continuous_batching_runs_stock() -> None:
+    """It holds text alone: packed requests, several to a row, and a cache of its own."""
+    model = planted("llava")
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def answers() -> list[list[int]]:
+        found = model.generate_batch([[1, 5, 6, 20, 21], [1, 7, 8]], config, progress_bar=False)
+        return [request.generated_tokens for request in found.values()]
+
+    stock = answers()
+    with wrap(model, *ours(("var", "gift", "vhr"))):
+        assert answers() == stock
+    assert [len(answer) for answer in stock] == [3, 3]

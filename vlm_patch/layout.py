@@ -192,6 +192,14 @@ class Layout(threading.local):
         )
         return forward, generation
 
+    def see_continuous_batch(self) -> None:
+        """Called where transformers packs requests in one row; they hold token ids alone."""
+        self.pending = None
+        self._say(
+            "continuous batch",
+            "Continuous batching takes no images, so its prompts run as in the stock model.",
+        )
+
     def _step(self, generation: Generation, past: int) -> Forward:
         """The forward of one generated token per sample."""
         seen = generation.keys["seen", 0]

@@ -77,6 +77,9 @@ class Passes:
             self.layout.pending = None
             return None
         kwargs = _named(module, args, kwargs)
+        if kwargs.get("cache") is not None:
+            self.layout.see_continuous_batch()
+            return None
         _check(module, kwargs)
         asking = [method for method, _ in switched if method.reads_question]
         forward, generation = self.layout.see_decoder(
