@@ -212,15 +212,6 @@ def _load(path: Path, *fields: str) -> COCO:
     return coco
 
 
-def read_images(folder: Path) -> list[dict[str, Any]]:
-    """Image records (`id`, `file_name`, ...) of a COCO folder, each once, sorted by id."""
-    files = _annotation_files(folder, "instances")
-    return [
-        record
-        for _, record in sorted({k: v for f in files for k, v in _load(f).imgs.items()}.items())
-    ]
-
-
 def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
     """File of a COCO image record (`file_name`, and `id` where it is known) under `folder`.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeAlias
 
+from eval.table import layout
+
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 
 KINDS = {
@@ -178,13 +180,6 @@ def _figure(row: Mapping[str, Any]) -> list[str]:
         times,
         str(len(row["values"])),
     ]
-
-
-def layout(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with its columns padded to one width."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    rows = [header, ["-" * width for width in widths], *lines]
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
 def _notes(rows: Rows) -> Iterator[str]:

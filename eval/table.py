@@ -42,7 +42,7 @@ def markdown(folders: Sequence[Path]) -> str:
     rows = list(_rows(columns))
     header = ["split", "measure", *(column.name for column in columns)]
     below = "".join(f"\n- {note}" for note in _notes(columns))
-    return f"{_heading(columns)}\n\n{_layout(header, rows)}\n{below}\n"
+    return f"{_heading(columns)}\n\n{layout(header, rows)}\n{below}\n"
 
 
 def read(folders: Sequence[Path]) -> list[Column]:
@@ -161,7 +161,7 @@ def _column_notes(column: Column) -> Iterator[str]:
                 yield f"{split}, POPE {strategy}: {100 * share:.1f} % of answers are unreadable"
 
 
-def _layout(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def layout(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown with columns padded to one width, readable as it is."""
     widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
