@@ -53,13 +53,15 @@ class Passes:
     """The hooks of a patched model.
 
     switched: the methods that are on, each with its layers and their heads; asked at every forward.
-    learned: told of a method that found out something about the model.
+    learned: told of a method that found out something about the model. padding: the padding token,
+    where the decoder counts its positions by it and takes none.
     """
 
     decoder: nn.Module
     layout: Layout
     switched: Callable[[], list[tuple[Method, dict[int, Tensor | None]]]]
     learned: Callable[[Method, Method], None]
+    padding: int | None = None
     now: Now = field(default_factory=Now)
 
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -158,6 +160,8 @@ class Passes:
         """Runs a method's own passes of the stock model, and keeps what it learned of the model."""
 
         def run(inputs: dict[str, Any], watcher: Watcher) -> None:
+            if self.padding is not None:
+                inputs = _counted(inputs, self.padding)
             self._run(Watching(watcher), _without_cache(inputs))
 
         before = active.method
@@ -197,7 +201,7 @@ class Passes:
                 raise PatchError(
                     f"{late[0].method.name} watches a layer that is not below those it edits, "
                     "which in a later turn needs a cache that can be cut: use a DynamicCache of a "
-                    "model without sliding window, or watch a lower layer"
+                    "model without sliding window and linear attention, or watch a lower layer"
                 )
             self._run(Editing(forward, first), _without_cache(kwargs))
             return replace(forward, reading=False), kwargs
@@ -207,13 +211,24 @@ class Passes:
 
 
 def _can_be_cut(cache: Any) -> bool:
-    """Whether the last token can be taken out of a cache again."""
-    return type(cache) is DynamicCache and not any(cache.is_sliding)
+    """Whether the last token can be taken out of a cache again: not out of a sliding window, nor
+    out of the state of linear attention.
+    """
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
+    return type(cache) is DynamicCache and kinds <= {"DynamicLayer", "DummyLayer"}
+
+
+def _counted(kwargs: Mapping[str, Any], padding: int) -> dict[str, Any]:
+    """The inputs for a decoder that counts positions by its padding tokens."""
+    hidden = kwargs["attention_mask"] == 0
+    ids = kwargs["input_ids"].masked_fill(hidden, padding)
+    return {**kwargs, "input_ids": ids, "position_ids": None}
 
 
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a prompt for a pass that leaves no trace; masks for a static cache are cut."""
-    rows = kwargs["inputs_embeds"].shape[1]
+    embeds = kwargs.get("inputs_embeds")
+    rows = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
 
     def cut(mask: Any) -> Any:
         if isinstance(mask, Mapping):

@@ -28,7 +28,7 @@ from vlm_patch.method import (
     check_whole,
     check_wholes,
 )
-from vlm_patch.methods.sinks import discover, scaled_tau
+from vlm_patch.methods.sinks import discover, one_stream, scaled_tau
 
 
 @lru_cache(maxsize=64)
@@ -180,7 +180,7 @@ class VAR(Method):
         """Finds the sinks among the new tokens; the release looks at the first prompt only."""
         if not self.dims:
             return
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        hidden = one_stream(hidden).to(torch.promote_types(hidden.dtype, torch.float32))
         if self.release and forward.past > 0:
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
