@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    commands = top.add_subparsers(required=True, metavar="run | score | table | demo | speed")
+    commands = top.add_subparsers(
+        required=True, metavar="run | score | table | demo | models | speed"
+    )
 
     run = commands.add_parser("run", help="generate answers by a configuration and score them")
     run.add_argument("config", type=Path, help="a YAML file, see configs/")
@@ -63,8 +65,17 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--out", type=Path, default=Path("runs/demo"))
     show.set_defaults(command=lambda options: demo.demo(options.out))
 
+    _add_models(commands.add_parser("models", help="which model families are supported, measured"))
     _add_speed(commands.add_parser("speed", help="what the methods cost beside the stock model"))
     return top
+
+
+def _add_models(families: argparse.ArgumentParser) -> None:
+    families.add_argument("--types", help="names with commas between (default: every one)")
+    families.add_argument("--json", action="store_true", help="print JSON")
+    families.add_argument("--out", type=Path, help="write it to this file too")
+    families.add_argument("--readme", action="store_true", help="put the table into the README")
+    families.set_defaults(command=_models)
 
 
 def _add_speed(costs: argparse.ArgumentParser) -> None:
@@ -126,6 +137,12 @@ def _score_chair(options: argparse.Namespace) -> None:
 
 def _score_pope(options: argparse.Namespace) -> None:
     scoring.print_result(scoring.score_pope(options.answers, options.questions), options.json)
+
+
+def _models(options: argparse.Namespace) -> None:
+    from eval import families  # builds a model of every type, which no other command needs
+
+    families.models(options.types, options.json, options.out, options.readme)
 
 
 def _speed(options: argparse.Namespace) -> None:

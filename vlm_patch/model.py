@@ -37,7 +37,7 @@ class Special:
 
 
 PIXELS = frozenset(("pixel_values", "flattened_patches"))
-_ALONE = "its image keys stand alone in the softmax of cross-attention layers, beside no"
+_ALONE = "its cross-attention holds image keys alone"
 SPECIAL: Mapping[str, Special] = {
     **dict.fromkeys(
         ("blip-2", "instructblip", "instructblipvideo"), Special(speaker="language_model")
@@ -56,12 +56,12 @@ SPECIAL: Mapping[str, Special] = {
     "ovis2": Special(ids=("visual_indicator_token_ids",)),
     "mllama": Special(
         refused={
-            "var": f"{_ALONE} text whose attention could be moved to them",
-            "gift": f"{_ALONE} question that could keep pace with them",
+            "var": f"{_ALONE}, which have no residual stream to find sinks in",
+            "gift": f"{_ALONE}, so no question could keep pace with them",
         }
     ),
     "idefics": Special(
-        unsupported=f"{_ALONE} text, and its config does not name the tokens that stand for images"
+        unsupported=f"{_ALONE}, and its config does not name the tokens that stand for images"
     ),
     "blip": Special(unsupported="its attention does not go through transformers' interface"),
     "git": Special(unsupported="its attention does not go through transformers' interface"),

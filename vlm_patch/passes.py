@@ -21,6 +21,10 @@ from vlm_patch.method import Forward, Method, Watcher
 OLD_CACHE_NAME = "past_key_values"
 
 
+OF_IMAGES = ("image", "pixel", "vis", "deepstack", "mm_encoder")
+"""Parts of the names of decoder inputs that belong to image tokens; a row of text needs none."""
+
+
 class Hook:
     """A hook that does nothing in a deep copy or a pickle of the model."""
 
@@ -203,6 +207,7 @@ class Passes:
         first = [replace(a, heads={}) if a in late else a for a in actives]
         cache: Any = kwargs.get(self.cache_name)
         again = any(a.method.settles(forward) for a in actives if a not in late)
+        again |= bool(forward.image[:, -1].any())
         if again or not _can_be_cut(cache):
             if forward.past:
                 raise PatchError(
@@ -299,7 +304,11 @@ def _last_row(forward: Forward, kwargs: dict[str, Any]) -> tuple[Forward, dict[s
         per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
         return value[:, -1:] if per_row else value
 
-    inputs = {name: cut(name, value) for name, value in kwargs.items()}
+    inputs = {
+        name: cut(name, value)
+        for name, value in kwargs.items()
+        if not any(part in name for part in OF_IMAGES)
+    }
     step = replace(
         forward,
         past=forward.past + rows - 1,

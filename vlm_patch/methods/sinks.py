@@ -155,6 +155,8 @@ def judge(
     blocks `[B, L, S, D]`: block inputs. attention, value_path `[B, L, S]`: mean attention of
     post-image text to each key, and the norm of what it carries. valid, image `[B, S]` (bool).
     """
+    if blocks.shape[1] < 3:
+        return Found((), f"It has softmax attention in {blocks.shape[1]} layers, 3 are needed.")
     samples = torch.arange(len(blocks))
     first = valid.long().argmax(1)
     candidates = first[:, None] + torch.arange(3)
