@@ -38,80 +38,90 @@ def tokens(count: int = IMAGE_TOKENS, image: int = IMAGE) -> Tensor:
 
 def prompt(kind: str, model: Any, seed: int, form: str) -> Inputs:
     """Inputs of `generate`; everything in the images is drawn from `seed`."""
-    image = model.config.video_token_id if kind == "instructblipvideo" else IMAGE
-    ids = tokens(OTHER_SIZES.get(kind, IMAGE_TOKENS), image)
+    ids = tokens(OTHER_SIZES.get(kind, IMAGE_TOKENS), image_id(kind, model))
+    return around(kind, model, ids) | images(kind, model, seed, form)
+
+
+def image_id(kind: str, model: Any) -> int:
+    """The placeholder token."""
+    return int(model.config.video_token_id) if kind == "instructblipvideo" else IMAGE
+
+
+def around(kind: str, model: Any, ids: Tensor) -> Inputs:
+    """What goes with token ids `[B, S]`, token by token."""
+    image = ids == image_id(kind, model)
     found: Inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
-    draw = torch.Generator().manual_seed(seed)
-    if kind in PIXELS:
-        return found | PIXELS[kind](model, ids, draw)
     taken = inspect.signature(model.forward).parameters
     if "mm_token_type_ids" in taken:
-        found["mm_token_type_ids"] = (ids == IMAGE).int()
+        found["mm_token_type_ids"] = image.int()
     if "token_type_ids" in taken:
         # PaliGemma marks its prompt with 0 and an answer with 1, others the image with 1
-        found["token_type_ids"] = (ids == IMAGE).long() * (kind != "paligemma")
-    if "image_grid_thw" in taken:
-        found["image_grid_thw"] = torch.tensor([[1, 8, 8]] * 2)
-    count, width = int((ids[0] == IMAGE).sum()), model.get_input_embeddings().weight.shape[1]
-    features = _features(torch.randn(2, count, width, generator=draw), form)
-    if kind == "ovis2":
-        features["visual_indicator_features"] = torch.randn(2, width, generator=draw)
-    return found | {"mm_encoder_outputs": {"image": features}}
+        found["token_type_ids"] = image.long() * (kind != "paligemma")
+    if "image_embeds_position_mask" in taken:
+        found["image_embeds_position_mask"] = image.long()
+    if "cross_attention_mask" in taken:
+        tiles = model.config.vision_config.max_num_tiles
+        after = (image.cumsum(1) > 0).long()
+        found["cross_attention_mask"] = after[..., None, None].expand(-1, -1, 1, tiles)
+    return found
 
 
-def _features(drawn: Tensor, form: str) -> Any:
-    """What a vision tower with its projector returns for features `[2, N, D]`."""
+def images(kind: str, model: Any, seed: int, form: str) -> Inputs:
+    """One image for each of two prompts: pixels, or features as a vision tower with its projector
+    returns them.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    if kind in PIXELS:
+        return PIXELS[kind](model, draw)
+    count, width = OTHER_SIZES.get(kind, IMAGE_TOKENS), model.get_input_embeddings().weight.shape[1]
+    drawn = torch.randn(2, count, width, generator=draw)
     output = BaseModelOutputWithPooling(last_hidden_state=drawn)
     output["pooler_output"] = drawn if form == "tensor" else list(drawn)
     output["router_logits"] = None
+    output["visual_indicator_features"] = torch.randn(2, width, generator=draw)
     if form == "deep":
         output["deepstack_features"] = [list(0.1 * drawn) for _ in range(3)]
     if form == "layers":
         output["deepstack_features"] = [(layer, list(drawn)) for layer in range(3)]
-    return output
+    grid = "image_grid_thw" in inspect.signature(model.forward).parameters
+    found: Inputs = {"image_grid_thw": torch.tensor([[1, 8, 8]] * 2)} if grid else {}
+    return found | {"mm_encoder_outputs": {"image": output}}
 
 
-def _qformer(model: Any, ids: Tensor, draw: torch.Generator) -> Inputs:
+def _qformer(model: Any, draw: torch.Generator) -> Inputs:
     found = {"pixel_values": torch.randn(2, 3, 32, 32, generator=draw)}
     if "qformer_input_ids" in inspect.signature(model.generate).parameters:
         found["qformer_input_ids"] = torch.tensor([[5, 6, 7]] * 2)
     return found
 
 
-def _qformer_video(model: Any, ids: Tensor, draw: torch.Generator) -> Inputs:
-    frames = torch.randn(2, 4, 3, 32, 32, generator=draw)
-    return _qformer(model, ids, draw) | {"pixel_values": frames}
+def _qformer_video(model: Any, draw: torch.Generator) -> Inputs:
+    return _qformer(model, draw) | {"pixel_values": torch.randn(2, 4, 3, 32, 32, generator=draw)}
 
 
-def _kosmos2(model: Any, ids: Tensor, draw: torch.Generator) -> Inputs:
+def _kosmos2(model: Any, draw: torch.Generator) -> Inputs:
     side = model.config.vision_config.image_size
-    pixels = torch.randn(2, 3, side, side, generator=draw)
-    return {"pixel_values": pixels, "image_embeds_position_mask": ids == IMAGE}
+    return {"pixel_values": torch.randn(2, 3, side, side, generator=draw)}
 
 
-def _kosmos2_5(model: Any, ids: Tensor, draw: torch.Generator) -> Inputs:
+def _kosmos2_5(model: Any, draw: torch.Generator) -> Inputs:
     size = model.config.vision_config.patch_embed_hidden_size
     patches = torch.randn(2, 6, size + 2, generator=draw)
     patches[..., :2] = 0  # row and column
-    return {"flattened_patches": patches, "image_embeds_position_mask": (ids == IMAGE).long()}
+    return {"flattened_patches": patches}
 
 
-def _mllama(model: Any, ids: Tensor, draw: torch.Generator) -> Inputs:
+def _mllama(model: Any, draw: torch.Generator) -> Inputs:
     vision = model.config.vision_config
-    tiles = vision.max_num_tiles
-    pixels = (2, 1, tiles, 3, vision.image_size, vision.image_size)
-    after = ((ids == IMAGE).cumsum(1) > 0).long()
+    tiles, side = vision.max_num_tiles, vision.image_size
     return {
-        "pixel_values": torch.randn(pixels, generator=draw),
+        "pixel_values": torch.randn(2, 1, tiles, 3, side, side, generator=draw),
         "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
         "aspect_ratio_mask": torch.ones(2, 1, tiles, dtype=torch.long),
-        "cross_attention_mask": after.long()[..., None, None].expand(
-            -1, -1, 1, vision.max_num_tiles
-        ),
     }
 
 
-def _phi4(model: Any, ids: Tensor, draw: torch.Generator) -> Inputs:
+def _phi4(model: Any, draw: torch.Generator) -> Inputs:
     """A whole image and one crop, 4 x 4 patches each."""
     return {
         "image_pixel_values": torch.randn(2, 2, 3, 56, 56, generator=draw),
@@ -120,7 +130,7 @@ def _phi4(model: Any, ids: Tensor, draw: torch.Generator) -> Inputs:
     }
 
 
-PIXELS: Mapping[str, Callable[[Any, Tensor, torch.Generator], Inputs]] = {
+PIXELS: Mapping[str, Callable[[Any, torch.Generator], Inputs]] = {
     "blip-2": _qformer,
     "instructblip": _qformer,
     "instructblipvideo": _qformer_video,

@@ -60,6 +60,9 @@ SPECIAL: Mapping[str, Special] = {
             "gift": f"{_ALONE}, so no question could keep pace with them",
         }
     ),
+    "muse_spark": Special(
+        refused={"vhr": "it normalises each head's output, so that no gain reaches what follows"}
+    ),
     "idefics": Special(
         unsupported=f"{_ALONE}, and its config does not name the tokens that stand for images"
     ),
