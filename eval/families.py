@@ -61,7 +61,7 @@ def _quietly() -> Iterator[None]:
     """
     threads, level = torch.get_num_threads(), logging.get_verbosity()
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -54,6 +54,10 @@ SIZES: Mapping[str, int] = {
     "global_head_dim": 16,
     "swa_head_dim": 16,
     "num_kv_shared_layers": 0,
+    # windows, shorter than the prompt
+    "sliding_window": 8,
+    "sliding_window_size": 8,
+    "attention_chunk_size": 16,
     # multi-head latent and indexed attention
     "q_lora_rank": 32,
     "kv_lora_rank": 16,

@@ -84,17 +84,32 @@ def without_image(forward: Forward) -> dict[str, Any]:
 
 
 def _text_mask(given: Any, order: Tensor, valid: Tensor) -> Any:
-    """The mask of the text alone; order, valid `[B, T]`: its tokens, and which are no padding."""
-    if isinstance(given, Mapping):
-        parts = {kind: _text_mask(part, order, valid) for kind, part in given.items()}
-        ready = any(part.ndim == 4 for part in parts.values())
-        return parts if ready else valid.long()
-    if not isinstance(given, Tensor) or given.ndim != 4:
+    """The mask of the text alone, made from the prompt's if text looks ahead in that.
+
+    order, valid `[B, T]`: the text tokens, and which of them are no padding.
+    """
+    masks = given if isinstance(given, Mapping) else {"": given}
+    cut = {kind: _text_rows(mask, order) for kind, mask in masks.items()}
+    both = valid[:, None, :] & valid[:, :, None]
+    if not any(seen is not None and (seen & both).triu(1).any() for seen in cut.values()):
         return valid.long()
+    # padding sees everything, since a row that sees nothing would become NaN
+    own = {
+        kind: None if seen is None else (seen & valid[:, None] | ~valid[:, :, None])[:, None]
+        for kind, seen in cut.items()
+    }
+    return own if isinstance(given, Mapping) else own[""]
+
+
+def _text_rows(mask: Any, order: Tensor) -> Tensor | None:
+    """What the text sees of the text `[B, T, T]` in a ready mask `[B, 1, S, K]`."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return None
     samples = torch.arange(len(order), device=order.device)[:, None, None]
-    seen = given[samples, 0, order[:, :, None], order[:, None, :]]
-    seen = (seen if seen.dtype == torch.bool else seen == 0) & valid[:, None]
-    return seen[:, None] if seen.triu(1).any() else valid.long()
+    seen = mask.expand(len(order), *mask.shape[1:])[
+        samples, 0, order[:, :, None], order[:, None, :]
+    ]
+    return seen if seen.dtype == torch.bool else seen == 0
 
 
 @dataclass(frozen=True)
