@@ -22,10 +22,13 @@ CLASSES: dict[str, str] = {
 """What AutoModelForImageTextToText knows, and one that transformers lists elsewhere."""
 
 
-def build(kind: str, seed: int = 0) -> Any:
-    """A tiny random model of a type, ready to generate; nothing is downloaded."""
+def build(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random model of a type, ready to generate; nothing is downloaded.
+
+    changes: arguments of its config class, such as another text_config.
+    """
     make = getattr(transformers, CLASSES[kind])
-    config = (make.config_class or CONFIG_MAPPING[kind])(**MADE.get(kind, {}))
+    config = (make.config_class or CONFIG_MAPPING[kind])(**{**MADE.get(kind, {}), **changes})
     shrink(config)
     for path, value in ADJUSTED.get(kind, {}).items():
         _put(config, path, value)

@@ -207,7 +207,7 @@ class Passes:
         first = [replace(a, heads={}) if a in late else a for a in actives]
         cache: Any = kwargs.get(self.cache_name)
         again = any(a.method.settles(forward) for a in actives if a not in late)
-        again |= bool(forward.image[:, -1].any())
+        again |= bool(forward.image[:, -1].any()) or _last_is_seen(forward, kwargs)
         if again or not _can_be_cut(cache):
             if forward.past:
                 raise PatchError(
@@ -250,6 +250,20 @@ def _can_be_cut(cache: Any) -> bool:
     """
     kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
     return type(cache) is DynamicCache and kinds <= {"DynamicLayer", "DummyLayer"}
+
+
+def _last_is_seen(forward: Forward, kwargs: Mapping[str, Any]) -> bool:
+    """Whether other rows of the prompt look at its last token, as in PaliGemma's prefix."""
+    given = kwargs.get("attention_mask")
+    masks = list(given.values()) if isinstance(given, Mapping) else [given]
+    last = forward.past + forward.valid.shape[1] - 1
+    for mask in masks:
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            seen = mask[:, 0, :-1, min(last, mask.shape[-1] - 1)]
+            seen = seen if seen.dtype == torch.bool else seen == 0
+            if (seen & forward.valid[:, :-1]).any():
+                return True
+    return False
 
 
 def _counted(kwargs: Mapping[str, Any], padding: int) -> dict[str, Any]:

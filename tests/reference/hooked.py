@@ -32,7 +32,7 @@ class Hooked:
         self.blocks: dict[nn.Module, nn.Module] = {
             module: modules[name.rpartition(".")[0]]
             for name, module in modules.items()
-            if hasattr(module, "layer_idx") and "ttention" in type(module).__name__
+            if hasattr(module, "layer_idx") and hasattr(module, "config")
         }
 
     @torch.no_grad()
@@ -63,16 +63,17 @@ class Hooked:
         def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entering[block] = args[0] if args else kwargs["hidden_states"]
 
-        stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        name = next(iter(self.blocks)).config._attn_implementation
+        stock = ALL_ATTENTION_FUNCTIONS.get(name)  # of towers and the like; none under "eager"
         hooks = [
             block.register_forward_pre_hook(keep, with_kwargs=True)
             for block in self.blocks.values()
         ]
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+        ALL_ATTENTION_FUNCTIONS[name] = attend
         try:
             run.logits = self.run_model(ids).double()
         finally:
-            del ALL_ATTENTION_FUNCTIONS["sdpa"]
+            del ALL_ATTENTION_FUNCTIONS[name]
             for hook in hooks:
                 hook.remove()
         return run
@@ -96,4 +97,7 @@ def attention(
         causal = getattr(module, "is_causal", True) if causal is None else causal
         seen = torch.ones(length, length, dtype=torch.bool)
         seen = seen.tril() if causal else seen
-    return z.masked_fill(~seen, -torch.inf).softmax(-1), v
+    z = z.masked_fill(~seen, -torch.inf)
+    if options.get("sinks") is not None:  # a learned score per row that takes weight to nowhere
+        return torch.cat([z, options["sinks"][0].double()], -1).softmax(-1)[..., :-1], v
+    return z.softmax(-1), v
