@@ -35,7 +35,7 @@ def models(
     if readme and types:
         raise EvalError("the README's table holds every type: leave out --types")
     names = _named(types)
-    with _quietly():
+    with quietly():
         rows = [measure(kind) for kind in names]
     text = json.dumps([asdict(row) for row in rows], indent=1) + "\n" if as_json else markdown(rows)
     if out is not None:
@@ -55,7 +55,7 @@ def _named(types: str | None) -> list[str]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """On one thread, since tiny models only wait for a second one, and without the hints that
     transformers gives about every model.
     """

@@ -30,6 +30,9 @@ SIZES: Mapping[str, int] = {
     "projection_dim": 64,
     "projector_hidden_size": 64,
     "merged_hidden_size": 256,
+    "projector_input_dim": 64,
+    "projector_output_dim": 64,
+    "base_channels": 32,
     "vision_output_dim": 64,
     "word_embed_proj_dim": 64,
     "hidden_size_per_layer_input": 8,
@@ -119,7 +122,7 @@ _QFORMER: Mapping[str, Any] = {
     "qformer_config.encoder_hidden_size": 64,
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_VQ: Mapping[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+_VQ: Mapping[str, Any] = {"channel_multiplier": [1, 1], "num_res_blocks": 1}
 
 MADE: Mapping[str, Mapping[str, Any]] = {
     "blip-2": {"num_query_tokens": 16},

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:no published settings", "ignore:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Any:
-    with families._quietly():
+    with families.quietly():
         yield
 
 
