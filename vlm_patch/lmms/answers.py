@@ -48,14 +48,16 @@ def load(pretrained: str, device: Any, device_map: str | None, **settings: Any) 
     given = {key: value for key, value in settings.items() if value is not None}
     placing = {} if device_map is None else {"device_map": device_map}
     processor = PROCESSORS.from_pretrained(pretrained, **source)
-    if not getattr(processor, "chat_template", None):
+    tokenizer = processor.tokenizer
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    if not processor.chat_template:
         raise ValueError(
             f"the processor of {pretrained} has no chat template, so prompts cannot be rendered: "
             "put chat_template.jinja into a local copy of the model and name that folder"
         )
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model = MODELS.from_pretrained(pretrained, **source, **given, **placing)
     return (model if placing else model.to(device)).eval(), processor
 
