@@ -1,6 +1,7 @@
 """The shipped configs: every key, and values that fit the model and are the library's own."""
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from vlm_patch.methods.var import scaled_tau
 from vlm_patch.model import _profile
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+README = CONFIGS.parent / "README.md"
 SHIPPED = sorted(CONFIGS.glob("*/*.yaml"))
 PLAIN = {"baseline", "var", "gift", "vhr"}
 
@@ -243,3 +245,25 @@ def test_three_methods_together_are_the_three_alone() -> None:
     folder = CONFIGS / "llava-1.5-7b"
     alone = {name: load(folder / f"{name}.yaml").options[name] for name in METHODS}
     assert load(folder / "all.yaml").options == alone
+
+
+def rows() -> list[list[str]]:
+    """The rows of the README's tables of published numbers, as cells."""
+    section = README.read_text().partition("## Published numbers")[2].partition("\n## ")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()]
+    return [row for row in cells if len(row) > 1 and row[1].startswith("`")]
+
+
+def test_the_readme_names_configs_that_load_beside_every_published_number() -> None:
+    assert len(rows()) == 24
+    for row in rows():
+        path, *options = shlex.split(row[1].strip("`"))
+        made = load(CONFIGS / path, [word for word in options if word != "--set"])
+        assert made.model == MODELS[path.split("/")[0]].hub
+        assert row[2] in ("CHAIR", "POPE")
+        assert row[-1] == "not run here"
+
+
+def test_stock_numbers_stand_beside_the_stock_model() -> None:
+    for row in rows():
+        assert ("baseline.yaml" in row[1]) == (row[4] == "")
