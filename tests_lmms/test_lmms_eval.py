@@ -1,6 +1,7 @@
 """lmms-eval itself on POPE questions about pocket scenes, in an environment of its own."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -88,12 +89,18 @@ def answers(config: Config, samples: Sequence[Sample]) -> dict[str, list[str]]:
     return found
 
 
-def run(tasks: Path, out: Path, arguments: str, size: int = 5) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lmms_eval", "--model", "vlm_patch"]
+def run(
+    tasks: Path, out: Path, arguments: str, processes: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """`lmms_eval` on the pocket model, in batches of five; torchrun starts several processes."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "lmms_eval"]
+    command += ["--model", "vlm_patch"]
     command += ["--model_args", f"pretrained={pocket.MODEL},dtype=float32,{arguments}"]
     command += ["--device", "cpu", "--tasks", "pope_pocket", "--include_path", str(tasks)]
-    command += ["--batch_size", str(size), "--output_path", str(out), "--log_samples"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command += ["--batch_size", "5", "--output_path", str(out), "--log_samples"]
+    on_cpu = os.environ | {"ACCELERATE_USE_CPU": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=on_cpu)
 
 
 def results(out: Path) -> tuple[dict[str, Any], list[str]]:
@@ -106,10 +113,11 @@ def results(out: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("methods", "arguments"),
+    ("methods", "arguments", "processes"),
     [
-        ("baseline", "methods=baseline"),
-        ("gift", f"methods=gift,{STRONG}"),
+        ("baseline", "methods=baseline", 1),
+        ("gift", f"methods=gift,{STRONG}", 1),
+        ("gift", f"methods=gift,{STRONG}", 2),
     ],
 )
 def test_a_task_of_lmms_eval_gets_the_answers_of_python_m_eval(
@@ -119,8 +127,9 @@ def test_a_task_of_lmms_eval_gets_the_answers_of_python_m_eval(
     tmp_path: Path,
     methods: str,
     arguments: str,
+    processes: int,
 ) -> None:
-    done = run(tasks, tmp_path, arguments)
+    done = run(tasks, tmp_path, arguments, processes)
     assert done.returncode == 0, done.stderr[-3000:]
     scores, said = results(tmp_path)
     assert said == answers[methods]
