@@ -25,9 +25,7 @@ def score_chair(
 
     `synonyms` is the standard CHAIR list (or a YAML of the shipped form); None is the shipped one.
     """
-    if rules not in chair.RULES:
-        raise EvalError(f"--rules {rules}: only 'pattern' is offered in this version.")
-    vocabulary = Vocabulary.load(synonyms)
+    vocabulary = Vocabulary.load(synonyms, rules)
     rows = read_rows(captions)
     pairs = [(_image(row), row.text("caption", "text")) for row in rows]
     objects = read_truth(truth, vocabulary, {image for image, _ in pairs})
@@ -37,7 +35,7 @@ def score_chair(
                 f"{row.where}: image {image} is not in the truth {truth}. Score against the "
                 "annotations of the images that were captioned."
             )
-    return chair.score(pairs, objects, vocabulary, rules)
+    return chair.score(pairs, objects, vocabulary)
 
 
 def _image(row: Row) -> int:

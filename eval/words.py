@@ -9,6 +9,7 @@ word that a list word happens to end in ("s", "is", "out") stays as it is.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -176,3 +177,8 @@ def singular(word: str) -> str:
         if pattern.search(word):
             return pattern.sub(rf"\g<1>{ending}", word)
     return word
+
+
+def singulars(tokens: Sequence[str]) -> list[str]:
+    """Singular form of every token, each by itself."""
+    return [singular(token) for token in tokens]

@@ -1,0 +1,69 @@
+"""Tagged words and WordNet lemmas by NLTK, for the scorers that were published with them.
+
+OPERA's CHAIR (https://arxiv.org/abs/2311.17911) and AMBER's script read a text so: the averaged
+perceptron tagger, then WordNet's lemma of each word as what it was tagged. NLTK is an extra, and
+its data comes with no package, so both are asked for on first use and named where they are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from eval.errors import EvalError
+
+DATA = {
+    "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
+    "wordnet": "corpora/wordnet",
+}
+# first letter of a Penn Treebank tag, to WordNet's part of speech; all others count as nouns
+_PARTS = {"J": "a", "V": "v", "N": "n", "R": "r"}
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The two functions that are used of NLTK."""
+
+    tag: Callable[[Sequence[str]], Sequence[tuple[str, str]]]
+    lemma: Callable[[str, str], str]
+
+
+def lemmas(tokens: Sequence[str]) -> list[str]:
+    """Lemma of every token, as the part of speech that the tagger gives it among the others."""
+    tools = nltk_tools()
+    return [tools.lemma(word, _PARTS.get(tag[:1], "n")) for word, tag in tools.tag(tokens)]
+
+
+def nouns(tokens: Sequence[str]) -> list[str]:
+    """Lemmas of the tokens that are tagged as nouns, proper ones too."""
+    tools = nltk_tools()
+    return [tools.lemma(word, "n") for word, tag in tools.tag(tokens) if tag.startswith("NN")]
+
+
+@cache
+def nltk_tools() -> Tools:
+    """NLTK's tagger and lemmatiser; `EvalError` says what of them is not installed."""
+    try:
+        import nltk
+        from nltk.stem import WordNetLemmatizer
+    except ImportError:
+        raise EvalError(
+            'these rules need NLTK, which is not installed: pip install -e ".[nltk]", then '
+            f"python -m nltk.downloader {' '.join(DATA)}."
+        ) from None
+    if missing := [name for name, place in DATA.items() if not _found(nltk.data.find, place)]:
+        raise EvalError(
+            f"NLTK is installed without its data {' and '.join(missing)}: "
+            f"python -m nltk.downloader {' '.join(missing)}. On a machine without internet copy "
+            "the folder nltk_data from another one and set NLTK_DATA to it."
+        )
+    return Tools(nltk.pos_tag, WordNetLemmatizer().lemmatize)
+
+
+def _found(find: Callable[[str], object], place: str) -> bool:
+    try:
+        find(place)
+    except LookupError:
+        return False
+    return True
