@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from pycocotools.coco import COCO
 from eval import wordnet
 from eval.errors import EvalError
 from eval.records import read_json, read_text
-from eval.words import rule_data, singulars, tokens
+from eval.words import rule_data, singulars
 
 SHIPPED = Path(__file__).parent / "vocabulary" / "coco.yaml"
 _FOLDERS = (
@@ -34,8 +34,8 @@ _FOLDERS = (
     *(f"{split}{year}" for year in (2014, 2017) for split in ("val", "train")),
 )
 
-# what the tokens of a caption are read as
-RULES: Mapping[str, Callable[[Sequence[str]], list[str]]] = {
+# what the words of a caption are read as
+RULES: Mapping[str, Callable[[str], list[str]]] = {
     "pattern": singulars,
     "wordnet": wordnet.lemmas,
 }
@@ -83,7 +83,7 @@ class Vocabulary:
 
     def read(self, caption: str) -> Reading:
         """Tokens after merging (what CHAIR counts as length), and mentions in order."""
-        merged = _merged(RULES[self.rules](tokens(caption)))
+        merged = _merged(RULES[self.rules](caption))
         ignored = {"seat"} if "toilet" in merged else frozenset[str]()
         found = [(w, self.words[w]) for w in merged if w in self.words and w not in ignored]
         return Reading(tuple(merged), tuple(found))

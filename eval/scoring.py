@@ -46,7 +46,7 @@ def _image(row: Row) -> int:
         raise EvalError(f"{row.where}: {error}") from None
 
 
-def score_pope(answers: Path, questions: Path) -> dict[str, Any]:
+def score_pope(answers: Path, questions: Path, parser: str = "official") -> dict[str, Any]:
     """POPE scores of an answer file, paired with the question file by position; see `pope.score`.
 
     The files must have equally many rows, and where both name the image or the object asked for,
@@ -63,10 +63,10 @@ def score_pope(answers: Path, questions: Path) -> dict[str, Any]:
     for question, row in zip(asked, given, strict=True):
         _require_same(question, row)
     texts = [row.text("answer", "text", "ans") for row in given]
-    result = _score(asked, texts)
+    result = _score(asked, texts, parser)
     names = list(dict.fromkeys(question.split for question in asked))
     if len(names) > 1:
-        result["splits"] = {name: _score(*_select(asked, texts, name)) for name in names}
+        result["splits"] = {name: _score(*_select(asked, texts, name), parser) for name in names}
     return result
 
 
@@ -77,9 +77,9 @@ def _select(
     return [questions[number] for number in kept], [answers[number] for number in kept]
 
 
-def _score(questions: list[pope.Question], answers: list[str]) -> dict[str, Any]:
+def _score(questions: list[pope.Question], answers: list[str], parser: str) -> dict[str, Any]:
     labels, images = [q.label for q in questions], [q.image for q in questions]
-    return pope.score(answers, labels, images)
+    return pope.score(answers, labels, images, parser=parser)
 
 
 def _require_same(question: pope.Question, row: Row) -> None:

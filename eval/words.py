@@ -9,7 +9,6 @@ word that a list word happens to end in ("s", "is", "out") stays as it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -77,7 +76,12 @@ def sentences(text: str) -> list[str]:
 
 def tokens(text: str) -> list[str]:
     """Lower-cased Treebank tokens of a text, punctuation included, sentence by sentence."""
-    return [token for sentence in sentences(text.lower().strip()) for token in _split(sentence)]
+    return cased_tokens(text.lower())
+
+
+def cased_tokens(text: str) -> list[str]:
+    """Like `tokens`, with capitals as they are."""
+    return [token for sentence in sentences(text.strip()) for token in _split(sentence)]
 
 
 def _split(sentence: str) -> list[str]:
@@ -179,6 +183,6 @@ def singular(word: str) -> str:
     return word
 
 
-def singulars(tokens: Sequence[str]) -> list[str]:
+def singulars(text: str) -> list[str]:
     """Singular form of every token, each by itself."""
-    return [singular(token) for token in tokens]
+    return [singular(token) for token in tokens(text)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from eval import wordnet
+from eval import wordnet, words
 from eval.chair import judge, score
 from eval.coco import Vocabulary, read_truth
 from eval.errors import EvalError
@@ -69,7 +69,7 @@ def lemma(word: str, part: str) -> str:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wordnet, "nltk_tools", lambda: wordnet.Tools(tag, lemma))
+    monkeypatch.setattr(wordnet, "nltk_tools", lambda: wordnet.Tools(words.tokens, tag, lemma))
 
 
 @pytest.mark.parametrize(("caption", "expected"), GOLDEN)
@@ -92,8 +92,8 @@ def test_the_rules_read_captions_and_are_written_down(stand_in: None) -> None:
 
 
 def test_nouns_are_what_is_tagged_as_nouns(stand_in: None) -> None:
-    assert wordnet.nouns(["men", "seated", "glasses", "is"]) == ["men", "glass"]
-    assert wordnet.lemmas(["men", "seated", "glasses"]) == ["men", "seat", "glass"]
+    assert wordnet.nouns("men seated glasses is") == ["men", "glass"]
+    assert wordnet.lemmas("men seated glasses") == ["men", "seat", "glass"]
 
 
 def test_without_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_nltk_without_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     wordnet.nltk_tools.cache_clear()
     with pytest.raises(EvalError) as caught:
-        wordnet.lemmas(["dog"])
+        wordnet.lemmas("dog")
     assert "without its data averaged_perceptron_tagger_eng: python -m nltk.downloader" in str(
         caught.value
     )
@@ -145,7 +145,7 @@ def test_the_wordnet_column_wherever_nltk_and_its_data_are() -> None:
     scores = json.loads((SHARED / "reference_scores.json").read_text())["chair"]
     truth, synonyms = CHAIR / "objects_wordnet.json", CHAIR / "synonyms.txt"
     if not nltk_is_complete():
-        with pytest.raises(EvalError, match="python -m nltk.downloader"):
+        with pytest.raises(EvalError, match=r"python -m nltk\.downloader"):
             score_chair(CHAIR / "captions" / CAPTION_FILES[0], truth, synonyms, "wordnet")
         return
     for name in CAPTION_FILES:
