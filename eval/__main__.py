@@ -1,4 +1,4 @@
-"""python -m eval run | score | table | demo | speed."""
+"""python -m eval run | score | data | questions | table | demo | speed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    commands = top.add_subparsers(required=True, metavar="run | score | table | demo | speed")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="generate answers by a configuration and score them")
     run.add_argument("config", type=Path, help="a YAML file, see configs/")
@@ -49,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
 
     _add_score(
         commands.add_parser("score", help="score a run folder, or files made elsewhere; no model")
+    )
+
+    benchmarks.add_data(commands.add_parser("data", help="fetch a benchmark's files"))
+    benchmarks.add_questions(
+        commands.add_parser("questions", help="POPE questions of any COCO-format annotation")
     )
 
     tables = commands.add_parser("table", help="runs side by side, in Markdown")
