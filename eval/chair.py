@@ -1,6 +1,7 @@
 """CHAIR: how many of the objects that a caption names are not in the image.
 
-Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156, with the original ("pattern") rules.
+Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156, by the original rules (`pattern`) or those
+of OPERA's fork (`wordnet`); each needs a truth that was read by the same rules.
 One row of a caption file: `{"image_id": 10822, "caption": "3 zebras in a field"}`.
 
 CHAIR falls for free when captions get shorter, loop, or repeat a true object, so recall, length,
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,6 @@ import numpy as np
 from eval.coco import Vocabulary
 from eval.errors import EvalError
 from eval.intervals import Numbers, measure
-
-RULES = ("pattern",)
 
 
 @dataclass(frozen=True)
@@ -89,17 +88,16 @@ def score(
     captions: Sequence[tuple[int, str]],
     truth: Mapping[int, Collection[str]],
     vocabulary: Vocabulary,
-    rules: str = "pattern",
+    rules: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """CHAIR of (image id, caption) pairs, as one JSON-able dictionary. Shares lie in [0, 1].
 
-    Intervals (95 %) are bootstrapped over captions. A ratio whose denominator is 0 is 0 and is
-    named in `flags`. `EvalError` if there are no captions, an image is not in `truth`, or the rules
-    are unknown.
+    `rules` None: those of the vocabulary. Intervals (95 %) are bootstrapped over captions. A ratio
+    whose denominator is 0 is 0 and is named in `flags`. `EvalError` if there are no captions, an
+    image is not in `truth`, or the rules are unknown.
     """
-    if rules not in RULES:
-        raise EvalError(f"rules {rules!r}: only 'pattern' is offered in this version.")
+    vocabulary = replace(vocabulary, rules=rules or vocabulary.rules)
     if not captions:
         raise EvalError("CHAIR: there are no captions to score.")
     _require_truth([image for image, _ in captions], truth)
@@ -114,7 +112,7 @@ def score(
         **measured["values"],
         "counts": {name: int(column.sum()) for name, column in counts.items()},
         "intervals": measured["intervals"],
-        "rules": rules,
+        "rules": vocabulary.rules,
         "vocabulary": vocabulary.name,
         "flags": _flags(captions, truth, vocabulary, measured["undefined"]),
     }

@@ -128,7 +128,7 @@ def test_repeated_images_and_unknown_objects_are_flagged(vocabulary: Vocabulary)
     [
         ([], "pattern", "no captions to score"),
         ([(1, "a"), (9, "a"), (8, "a")], "pattern", r"no image 8, 9 \(2 of 3 images are missing"),
-        (CAPTIONS, "wordnet", "only 'pattern' is offered"),
+        (CAPTIONS, "lemma", "rules .lemma.: expected pattern or wordnet"),
     ],
 )
 def test_bad_input(
