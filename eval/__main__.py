@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,7 +112,8 @@ def _add_score(score: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     limit = [] if options.limit is None else [f"limit={options.limit}"]
     runs.run(config.load(options.config, [*options.set, *limit]), options.out)
-    print(table.markdown([options.out]))
+    if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started, one prints
+        print(table.markdown([options.out]))
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -143,7 +143,9 @@ def _size(column: Column, split: str) -> str:
 
 def _column_notes(column: Column) -> Iterator[str]:
     answered, samples = column.metrics["answered"], column.metrics["samples"]
-    if answered < samples:
+    if skipped := column.metrics.get("skipped", 0):
+        yield f"{skipped} of {samples} samples skipped, see skipped.jsonl"
+    if answered + skipped < samples:
         yield f"incomplete, {answered} of {samples} samples are answered"
     yield from column.record["notes"]
     if len(column.record["environments"]) > 1:

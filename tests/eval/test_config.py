@@ -118,6 +118,9 @@ def test_llava_configs_hold_the_values_of_the_papers() -> None:
         (["pope.questions=a.json"], "pope.questions is 'a.json': it must hold {strategy}"),
         (["pope.strategies=[populr]"], "unknown name in pope.strategies: populr; did you mean pop"),
         (["device=cpu", "device_map=auto"], "device and device_map are both set"),
+        (["tp_plan=auto", "device_map=auto"], "device_map and tp_plan are both set: keep one"),
+        (["quantization=4bit"], r"quantization: expected a section such as {load_in_4bit: true}"),
+        (["broken_images=hide"], "unknown name in broken_images: hide; .*Known: skip, error"),
     ],
 )
 def test_wrong_settings_are_explained(overrides: list[str], message: str) -> None:

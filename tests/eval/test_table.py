@@ -34,7 +34,7 @@ def folder(path: Path, metrics: dict[str, Any], sha256: str = "a", **record: Any
     settings = from_settings({"splits": ["test"]}).settings()
     about = {"settings": settings, "data": {"samples": 560, "images": images}}
     RunFolder(path).write_record({**about, "environments": [], "patches": [], "notes": []} | record)
-    RunFolder(path).write_metrics({"answered": 560, "samples": 560} | metrics)
+    RunFolder(path).write_metrics({"answered": 560, "skipped": 0, "samples": 560} | metrics)
     return path
 
 
