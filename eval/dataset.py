@@ -61,9 +61,8 @@ class Source:
 
 def samples(config: Config, scenes: Path) -> list[Sample]:
     """All samples of a run in order. Pocket scenes are drawn below `scenes`, one folder a split."""
-    vocabulary = Vocabulary.load(
-        None if config.chair.synonyms is None else Path(config.chair.synonyms)
-    )
+    synonyms = None if config.chair.synonyms is None else Path(config.chair.synonyms)
+    vocabulary = Vocabulary.load(synonyms, config.chair.rules)
     makers = {"chair": _chair, "pope": _pope}
     found: list[Sample] = []
     for split in _splits(config):

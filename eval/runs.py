@@ -110,13 +110,17 @@ def _chair(
     out: Path, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """CHAIR of one split, and the share of captions that ended before the token limit."""
-    task = record["settings"]["chair"]
-    synonyms = None if task["synonyms"] is None else out / Path(task["synonyms"]).name
     captions = [(int(row["image_id"]), str(row["answer"])) for row in rows]
     truth = {int(row["image_id"]): row["truth"] for row in rows}
     ended = sum(bool(row["ended"]) for row in rows) / len(rows)
-    scores = chair.score(captions, truth, Vocabulary.load(synonyms), task["rules"])
-    return {**scores, "ended_share": ended}
+    return {**chair.score(captions, truth, vocabulary(out, record)), "ended_share": ended}
+
+
+def vocabulary(out: Path, record: Mapping[str, Any]) -> Vocabulary:
+    """The object words that the run in a folder is scored with; a list of one's own lies there."""
+    task = record["settings"]["chair"]
+    synonyms = None if task["synonyms"] is None else out / Path(task["synonyms"]).name
+    return Vocabulary.load(synonyms, task["rules"])
 
 
 def _pope(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

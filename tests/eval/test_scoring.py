@@ -99,9 +99,9 @@ def test_files_that_are_not_there(tmp_path: Path, truth: Path) -> None:
         score_chair(captions, truth, tmp_path / "words.txt")
 
 
-def test_rules_that_are_not_offered_yet(tmp_path: Path, truth: Path) -> None:
-    with pytest.raises(EvalError, match="--rules wordnet: only 'pattern' is offered"):
-        score_chair(lines(tmp_path / "captions.jsonl", *ROWS), truth, rules="wordnet")
+def test_unknown_rules(tmp_path: Path, truth: Path) -> None:
+    with pytest.raises(EvalError, match="rules 'lemma': expected pattern or wordnet"):
+        score_chair(lines(tmp_path / "captions.jsonl", *ROWS), truth, rules="lemma")
 
 
 def test_a_synonym_list_scores_and_is_named(tmp_path: Path, truth: Path) -> None:

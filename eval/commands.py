@@ -1,0 +1,102 @@
+"""The sub-commands of `python -m eval score`: for every benchmark its function and its options.
+
+An option `--truth-file` is the function's argument `truth_file`; one that is not given is left to
+the function's own default.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval import amber, mme, scoring
+from eval.amber_nouns import READERS
+from eval.coco import RULES
+from eval.parsers import PARSERS
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the command line; `settings` go to argparse."""
+
+    flag: str
+    settings: Mapping[str, Any]
+
+    @property
+    def argument(self) -> str:
+        return self.flag.removeprefix("--").replace("-", "_")
+
+
+def file(flag: str, meaning: str, required: bool = True, **more: Any) -> Option:
+    return Option(flag, {"type": Path, "help": meaning, "required": required, **more})
+
+
+def choice(flag: str, meaning: str, names: Iterable[str]) -> Option:
+    """The first name is the default; the function itself refuses others than these."""
+    listed = list(names)
+    return Option(flag, {"help": f"{meaning} (default: {listed[0]})", "metavar": "|".join(listed)})
+
+
+@dataclass(frozen=True)
+class Score:
+    """One benchmark: what `score NAME` says of it, calls and takes."""
+
+    help: str
+    run: Callable[..., Mapping[str, Any]]
+    options: tuple[Option, ...]
+
+    def __call__(self, given: argparse.Namespace) -> None:
+        values = {option.argument: getattr(given, option.argument) for option in self.options}
+        chosen = {name: value for name, value in values.items() if value is not None}
+        scoring.print_result(self.run(**chosen), given.json)
+
+
+SCORES: Mapping[str, Score] = {
+    "chair": Score(
+        "captions made elsewhere, against COCO objects",
+        scoring.score_chair,
+        (
+            file("--captions", "JSON list or JSON lines"),
+            file("--truth", "objects file or COCO folder", metavar="OBJECTS.json|COCO_DIR"),
+            file("--synonyms", "object vocabulary (default: the one that ships)", required=False),
+            choice("--rules", "how captions, and the captions behind a truth, are read", RULES),
+        ),
+    ),
+    "pope": Score(
+        "yes/no answers made elsewhere, against POPE questions",
+        scoring.score_pope,
+        (
+            file("--answers", "JSON lines, in the questions' order"),
+            file("--questions", "JSON lines with labels"),
+            choice("--parser", "how an answer is read", PARSERS),
+        ),
+    ),
+    "amber": Score(
+        "AMBER responses (id, response): descriptions, questions or both",
+        amber.score_files,
+        (
+            file("--responses", "JSON list in the official form"),
+            file("--data", "annotations.json, relation.json, safe_words.txt", metavar="DIR"),
+            choice("--nouns", "what counts as a noun; nltk is official", READERS),
+            choice("--similarity", "when two nouns mean the same", ("exact", "spacy")),
+        ),
+    ),
+    "mme": Score(
+        "MME answers: hallucination subset, perception, cognition, as far as there are files",
+        mme.score_folder,
+        (file("--answers", "SUBTASK.txt with four columns", metavar="DIR"),),
+    ),
+}
+
+
+def add_scores(kinds: Any) -> None:
+    """Add `score NAME` for every benchmark to the sub-parsers of `score`."""
+    for name, score in SCORES.items():
+        parser = kinds.add_parser(name, help=score.help)
+        for option in score.options:
+            parser.add_argument(option.flag, **option.settings)
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.set_defaults(command=score)
