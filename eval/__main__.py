@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval import commands as benchmarks
-from eval import compare, config, demo, formats, plot, runs, table
+from eval import compare, config, demo, formats, plot, runs, sweep, table
 from eval.errors import EvalError
 from vlm_patch import PatchError, UnsupportedModelError
 
@@ -58,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(commands.add_parser("compare", help="two runs on the same images, in pairs"))
     _add_table(commands.add_parser("table", help="runs side by side"))
 
+    _add_sweep(commands.add_parser("sweep", help="tune the methods on some images, report others"))
+
     show = commands.add_parser("demo", help="pocket model: baseline, VAR, GIFT, VHR and all three")
     show.add_argument("--out", type=Path, default=Path("runs/demo"))
     show.set_defaults(command=lambda options: demo.demo(options.out))
@@ -78,6 +80,20 @@ def _add_compare(pairs: argparse.ArgumentParser) -> None:
     pairs.add_argument("after", type=Path, metavar="RUN_B")
     pairs.add_argument("--json", action="store_true", help="print one JSON object")
     pairs.set_defaults(command=_compare)
+
+
+def _add_sweep(tries: argparse.ArgumentParser) -> None:
+    tries.add_argument("config", type=Path, help="a YAML file, see configs/")
+    tries.add_argument("--out", type=Path, required=True, help="an interrupted sweep goes on")
+    tries.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE", help="may be repeated"
+    )
+    tries.add_argument("--grid-heads", metavar="layers|heads", help="methods on in one at a time")
+    tries.add_argument("--measure", help="what is tuned (default: f1 of CHAIR, or pope_accuracy)")
+    tries.add_argument("--tune-split", help="default: one half of the images of each split")
+    tries.add_argument("--limit", type=int, help="only so many images a split and task")
+    tries.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    tries.set_defaults(command=_sweep)
 
 
 def _add_speed(costs: argparse.ArgumentParser) -> None:
@@ -105,7 +121,7 @@ def _add_score(score: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     limit = [] if options.limit is None else [f"limit={options.limit}"]
     runs.run(config.load(options.config, [*options.set, *limit]), options.out)
-    if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started, one prints
+    if _prints():
         print(table.markdown([options.out]))
 
 
@@ -125,6 +141,26 @@ def _speed(options: argparse.Namespace) -> None:
         options.threads,
         options.device,
     )
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    limit = [] if options.limit is None else [f"limit={options.limit}"]
+    wanted = sweep.Sweep(
+        options.config,
+        (*options.set, *limit),
+        tuple(options.grid),
+        options.grid_heads,
+        options.measure,
+        options.tune_split,
+    )
+    found = sweep.sweep(wanted, options.out)
+    if _prints():
+        print(sweep.markdown(found, options.out))
+
+
+def _prints() -> bool:
+    """Of the processes that a launcher started, one speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _table(options: argparse.Namespace) -> None:

@@ -122,7 +122,9 @@ def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The comparison as a table with its warnings."""
-    names = [str(found[key]) for key in ("before", "after")]
+    names = [Path(found[key]).name for key in ("before", "after")]
+    if names[0] == names[1]:
+        names = [found["before"], found["after"]]
     header = ["split", "measure", *names, "difference", "McNemar"]
     notes = [f"- {text}\n" for text in found["warnings"]]
     if found["unpaired"]:

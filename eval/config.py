@@ -39,6 +39,7 @@ from eval.values import (
 from vlm_patch import GIFT, VAR, VHR
 
 METHODS: Mapping[str, Any] = {"var": VAR, "gift": GIFT, "vhr": VHR}
+PARTS = ("tune", "report")
 BROKEN_IMAGES = ("skip", "error")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -99,8 +100,9 @@ class Config:
 
     From `revision` to `attn_implementation` the settings go to from_pretrained; `quantization` is
     its quantization_config, as in {load_in_4bit: true}. Where none of `device_map`, `tp_plan` and
-    `quantization` places the model, it goes to `device` as a whole. `limit` keeps only so many
-    images of each split and task. `broken_images: error` stops at an image that cannot be read
+    `quantization` places the model, it goes to `device` as a whole. `part`: of all images only the
+    half to tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each
+    split and task. `broken_images: error` stops at an image that cannot be read
     rather than list it as skipped. `layers` and `heads` go to `wrap`.
     """
 
@@ -115,6 +117,7 @@ class Config:
     attn_implementation: str | None = None
     data: str = "pocket"
     splits: tuple[str, ...] = ()
+    part: str | None = None
     tasks: tuple[str, ...] = ("chair", "pope")
     limit: int | None = None
     batch_size: int = 8
@@ -134,6 +137,7 @@ class Config:
         check_names("dtype", (self.dtype,), DTYPES)
         if not self.tasks:
             raise EvalError(f"tasks is empty: name at least one of {', '.join(TASKS)}")
+        check_names("part", (self.part,) if self.part else (), PARTS)
         check_names("broken_images", (self.broken_images,), BROKEN_IMAGES)
         placing = [key for key in ("device", "device_map", "tp_plan") if getattr(self, key)]
         if len(placing) > 1:

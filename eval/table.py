@@ -78,23 +78,32 @@ def lines(columns: Sequence[Column]) -> list[list[str]]:
     shown: set[str] = set()
     for row in rows(columns):
         if row.key in CHAIR_ROWS and row.split not in shown:
-            found.append([row.split, ALARM, *(_alarm(column, row.split) for column in columns)])
+            found.append(
+                [
+                    row.split,
+                    ALARM,
+                    *(
+                        alarm_cell(column.metrics.get("chair", {}).get(row.split))
+                        for column in columns
+                    ),
+                ]
+            )
             shown.add(row.split)
         found.append([row.split, row.label, *(cell(row.key, value) for value in row.values)])
     return found
 
 
-def _alarm(column: Column, split: str) -> str:
-    score = column.metrics.get("chair", {}).get(split)
-    return ", ".join(alarm.ringing(score)).upper() or "no" if score else "-"
+def alarm_cell(score: Mapping[str, Any] | None) -> str:
+    """What rings in a split whose captions were scored."""
+    return "-" if score is None else ", ".join(alarm.ringing(score)).upper() or "no"
 
 
-def cell(key: str, value: Value | None) -> str:
+def cell(key: str, found: Value | None) -> str:
     """A value with its interval: shares in percent, lengths as they are."""
-    if value is None:
+    if found is None:
         return "-"
     unit = 1 if key == "mean_tokens" else 100
-    return f"{unit * value.value:.1f} [{unit * value.low:.1f}, {unit * value.high:.1f}]"
+    return f"{unit * found.value:.1f} [{unit * found.low:.1f}, {unit * found.high:.1f}]"
 
 
 def read(folders: Sequence[Path]) -> list[Column]:
@@ -130,17 +139,18 @@ def rows(columns: Sequence[Column]) -> Iterator[Row]:
         scores = [column.metrics.get("chair", {}).get(split) for column in columns]
         if any(scores):
             for key, label in CHAIR_ROWS.items():
-                yield Row(split, key, label, [_value(score, key) for score in scores])
+                yield Row(split, key, label, [value(score, key) for score in scores])
         for strategy in strategies(columns, split):
             scores = [
                 column.metrics.get("pope", {}).get(split, {}).get(strategy) for column in columns
             ]
             for key, label in POPE_ROWS.items():
                 name, shown = f"pope_{strategy}_{key}", f"POPE {strategy}, {label}"
-                yield Row(split, name, shown, [_value(score, key) for score in scores])
+                yield Row(split, name, shown, [value(score, key) for score in scores])
 
 
-def _value(score: Mapping[str, Any] | None, key: str) -> Value | None:
+def value(score: Mapping[str, Any] | None, key: str) -> Value | None:
+    """A measure of one scored split; None where it was not scored."""
     if score is None:
         return None
     low, high = score["intervals"][key]
