@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from eval import pocket
 from eval.config import Config
@@ -68,9 +69,10 @@ def load_model(config: Config) -> tuple[Any, Any]:
 
 def placing(config: Config) -> dict[str, Any]:
     """How from_pretrained is to build the model and where to put it; only what is set."""
+    plan: Any = dict(config.tp_plan) if isinstance(config.tp_plan, Mapping) else config.tp_plan
     wanted = {
         "device_map": config.device_map,
-        "tp_plan": config.tp_plan,
+        "distributed_config": None if plan is None else DistributedConfig(tp_plan=plan),
         "quantization_config": config.quantization and dict(config.quantization),
         "attn_implementation": config.attn_implementation,
     }

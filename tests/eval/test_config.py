@@ -119,6 +119,7 @@ def test_llava_configs_hold_the_values_of_the_papers() -> None:
         (["pope.strategies=[populr]"], "unknown name in pope.strategies: populr; did you mean pop"),
         (["device=cpu", "device_map=auto"], "device and device_map are both set"),
         (["tp_plan=auto", "device_map=auto"], "device_map and tp_plan are both set: keep one"),
+        (["tp_plan=auto", "methods=[vhr]"], "tp_plan and methods are both set: with tensor par"),
         (["quantization=4bit"], r"quantization: expected a section such as {load_in_4bit: true}"),
         (["broken_images=hide"], "unknown name in broken_images: hide; .*Known: skip, error"),
     ],

@@ -53,7 +53,7 @@ def launch(tmp_path: Path, out: Path, **changes: object) -> subprocess.Popen[str
             stdout=said,
             stderr=said,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             cwd=Path(__file__).parents[2],
         )
 
@@ -93,3 +93,12 @@ def test_one_of_two_processes_is_killed_and_the_run_resumed(single: Path, tmp_pa
     assert not (out / "work").exists()
     told = (tmp_path / "launch.txt").read_text()
     assert told.count("| split | measure") == 1, "one process prints the table"
+
+
+def test_two_processes_hold_one_model_together(single: Path, tmp_path: Path) -> None:
+    """Tensor parallelism: each takes part in every batch, one writes, the answers are the same."""
+    out = tmp_path / "out"
+    both = launch(tmp_path, out, device=None, tp_plan="auto")
+    assert both.wait(120) == 0, (tmp_path / "launch.txt").read_text()
+    assert RunFolder(out).rows() == RunFolder(single).rows()
+    assert (out / "metrics.json").read_bytes() == (single / "metrics.json").read_bytes()
