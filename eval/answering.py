@@ -92,6 +92,8 @@ def answer(desk: Desk, config: Config, samples: Sequence[Sample], load: Load) ->
         notice(f"{out}: {len(settled)} of {len(samples)} samples are answered, going on")
     if desk.keeper:
         desk.folder.metrics.unlink(missing_ok=True)
+    elif not desk.together:
+        notice(f"{desk.folder.path}: another process is at work there, doing a share of it")
     todo = [rest for batch in batches.divide(samples, config) if (rest := batch.without(settled))]
     model, processor = load(config)
     torch.manual_seed(config.seed)
