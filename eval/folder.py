@@ -111,21 +111,23 @@ class RunFolder:
         """Replace metrics.json; equal metrics give equal bytes."""
         log.replace(self.metrics, json.dumps(metrics, indent=2, sort_keys=True) + "\n")
 
-    def rows(self, repair: bool = False) -> list[dict[str, Any]]:
-        """The answers so far, sorted by task, split and id; see `log.read` for `repair`."""
-        return self._merged(self.answers, (*KEY, "answer"), repair)
+    def rows(self, repair: bool = False, quiet: bool = False) -> list[dict[str, Any]]:
+        """The answers so far, sorted by task, split and id; for the switches see `log.read`."""
+        return self._merged(self.answers, (*KEY, "answer"), repair, quiet)
 
-    def skipped(self, repair: bool = False) -> list[dict[str, Any]]:
+    def skipped(self, repair: bool = False, quiet: bool = False) -> list[dict[str, Any]]:
         """The samples left out because their image is broken, each with its `reason`."""
-        return self._merged(self.skip_list, (*KEY, "reason"), repair)
+        return self._merged(self.skip_list, (*KEY, "reason"), repair, quiet)
 
-    def _merged(self, path: Path, fields: Sequence[str], repair: bool) -> list[dict[str, Any]]:
+    def _merged(
+        self, path: Path, fields: Sequence[str], repair: bool, quiet: bool
+    ) -> list[dict[str, Any]]:
         """Rows of a file and of its parts by single processes, each sample once.
 
         Parts are read first: they only vanish when the file holds what was in them.
         """
-        parts = [_unique(part, log.read(part, fields)) for part in self.parts(path)]
-        rows = _unique(path, log.read(path, fields, repair))
+        parts = [_unique(part, log.read(part, fields, quiet=True)) for part in self.parts(path)]
+        rows = _unique(path, log.read(path, fields, repair, quiet))
         for part in parts:
             rows = part | rows
         return [rows[key] for key in sorted(rows)]
@@ -139,8 +141,9 @@ class RunFolder:
         return self.work / f"{name}.{path.name}"
 
     def settled(self, repair: bool = False) -> set[tuple[str, ...]]:
-        """Keys of the samples that need not be asked any more."""
-        return {row_key(row) for row in [*self.rows(repair), *self.skipped(repair)]}
+        """Keys of the samples that need not be asked any more, also while others write."""
+        found = [*self.rows(repair, not repair), *self.skipped(repair, not repair)]
+        return {row_key(row) for row in found}
 
     def report(self, name: str, made: Mapping[str, Sequence[Any]]) -> None:
         """Leave what process `name` found of its environments, patches and notes for `gather`."""

@@ -44,11 +44,14 @@ def replace(path: Path, text: str) -> None:
         raise _unwritten(path, error) from error
 
 
-def read(path: Path, fields: Collection[str], repair: bool = False) -> list[dict[str, Any]]:
+def read(
+    path: Path, fields: Collection[str], repair: bool = False, quiet: bool = False
+) -> list[dict[str, Any]]:
     """The rows of a file, all of which hold `fields`; none if there is no file.
 
-    A last line that a crash left broken is passed over with a notice; `repair` also cuts it off the
-    file, so that the next row starts a line of its own. EvalError names any other broken line.
+    A last line that a crash left broken is passed over with a notice, a `quiet` reader expects one
+    that is just being written; `repair` also cuts it off the file, so that the next row starts a
+    line of its own. EvalError names any other broken line.
     """
     try:
         text = path.read_bytes()
@@ -59,10 +62,10 @@ def read(path: Path, fields: Collection[str], repair: bool = False) -> list[dict
     if not torn and found and found[-1] is None:
         found.pop()
         torn = lines.pop() + b"\n"
-    if torn:
+    if torn and not quiet:
         notice(f"{path}: the last line is broken off; its sample is not answered yet")
-        if repair:
-            os.truncate(path, len(text) - len(torn))
+    if torn and repair:
+        os.truncate(path, len(text) - len(torn))
     rows = [row for row in found if row is not None]
     if len(rows) < len(found):
         raise EvalError(

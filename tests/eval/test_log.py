@@ -68,3 +68,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [
         ("metrics.json", "old")
     ]
+
+
+def test_a_line_that_is_just_being_written_is_no_news(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\n{"a"')
+    assert log.read(file, ["a"], quiet=True) == [{"a": 1}]
+    assert capsys.readouterr().err == ""
+    assert log.read(file, ["a"]) == [{"a": 1}]
+    assert "the last line is broken off" in capsys.readouterr().err
