@@ -22,16 +22,22 @@ from eval.folder import RunFolder
 
 
 def run(
-    config: Config, out: Path, scenes: Path | None = None, load: Load = generate.load_model
+    config: Config,
+    out: Path,
+    scenes: Path | None = None,
+    load: Load = generate.load_model,
+    samples: Sequence[Sample] | None = None,
 ) -> dict[str, Any]:
     """Generate the answers that the folder `out` still lacks, and score it; returns the metrics.
 
     Other processes may be at work in the same folder: each takes what nobody else has taken, and
     one of them scores. `scenes` is where pocket scenes are drawn (None: in `out`). `load` gives
-    model and processor; it is called only if there is something to generate.
+    model and processor; it is called only if there is something to generate. `samples` spares
+    reading the data again where it was read by the same settings.
     """
     folder = RunFolder(out)
-    samples = dataset.samples(config, scenes or out / "scenes")
+    if samples is None:
+        samples = dataset.samples(config, scenes or out / "scenes")
     record = folder.open(describe(config, samples))
     _check_environment(out, record, environment(config))
     with crew.join(folder.work) as member:

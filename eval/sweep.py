@@ -18,6 +18,7 @@ import yaml
 from eval import alarm, answering, compare, config, dataset, generate, grid, log, runs, table
 from eval.answering import Load
 from eval.config import Config
+from eval.dataset import Sample
 from eval.errors import EvalError
 from eval.folder import FREE
 from eval.grid import Point
@@ -71,7 +72,7 @@ def sweep(wanted: Sweep, out: Path, load: Load = generate.load_model) -> dict[st
     base = wanted.config()
     measure = wanted.measure or ("f1" if "chair" in base.tasks else "pope_accuracy")
     check_names("--measure", (measure,), MEASURES)
-    _require_apart(wanted, out / "scenes")
+    tune, report = _samples(wanted, out / "scenes")
     loaded = functools.cache(lambda: load(base))
     points = grid.points(wanted.grids, _spots(base, wanted.grid_heads, loaded))
     plan = _plan(out, base, measure, wanted, points)
@@ -79,8 +80,8 @@ def sweep(wanted: Sweep, out: Path, load: Load = generate.load_model) -> dict[st
         point.name: runs.run(
             wanted.config(point.overrides),
             out / "tune" / point.name,
-            out / "scenes",
-            lambda _: loaded(),
+            load=lambda _: loaded(),
+            samples=tune,
         )
         for point in [STOCK, *points]
     }
@@ -90,31 +91,31 @@ def sweep(wanted: Sweep, out: Path, load: Load = generate.load_model) -> dict[st
     log.replace(out / PLAN, yaml.safe_dump(plan, sort_keys=False))
     for point in (STOCK, best):
         settings = wanted.config(point.overrides, held_out=True)
-        runs.run(settings, out / "report" / point.name, out / "scenes", lambda _: loaded())
+        there = out / "report" / point.name
+        runs.run(settings, there, load=lambda _: loaded(), samples=report)
     return {**plan, "tune": tried}
 
 
-def _require_apart(wanted: Sweep, scenes: Path) -> None:
-    """EvalError unless tuning and report have images, and not one in common."""
+def _samples(wanted: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
+    """What to tune on and what to report; EvalError unless they have no image in common."""
     if wanted.tune_split and not wanted.config(held_out=True).splits:
         raise EvalError(
             f"--tune-split {wanted.tune_split} leaves no split to report: name more, "
             f"as in --set splits=[{wanted.tune_split},test]"
         )
-    tune, report = (
-        {sample.image.name for sample in dataset.samples(wanted.config(held_out=part), scenes)}
-        for part in (False, True)
-    )
+    both = [dataset.samples(wanted.config(held_out=part), scenes) for part in (False, True)]
+    tune, report = ({sample.image.name for sample in part} for part in both)
     if not tune or not report:
         raise EvalError(
             f"{len(tune)} images to tune on and {len(report)} to report: a sweep needs both, "
             f"take more images (chair.images, pope.images, --limit)"
         )
-    if both := tune & report:
+    if shared := tune & report:
         raise EvalError(
-            f"{len(both)} images, for example {min(both)}, are in {wanted.tune_split} and in a "
+            f"{len(shared)} images, for example {min(shared)}, are in {wanted.tune_split} and in a "
             f"split to be reported: nothing may be tuned on what is reported"
         )
+    return both[0], both[1]
 
 
 def _spots(base: Config, kind: str | None, loaded: Callable[[], tuple[Any, Any]]) -> list[Point]:

@@ -99,10 +99,10 @@ def test_an_interrupted_sweep_goes_on_and_may_grow_until_it_reports(
 ) -> None:
     out, made = tmp_path / "out", runs.run
 
-    def stops(config: Config, folder: Path, *more: Any) -> Any:
+    def stops(config: Config, folder: Path, **more: Any) -> Any:
         if folder.name == "gift.alpha=6":
             raise KeyboardInterrupt
-        return made(config, folder, *more)
+        return made(config, folder, **more)
 
     small = ("chair.images=8", "chair.max_new_tokens=24")
     with monkeypatch.context() as patched:
