@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from eval import answering, generate, runs, table
+from eval import answering, batches, dataset, generate, runs, table
 from eval.config import Config
 from eval.dataset import Sample
 from eval.errors import EvalError
@@ -210,6 +211,53 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_afterwards(
     runs.run(settings(), out, load=lambda _: loaded)
     assert (out / "answers.jsonl").read_text().startswith(before)
     assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+
+
+def test_a_slow_process_holds_nobody_up(
+    finished: Path,
+    settings: Settings,
+    loaded: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two at work; the slow one's first batch lasts until the other has done all the rest."""
+    whole, out = generate.ask, tmp_path / "out"
+    slow_began, rest_done = threading.Event(), threading.Event()
+    asked: dict[str, int] = {"slow": 0, "fast": 0}
+    divided = len(batches.divide(dataset.samples(settings(), tmp_path), settings()))
+    assert divided > 3
+
+    def ask(*arguments: Any) -> Any:
+        name = threading.current_thread().name
+        asked[name] += 1
+        if name == "slow":
+            slow_began.set()
+            assert rest_done.wait(60)
+        else:
+            assert slow_began.wait(60)
+        if asked["fast"] == divided - 1:
+            rest_done.set()
+        return whole(*arguments)
+
+    monkeypatch.setattr(generate, "ask", ask)
+    monkeypatch.setattr(answering, "PAUSE", 0.01)
+    results: dict[str, Any] = {}
+
+    def work() -> None:
+        name = threading.current_thread().name
+        results[name] = runs.run(settings(), out, load=lambda _: loaded)
+
+    both = [threading.Thread(target=work, name=name) for name in ("slow", "fast")]
+    both[0].start()
+    assert slow_began.wait(60)
+    both[1].start()
+    for thread in both:
+        thread.join(60)
+    assert asked == {"slow": 1, "fast": divided - 1}
+    assert results["slow"] == results["fast"]
+    assert len(lines(out)) == 23
+    assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+    assert not (out / "work").exists()
 
 
 def test_what_a_killed_process_left_is_gathered(
