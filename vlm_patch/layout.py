@@ -218,16 +218,19 @@ class Layout(threading.local):
 
     def _step(self, generation: Generation, past: int) -> Forward:
         """The forward of one generated token per sample."""
-        masks = [generation.ahead(name, past + 1) for name in KEY_MASKS]
+        image, query, content = (generation.ahead(name, past + 1) for name in KEY_MASKS)
         if generation.step is not None:
             forward: Forward = generation.step.forward
-            forward.past, (forward.image, forward.query, forward.content) = past, masks
+            forward.past, forward.image = past, image
+            forward.query, forward.content = query, content
             return forward
         seen = generation.keys["seen", 0]
         row = torch.ones_like(seen)[:, None]
         return Forward(
-            past,
-            *masks,
+            past=past,
+            image=image,
+            query=query,
+            content=content,
             valid=row,
             text=seen[:, None],
             last=row,
