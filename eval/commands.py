@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval import amber, mme, scoring
+from eval import (
+    amber,
+    hallusionbench,
+    llava_bench,
+    mme,
+    mmhal,
+    mmvp,
+    object_halbench,
+    scoring,
+)
 from eval.amber_nouns import READERS
 from eval.coco import RULES
 from eval.parsers import PARSERS
@@ -36,7 +45,7 @@ def file(flag: str, meaning: str, required: bool = True, **more: Any) -> Option:
 
 def choice(flag: str, meaning: str, names: Iterable[str]) -> Option:
     """The first name is the default; the function itself refuses others than these."""
-    listed = list(names)
+    listed = list(dict.fromkeys(names))
     return Option(flag, {"help": f"{meaning} (default: {listed[0]})", "metavar": "|".join(listed)})
 
 
@@ -53,6 +62,16 @@ class Score:
         chosen = {name: value for name, value in values.items() if value is not None}
         scoring.print_result(self.run(**chosen), given.json)
 
+
+JUDGE = (
+    Option(
+        "--judge", {"metavar": "URL", "help": "endpoint of the OpenAI chat form (default: off)"}
+    ),
+    Option("--judge-model", {"metavar": "NAME", "help": "model to ask there"}),
+    file("--verdicts", "file of its replies, appended to; alone: score these", required=False),
+)
+TEMPLATE = file("--template", "prompt for the judge (default: our own wording)", required=False)
+EXPORT = file("--export", "write the answers as the published judge takes them", required=False)
 
 SCORES: Mapping[str, Score] = {
     "chair": Score(
@@ -88,6 +107,59 @@ SCORES: Mapping[str, Score] = {
         "MME answers: hallucination subset, perception, cognition, as far as there are files",
         mme.score_folder,
         (file("--answers", "SUBTASK.txt with four columns", metavar="DIR"),),
+    ),
+    "hallusionbench": Score(
+        "HallusionBench answers, by a parser or a judge",
+        hallusionbench.score_files,
+        (
+            file("--answers", "rows with model_prediction"),
+            file("--questions", "HallusionBench.json"),
+            choice("--parser", "how an answer is read without a judge", ("strict", *PARSERS)),
+            *JUDGE,
+            TEMPLATE,
+        ),
+    ),
+    "mmvp": Score(
+        "MMVP answers in pairs, by the option that they name or a judge",
+        mmvp.score_files,
+        (
+            file("--answers", "rows with question_id and response"),
+            file("--questions", "Questions.csv"),
+            *JUDGE,
+            TEMPLATE,
+        ),
+    ),
+    "object-halbench": Score(
+        "Object HalBench responses, by rules: response and mention level",
+        object_halbench.score_files,
+        (
+            file("--responses", "JSON list or JSON lines with image_id and answer"),
+            file("--truth", "objects file or COCO folder", metavar="OBJECTS.json|COCO_DIR"),
+            file("--synonyms", "synonyms_refine.txt (default: what ships)", required=False),
+            choice("--rules", "how responses are read", RULES),
+        ),
+    ),
+    "mmhal": Score(
+        "MMHal-Bench answers, rated by a judge",
+        mmhal.score_files,
+        (
+            file("--answers", "the official form, or rows in the questions' order"),
+            file("--questions", "the official form without answers", required=False),
+            EXPORT,
+            *JUDGE,
+            TEMPLATE,
+        ),
+    ),
+    "llava-bench": Score(
+        "LLaVA-Bench (in the wild) answers, marked by a judge beside GPT-4's",
+        llava_bench.score_files,
+        (
+            file("--answers", "JSON lines with question_id and text"),
+            file("--data", "questions, context and answers_gpt4 .jsonl", metavar="DIR"),
+            EXPORT,
+            *JUDGE,
+            file("--rules", "rule.json of LLaVA (default: our own wording)", required=False),
+        ),
     ),
 }
 

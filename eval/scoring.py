@@ -1,8 +1,8 @@
 """Scores of answers that lie in files, whoever produced them. Needs no model.
 
 Captions: a JSON list, JSON lines, or `{"imgToEval": {...}}`, with the image under `image_id` (or
-`image`, or `question_id`) and the caption under `caption` (or `text`). POPE answers: official
-(`question`, `answer`) or LLaVA's (`question_id`, `prompt`, `text`).
+`image`, or `question_id`) and the caption under `caption` (or `text`, or `answer`). POPE answers:
+official (`question`, `answer`) or LLaVA's (`question_id`, `prompt`, `text`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,16 @@ def score_chair(
     `synonyms` is the standard CHAIR list (or a YAML of the shipped form); None is the shipped one.
     """
     vocabulary = Vocabulary.load(synonyms, rules)
+    pairs, objects = read_captions(captions, truth, vocabulary)
+    return chair.score(pairs, objects, vocabulary)
+
+
+def read_captions(
+    captions: Path, truth: Path, vocabulary: Vocabulary
+) -> tuple[list[tuple[int, str]], dict[int, list[str]]]:
+    """(image id, caption) pairs of a file, and the true objects of each of their images."""
     rows = read_rows(captions)
-    pairs = [(_image(row), row.text("caption", "text")) for row in rows]
+    pairs = [(_image(row), row.text("caption", "text", "answer")) for row in rows]
     objects = read_truth(truth, vocabulary, {image for image, _ in pairs})
     for row, (image, _) in zip(rows, pairs, strict=True):
         if image not in objects:
@@ -35,7 +43,7 @@ def score_chair(
                 f"{row.where}: image {image} is not in the truth {truth}. Score against the "
                 "annotations of the images that were captioned."
             )
-    return chair.score(pairs, objects, vocabulary)
+    return pairs, objects
 
 
 def _image(row: Row) -> int:
