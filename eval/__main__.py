@@ -1,14 +1,16 @@
-"""python -m eval run | score | data | questions | table | demo | speed."""
+"""python -m eval run | score | compare | table | sweep | data | questions | demo | speed."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval import commands as benchmarks
-from eval import config, demo, runs, table
+from eval import compare, config, demo, formats, plot, runs, sweep, table
 from eval.errors import EvalError
 from vlm_patch import PatchError, UnsupportedModelError
 
@@ -56,9 +58,10 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("questions", help="POPE questions of any COCO-format annotation")
     )
 
-    tables = commands.add_parser("table", help="runs side by side, in Markdown")
-    tables.add_argument("folders", type=Path, nargs="+", metavar="RUN")
-    tables.set_defaults(command=_table)
+    _add_compare(commands.add_parser("compare", help="two runs on the same images, in pairs"))
+    _add_table(commands.add_parser("table", help="runs side by side"))
+
+    _add_sweep(commands.add_parser("sweep", help="tune the methods on some images, report others"))
 
     show = commands.add_parser("demo", help="pocket model: baseline, VAR, GIFT, VHR and all three")
     show.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -66,6 +69,34 @@ def parser() -> argparse.ArgumentParser:
 
     _add_speed(commands.add_parser("speed", help="what the methods cost beside the stock model"))
     return top
+
+
+def _add_table(tables: argparse.ArgumentParser) -> None:
+    tables.add_argument("folders", type=Path, nargs="+", metavar="RUN")
+    tables.add_argument("--format", default="markdown", help=" | ".join(formats.FORMATS))
+    tables.add_argument("--plot", type=Path, metavar="FILE.png", help="needs the extra `plot`")
+    tables.set_defaults(command=_table)
+
+
+def _add_compare(pairs: argparse.ArgumentParser) -> None:
+    pairs.add_argument("before", type=Path, metavar="RUN_A")
+    pairs.add_argument("after", type=Path, metavar="RUN_B")
+    pairs.add_argument("--json", action="store_true", help="print one JSON object")
+    pairs.set_defaults(command=_compare)
+
+
+def _add_sweep(tries: argparse.ArgumentParser) -> None:
+    tries.add_argument("config", type=Path, help="a YAML file, see configs/")
+    tries.add_argument("--out", type=Path, required=True, help="an interrupted sweep goes on")
+    tries.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE", help="may be repeated"
+    )
+    tries.add_argument("--grid-heads", metavar="layers|heads", help="methods on in one at a time")
+    tries.add_argument("--measure", help="what is tuned (default: f1 of CHAIR, or pope_accuracy)")
+    tries.add_argument("--tune-split", help="default: one half of the images of each split")
+    tries.add_argument("--limit", type=int, help="only so many images a split and task")
+    tries.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    tries.set_defaults(command=_sweep)
 
 
 def _add_speed(costs: argparse.ArgumentParser) -> None:
@@ -93,7 +124,8 @@ def _add_score(score: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     limit = [] if options.limit is None else [f"limit={options.limit}"]
     runs.run(config.load(options.config, [*options.set, *limit]), options.out)
-    print(table.markdown([options.out]))
+    if _prints():
+        print(table.markdown([options.out]))
 
 
 def _score(options: argparse.Namespace) -> None:
@@ -114,8 +146,35 @@ def _speed(options: argparse.Namespace) -> None:
     )
 
 
+def _sweep(options: argparse.Namespace) -> None:
+    limit = [] if options.limit is None else [f"limit={options.limit}"]
+    wanted = sweep.Sweep(
+        options.config,
+        (*options.set, *limit),
+        tuple(options.grid),
+        options.grid_heads,
+        options.measure,
+        options.tune_split,
+    )
+    found = sweep.sweep(wanted, options.out)
+    if _prints():
+        print(sweep.markdown(found, options.out))
+
+
+def _prints() -> bool:
+    """Of the processes that a launcher started, one speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _table(options: argparse.Namespace) -> None:
-    print(table.markdown(options.folders))
+    print(formats.write(options.folders, options.format))
+    if options.plot is not None:
+        plot.plot(options.folders, options.plot)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    found = compare.compare(options.before, options.after)
+    print(json.dumps(found, indent=2) if options.json else compare.markdown(found))
 
 
 if __name__ == "__main__":

@@ -185,6 +185,26 @@ def score(
         raise EvalError(f"POPE: {len(answers)} answers for {len(labels)} labels; expected pairs.")
     if unknown := sorted({label for label in labels if label not in ("yes", "no")}):
         raise EvalError(f"POPE: label {unknown[0]!r}; expected 'yes' or 'no'.")
+    counts = counts_by_question(answers, labels, parser)
+    grouped = {name: by_image(column, images) for name, column in counts.items()}
+    measured = measure(grouped, ratios, seed)
+    return {
+        "n": len(answers),
+        **{name: int(counts[name].sum()) for name in ("tp", "fp", "tn", "fn")},
+        **measured["values"],
+        "questions": len(answers),
+        "intervals": measured["intervals"],
+        "parser": parser,
+        "flags": [
+            f"{name}: nothing to divide by, 0 by definition" for name in measured["undefined"]
+        ],
+    }
+
+
+def counts_by_question(
+    answers: Sequence[str], labels: Sequence[str], parser: str = "official"
+) -> dict[str, Numbers]:
+    """What each answer adds, by name of the count: `[questions]` each."""
     read = parser_named(parser)
     said = np.array([read(answer) or "" for answer in answers])
     yes, no, absent = said == "yes", said == "no", np.array([label == "no" for label in labels])
@@ -197,21 +217,11 @@ def score(
         "asked": np.ones(len(answers)),
         "unreadable": np.array([not readable(answer) for answer in answers]),
     }
-    grouped = {name: _by_image(column, images) for name, column in counts.items()}
-    measured = measure(grouped, _ratios, seed)
-    return {
-        **{name: int(counts[name].sum()) for name in ("tp", "fp", "tn", "fn")},
-        **measured["values"],
-        "questions": len(answers),
-        "intervals": measured["intervals"],
-        "parser": parser,
-        "flags": [
-            f"{name}: nothing to divide by, 0 by definition" for name in measured["undefined"]
-        ],
-    }
+    return {name: np.asarray(column, dtype=np.float64) for name, column in counts.items()}
 
 
-def _by_image(column: Any, images: Sequence[str] | None) -> Numbers:
+def by_image(column: Any, images: Sequence[str] | None) -> Numbers:
+    """Sums of a column `[questions]` over the questions of each image, `[images]` by name."""
     values = np.asarray(column, dtype=np.float64)
     if images is None:
         return values
@@ -219,7 +229,8 @@ def _by_image(column: Any, images: Sequence[str] | None) -> Numbers:
     return np.bincount(index, weights=values).astype(np.float64)
 
 
-def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+def ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+    """The formulas of POPE."""
     asked, said_yes, present = c["asked"], c["tp"] + c["fp"], c["present"]
     return {
         "accuracy": (c["tp"] + c["tn"], asked),

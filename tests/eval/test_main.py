@@ -1,6 +1,7 @@
 """The command line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def test_run_score_and_table(
 ) -> None:
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert main(["run", str(config), "--out", one, "--limit", "3"]) == 0
-    shown = capsys.readouterr().out
+    shown, bar = capsys.readouterr()
+    assert re.search(r"one: 100%.* 21/21 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ answers/s\]", bar)
     assert "| split | measure" in shown
     assert "- test: 3 captions, 6 questions a POPE strategy" in shown
     gift = ["--set", "methods=[gift]", "--set", "gift.alpha=2", "--set", "tasks=[chair]"]
