@@ -61,7 +61,7 @@ def quietly() -> Iterator[None]:
     """
     threads, level = torch.get_num_threads(), logging.get_verbosity()
     torch.set_num_threads(1)
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity_error()
     try:
         yield
     finally:
