@@ -24,7 +24,8 @@ class Special:
     input that says where the image stands, instead of token ids. speaker: the part whose `generate`
     the model's own calls, with embeddings. decoder: the text decoder, where `get_decoder` gives
     something around it. counts: the decoder counts its positions itself, by the padding tokens.
-    refused: methods that would be wrong, and why. unsupported: why none can be right.
+    bare: it knows no chat; a prompt is the image and the question behind it. refused: methods that
+    would be wrong, and why. unsupported: why none can be right.
     """
 
     ids: tuple[str, ...] = ()
@@ -32,6 +33,7 @@ class Special:
     speaker: str | None = None
     decoder: str | None = None
     counts: bool = False
+    bare: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     unsupported: str | None = None
 
@@ -40,17 +42,20 @@ PIXELS = frozenset(("pixel_values", "flattened_patches"))
 _ALONE = "its cross-attention holds image keys alone"
 SPECIAL: Mapping[str, Special] = {
     **dict.fromkeys(
-        ("blip-2", "instructblip", "instructblipvideo"), Special(speaker="language_model")
+        ("blip-2", "instructblip", "instructblipvideo"),
+        Special(speaker="language_model", bare=True),
     ),
     "kosmos-2": Special(
         mask="image_embeds_position_mask",
         speaker="text_model",
         decoder="text_model.model",
         counts=True,
+        bare=True,
     ),
     "kosmos-2.5": Special(
-        mask="image_embeds_position_mask", decoder="text_model.model", counts=True
+        mask="image_embeds_position_mask", decoder="text_model.model", counts=True, bare=True
     ),
+    "paligemma": Special(bare=True),
     "phi4_multimodal": Special(ids=("vision_config.image_token_id",)),
     # its separators inside an image come from the vision side, as LLaVA-NeXT's newlines do
     "ovis2": Special(ids=("visual_indicator_token_ids",)),
