@@ -363,3 +363,15 @@ def test_the_image_token_of_phi4_stands_in_its_vision_config() -> None:
     inputs = prompt("phi4_multimodal", model, 0, "tensor")
     found = masks(model, inputs)
     assert torch.equal(found.image, inputs["input_ids"] == IMAGE)
+
+
+@pytest.mark.parametrize("name", ["image_patches", "pixel_values"])
+def test_the_patches_of_fuyu_are_images(name: str) -> None:
+    model = build("fuyu")
+    ids = tokens()
+    size = 3 * model.config.patch_size**2
+    patches = torch.randn(2, 16, size, generator=torch.Generator().manual_seed(0))
+    seen = Seen()
+    with vlm_patch.wrap(model, seen), torch.no_grad():
+        model(input_ids=ids, attention_mask=(ids != PAD).long(), **{name: patches})
+    assert torch.equal(seen.masks[0].image, ids == IMAGE)
