@@ -1,4 +1,4 @@
-"""python -m eval run | score | compare | table | sweep | demo | speed."""
+"""python -m eval run | score | compare | table | sweep | data | questions | demo | speed."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    commands = top.add_subparsers(
-        required=True, metavar="run | score | compare | table | sweep | demo | speed"
-    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="generate answers by a configuration and score them")
     run.add_argument("config", type=Path, help="a YAML file, see configs/")
@@ -53,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
 
     _add_score(
         commands.add_parser("score", help="score a run folder, or files made elsewhere; no model")
+    )
+
+    benchmarks.add_data(commands.add_parser("data", help="fetch a benchmark's files"))
+    benchmarks.add_questions(
+        commands.add_parser("questions", help="POPE questions of any COCO-format annotation")
     )
 
     _add_compare(commands.add_parser("compare", help="two runs on the same images, in pairs"))

@@ -165,6 +165,16 @@ def read_truth(
     return truth if images is None else {k: v for k, v in truth.items() if k in images}
 
 
+def named_truth(path: Path, vocabulary: Vocabulary) -> dict[str, list[str]]:
+    """Like `read_truth`, by file name: the annotations' own, or the 2014 release's."""
+    truth = read_truth(path, vocabulary)
+    names: dict[int, str] = {}
+    for file in _annotation_files(path, "instances") if path.is_dir() else ():
+        images = _load(file, "image_id").imgs
+        names |= {number: record["file_name"] for number, record in images.items()}
+    return {names.get(n, f"COCO_val2014_{n:012d}.jpg"): found for n, found in truth.items()}
+
+
 def _folder_truth(
     folder: Path, vocabulary: Vocabulary, images: Collection[int] | None
 ) -> dict[int, list[str]]:

@@ -1,4 +1,6 @@
-"""The sub-commands of `python -m eval score`: for every benchmark its function and its options.
+"""The commands about benchmarks: `score NAME`, `data NAME` and `questions`.
+
+For every benchmark that can be scored the table holds its function and its options.
 
 An option `--truth-file` is the function's argument `truth_file`; one that is not given is left to
 the function's own default.
@@ -7,6 +9,7 @@ the function's own default.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 from eval import (
     amber,
+    data,
     hallusionbench,
     llava_bench,
     mme,
@@ -23,8 +27,10 @@ from eval import (
     scoring,
 )
 from eval.amber_nouns import READERS
-from eval.coco import RULES
+from eval.coco import RULES, Vocabulary, named_truth
+from eval.errors import EvalError
 from eval.parsers import PARSERS
+from eval.pope import STRATEGIES, build_questions
 
 
 @dataclass(frozen=True)
@@ -172,3 +178,51 @@ def add_scores(kinds: Any) -> None:
             parser.add_argument(option.flag, **option.settings)
         parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.set_defaults(command=score)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """`data NAME --to DIR`."""
+    listed = data.sources()
+    parser.add_argument("name", help=", ".join(listed), metavar="NAME")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where it goes")
+    parser.set_defaults(command=_data)
+
+
+def _data(given: argparse.Namespace) -> None:
+    listed = data.sources()
+    if given.name not in listed:
+        raise EvalError(f"data {given.name}: expected one of {', '.join(listed)}.")
+    source = listed[given.name]
+    print(f"{given.name}: {source.about}")
+    print("\n".join(data.fetch(source, given.to)))
+    if source.by_hand:
+        print(f"by hand: {source.by_hand}")
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    """`questions --truth ... --to DIR`: POPE questions of any COCO-format annotation."""
+    parser.add_argument("--truth", type=Path, required=True, metavar="OBJECTS.json|COCO_DIR")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where they go")
+    parser.add_argument(
+        "--images", type=int, default=500, help="drawn of those with enough objects"
+    )
+    parser.add_argument(
+        "--per-image", type=int, default=3, help="yes questions an image (default: 3)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    parser.add_argument("--synonyms", type=Path, help="object vocabulary (default: what ships)")
+    parser.set_defaults(command=_questions)
+
+
+def _questions(given: argparse.Namespace) -> None:
+    truth = named_truth(given.truth, Vocabulary.load(given.synonyms))
+    given.to.mkdir(parents=True, exist_ok=True)
+    for strategy in STRATEGIES:
+        path = given.to / f"coco_pope_{strategy}.json"
+        asked = build_questions(truth, strategy, given.images, given.per_image, given.seed)
+        rows = (
+            {"question_id": q.question_id, "image": q.image, "text": q.text, "label": q.label}
+            for q in asked
+        )
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{path}: {len(asked)} questions on {given.images} images")

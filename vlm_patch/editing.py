@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from vlm_patch import fused
 from vlm_patch.attention import Call, check
-from vlm_patch.method import Forward, Memory, Method, Watcher
+from vlm_patch.method import Forward, Memory, Method, Regrouping, Watcher
 
 WEIGHTS_BUDGET = 64 * 2**20
 """Bytes of explicit attention weights held at once; more rows are done in chunks."""
@@ -80,12 +81,14 @@ Plan: TypeAlias = list[tuple[Tensor, list[Part]]]
 @dataclass
 class Work:
     """What is done in one layer. loud: the methods that may scale its head outputs. direct: every
-    row and head is edited, so that the stock kernel need not run."""
+    row and head is edited, so that the stock kernel need not run. fused: whether that is one edit
+    by groups of keys and nothing else, which kernels of our own can do."""
 
     tasks: list[Task]
     loud: list[Active]
     plan: Plan
     direct: bool
+    fused: bool
 
 
 class Editing:
@@ -139,7 +142,8 @@ class Editing:
             for _, parts in plan
             for part in parts
         )
-        return Work(tasks, loud, plan, direct)
+        alone = direct and len(tasks) == 1 and isinstance(tasks[0].active.method, Regrouping)
+        return Work(tasks, loud, plan, direct, alone and fused.serves(call))
 
     def _gain(self, layer: int, output: Tensor, active: Active) -> Tensor | None:
         gain = active.method.output_gain(layer, output, self.forward, active.memory)
@@ -164,6 +168,8 @@ class Editing:
 
     def _rows(self, call: Call, work: Work) -> Tensor:
         """The head outputs `[B, S, H, Dv]`: stock, with the edited rows in their place."""
+        if work.fused and fused.serves(call):
+            return self._fused(call, work.tasks[0].active)
         output: Tensor | None = None
         for rows, parts in work.plan:
             weights = call.weights(rows)
@@ -181,6 +187,11 @@ class Editing:
                 new = torch.where(keep[..., None], new, output[:, rows])
             output[:, rows] = new
         return call.stock()[0] if output is None else output
+
+    def _fused(self, call: Call, active: Active) -> Tensor:
+        method: Any = active.method
+        groups = method.newest(call.key.shape[2], call.layer, self.forward, active.memory)
+        return fused.attend(call, groups, method.shares)
 
     def _apply(self, layer: int, weights: Tensor, rows: Tensor, part: Part, task: Task) -> Tensor:
         mine = weights if part.index is None else weights[:, :, part.index]

@@ -139,3 +139,41 @@ def test_real_photos_go_through_the_config_of_a_real_model(
     assert counts["gt_objects"] == sum(len(truth[photo]) for photo in photos)
     assert metrics["pope"]["mini"]["popular"]["questions"] == 4 * 2 * 2
     assert "| mini  | CHAIR_S %" in capsys.readouterr().out
+
+
+def test_pope_questions_of_a_coco_folder(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "questions"
+    command = ["questions", "--truth", str(coco), "--to", str(to), "--images", "4"]
+    assert main([*command, "--per-image", "1", "--seed", "3"]) == 0
+    assert "coco_pope_adversarial.json: 8 questions on 4 images" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (to / "coco_pope_popular.json").read_text().splitlines()]
+    assert [row["label"] for row in rows] == ["yes", "no"] * 4
+    known = json.loads((coco / "annotations" / "instances_test.json").read_text())["images"]
+    assert {row["image"] for row in rows} <= {record["file_name"] for record in known}
+    before = (to / "coco_pope_random.json").read_bytes()
+    assert main([*command, "--per-image", "1", "--seed", "3"]) == 0
+    assert (to / "coco_pope_random.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chair", "pope", "amber", "mme", "hallusionbench", "mmvp", "object-halbench", "mmhal"],
+)
+def test_every_scorer_names_a_missing_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = str(tmp_path / "gone")
+    flags = {
+        "chair": ["--captions", "--truth"],
+        "amber": ["--responses", "--data"],
+        "mme": ["--answers"],
+        "object-halbench": ["--responses", "--truth"],
+    }
+    given = [
+        word for flag in flags.get(name, ["--answers", "--questions"]) for word in (flag, gone)
+    ]
+    assert main(["score", name, *given, "--json"]) == 1
+    assert gone in (said := capsys.readouterr().err)
+    assert said.startswith("error: ")

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlm_patch import gpu
 from vlm_patch.errors import PatchError
 from vlm_patch.method import (
     Facts,
@@ -29,6 +30,7 @@ from vlm_patch.method import (
     check_wholes,
     reweigh,
 )
+from vlm_patch.methods import launch
 
 MOST_ALPHA = 80.0
 
@@ -40,12 +42,17 @@ def positive_change(weights: Tensor) -> Tensor:
     return weights.diff(dim=-2).clamp_min(0)
 
 
+def how_many(heads: int, fraction: float) -> int:
+    """floor(fraction * H), at least one."""
+    return max(1, math.floor(fraction * heads))
+
+
 def top_heads(mass: Tensor, fraction: float = 0.5, dim: int = -1) -> Tensor:
     """The floor(fraction * H) heads with the largest mass, at least one; ties to the lowest index.
 
     mass: heads along `dim`. Returns a bool tensor of the same shape.
     """
-    count = max(1, math.floor(fraction * mass.shape[dim]))
+    count = how_many(mass.shape[dim], fraction)
     order = mass.argsort(dim=dim, descending=True, stable=True).narrow(dim, 0, count)
     return torch.zeros_like(mass, dtype=torch.bool).scatter_(dim, order, True)
 
@@ -254,4 +261,11 @@ class GIFT(Regrouping):
         return memory["groups", 0]
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
-        return gaze_shares(masses, self.beta, self.head_fraction)
+        heads, beta, fraction = masses.shape[2], self.beta, self.head_fraction
+        if masses.shape[3] > 1 or not gpu.possible(masses.device.type):
+            return gaze_shares(masses, beta, fraction)
+        return gpu.tried(
+            ("gaze shares", str(masses.device), heads),
+            lambda: launch.gaze_shares(masses, beta, how_many(heads, fraction)),
+            lambda: gaze_shares(masses, beta, fraction),
+        )
