@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from logging import ERROR
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def quietly() -> Iterator[None]:
     """
     threads, level = torch.get_num_threads(), logging.get_verbosity()
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
+    logging.set_verbosity(ERROR)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 
 from eval import alarm
 from eval.chair import LENGTHS
+from eval.dataset import notice
 from eval.errors import EvalError
 from eval.folder import RunFolder
 
@@ -107,9 +108,16 @@ def cell(key: str, found: Value | None) -> str:
 
 
 def read(folders: Sequence[Path]) -> list[Column]:
-    """The runs, named by their folders (by whole paths where two folders share a name)."""
+    """The runs, named by their folders (by whole paths where two folders share a name).
+
+    What lies beside runs without being one (`runs/*` also names pictures) is left out and named.
+    """
     if not folders:
         raise EvalError("no run folder given, for example: python -m eval table runs/*")
+    beside = [path for path in folders if path.exists() and not RunFolder(path).config.exists()]
+    if 0 < len(beside) < len(folders):
+        notice(f"no run folders, left out: {', '.join(map(str, beside))}")
+        folders = [path for path in folders if path not in beside]
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]

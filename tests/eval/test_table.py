@@ -148,3 +148,17 @@ def test_what_is_no_scored_run_is_explained(tmp_path: Path) -> None:
         table.markdown([run])
     with pytest.raises(EvalError, match="no run folder given"):
         table.markdown([])
+
+
+def test_what_lies_beside_the_runs_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folder(tmp_path / "run", {"chair": {"test": chair()}})
+    picture = tmp_path / "runs.png"
+    picture.touch()
+    (tmp_path / "speed").mkdir()
+    text = table.markdown([run, picture, tmp_path / "speed"])
+    assert text == table.markdown([run])
+    assert f"no run folders, left out: {picture}, {tmp_path / 'speed'}" in capsys.readouterr().err
+    with pytest.raises(EvalError, match="none is not a run folder"):
+        table.markdown([run, tmp_path / "none"])
