@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.families_build import build
+from eval.families_build import SPREAD, build
 from eval.families_prompts import Inputs, around, images
 from eval.families_sizes import BOS, IMAGE
 
@@ -22,7 +22,7 @@ SLOW = [7, 15]
 
 def planted(kind: str) -> tuple[Any, Inputs]:
     """A model with sinks and a prompt for it, of two images."""
-    model = build(kind)
+    model = _deeper(build(kind)) if kind == "qwen3_5" else build(kind)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         embeddings = model.get_input_embeddings().weight
@@ -41,6 +41,18 @@ def planted(kind: str) -> tuple[Any, Inputs]:
     return model, inputs
 
 
+def _deeper(model: Any) -> Any:
+    """A hybrid decoder with four layers of softmax attention instead of one."""
+    text = model.config.text_config
+    text.layer_types, text.num_hidden_layers = ["linear_attention", "full_attention"] * 4, 8
+    deeper = type(model)(model.config).eval()
+    for weight in deeper.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, 0, SPREAD, generator=torch.Generator().manual_seed(3))
+    deeper.generation_config = model.generation_config
+    return deeper
+
+
 def _mark(rows: torch.Tensor, sinks: slice) -> None:
     """In rows [N, D], the shared channel everywhere, and massive activations in the sinks alone."""
     rows[:, SINKS], rows[:, SHARED] = 0.0, 4.0
@@ -49,6 +61,9 @@ def _mark(rows: torch.Tensor, sinks: slice) -> None:
 
 
 def _plant(block: nn.Module) -> None:
+    if hasattr(block, "linear_attn"):
+        _hush(block.linear_attn.out_proj.weight, block.mlp.down_proj.weight)
+        return
     attention = block.self_attn
     slow = torch.zeros(16)
     slow[SLOW] = 1.0
@@ -59,6 +74,11 @@ def _plant(block: nn.Module) -> None:
     key[:, SINKS[0]] = 0.6 * slow.repeat(len(key) // 16)
     key[:, SINKS[1]] = -key[:, SINKS[0]]
     value[:, SINKS] = 0.0
-    for writer in (attention.o_proj.weight, block.mlp.down_proj.weight):
+    _hush(attention.o_proj.weight, block.mlp.down_proj.weight)
+
+
+def _hush(*writers: torch.Tensor) -> None:
+    """Lets what writes into the stream leave the sinks as they are."""
+    for writer in writers:
         writer *= 0.05
         writer[[*SINKS, SHARED]] = 0.0

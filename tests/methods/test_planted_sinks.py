@@ -1,5 +1,5 @@
-"""Sinks are found on the first prompt of families with grouped heads, windows, m-rope and normed
-queries; what is found acts at once.
+"""Sinks are found on the first prompt of families with grouped heads, windows, m-rope, normed
+queries and linear attention between; what is found acts at once.
 """
 
 import pytest
@@ -13,7 +13,7 @@ from vlm_patch import VAR
 
 
 @pytest.mark.filterwarnings(NO_PROCESSOR)
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "mistral3", "lighton_ocr", "llava_next"])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "mistral3", "lighton_ocr", "qwen3_5"])
 def test_sinks_are_found_and_act(kind: str) -> None:
     with quietly():
         model, inputs = planted(kind)
