@@ -155,6 +155,7 @@ def _generative(
         **measured["values"],
         "counts": {name: int(column.sum()) for name, column in columns.items()},
         "intervals": measured["intervals"],
+        "n": len(judged),
         "nouns": nouns,
         "similarity": similarity,
     }
@@ -197,6 +198,7 @@ def _questions(answered: Sequence[tuple[Item, str]], seed: int) -> dict[str, Any
         **measured["values"],
         "counts": {name: int(column.sum()) for name, column in columns.items()},
         "intervals": measured["intervals"],
+        "n": len(answered),
     }
 
 

@@ -17,6 +17,7 @@ from eval.errors import EvalError
 from eval.records import read_json, read_text
 from eval.words import cased_tokens
 
+LEXICON = ("relation.json", "safe_words.txt")
 SPACY_MODEL = "en_core_web_lg"
 # noun endings as WordNet takes them off; the shortest form that is a known word is the lemma
 _ENDINGS = (
