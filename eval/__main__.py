@@ -1,4 +1,4 @@
-"""python -m eval run | score | compare | table | sweep | data | questions | demo | speed."""
+"""python -m eval COMMAND: runs, scores, tables, and what is measured of the library itself."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--out", type=Path, default=Path("runs/demo"))
     show.set_defaults(command=lambda options: demo.demo(options.out))
 
+    _add_models(commands.add_parser("models", help="which model families are supported, measured"))
     _add_speed(commands.add_parser("speed", help="what the methods cost beside the stock model"))
     return top
 
@@ -97,6 +98,14 @@ def _add_sweep(tries: argparse.ArgumentParser) -> None:
     tries.add_argument("--limit", type=int, help="only so many images a split and task")
     tries.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     tries.set_defaults(command=_sweep)
+
+
+def _add_models(families: argparse.ArgumentParser) -> None:
+    families.add_argument("--types", help="names with commas between (default: every one)")
+    families.add_argument("--json", action="store_true", help="print JSON")
+    families.add_argument("--out", type=Path, help="write it to this file too")
+    families.add_argument("--readme", action="store_true", help="put the table into the README")
+    families.set_defaults(command=_models)
 
 
 def _add_speed(costs: argparse.ArgumentParser) -> None:
@@ -131,6 +140,12 @@ def _run(options: argparse.Namespace) -> None:
 def _score(options: argparse.Namespace) -> None:
     runs.score(options.folder)
     print(table.markdown([options.folder]))
+
+
+def _models(options: argparse.Namespace) -> None:
+    from eval import families  # builds a model of every type, which no other command needs
+
+    families.models(options.types, options.json, options.out, options.readme)
 
 
 def _speed(options: argparse.Namespace) -> None:

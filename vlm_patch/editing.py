@@ -135,7 +135,8 @@ class Editing:
         loud = [active for active in self.actives if call.layer in active.heads]
         if not tasks and not loud:
             return None
-        check(call)
+        if tasks:
+            check(call)
         plan = self._plan(call, tasks)
         direct = call.query.shape[2] == 1 and any(
             tasks[part.task].edits and tasks[part.task].heads is None and part.mask is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -31,18 +32,28 @@ class Generate:
     """A model's `generate` (`stock`) behind a check; in a deep copy or a pickle of the model it is
     plain.
 
-    active: whether any method is on.
+    active: whether any method is on. around: entered with the arguments while a language model
+    inside the wrapped one generates by itself.
     """
 
     def __init__(
-        self, model: nn.Module, stock: Callable[..., Any], active: Callable[[], bool] | None
+        self,
+        model: nn.Module,
+        stock: Callable[..., Any],
+        active: Callable[[], bool] | None,
+        around: Callable[[Mapping[str, Any]], AbstractContextManager[None]] | None = None,
     ) -> None:
-        self.model, self.__wrapped__, self.active = model, stock, active
+        self.model, self.__wrapped__ = model, stock
+        self.active, self.around = active, around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.active is not None and self.active():
             named = dict(zip(inspect.signature(self.__wrapped__).parameters, args, strict=False))
-            check_options({**named, **kwargs}, self.model.generation_config)
+            named |= kwargs
+            check_options(named, self.model.generation_config)
+            if self.around is not None:
+                with self.around(named):
+                    return self.__wrapped__(*args, **kwargs)
         return self.__wrapped__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:

@@ -7,8 +7,9 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from vlm_patch.method import Forward, Memory, append
 from vlm_patch.question import QuestionReader
 
 KEY_MASKS = ("image", "query", "content")
+IMAGE_INPUTS = ("mm_encoder_outputs", "image_pixel_values", "image_patches", "image_embeds")
+"""Inputs that carry images, beside those whose name starts with pixel_values."""
 
 
 @dataclass
@@ -127,32 +130,74 @@ class Given:
 
 @dataclass
 class _Pending:
-    """What the hook on the whole model saw of the forward that is about to reach the decoder."""
+    """What the hook on the whole model saw of the forward that is about to reach the decoder.
+
+    where: a mask of the image tokens `[B, S]`, from models that take one.
+    """
 
     ids: Tensor | None
     images: bool
     mask: Tensor | None
+    where: Tensor | None = None
+
+    def cut(self, past: int, batch: int, rows: int) -> _Pending:
+        """Its part for new rows behind `past`, with every prompt repeated for beams; rows behind
+        the prompt are text.
+        """
+
+        def part(tokens: Tensor | None) -> Tensor | None:
+            if tokens is None:
+                return None
+            own = tokens[:, past : past + rows]
+            own = torch.nn.functional.pad(own, (0, rows - own.shape[1]))
+            return own.repeat_interleave(batch // len(own), 0)
+
+        return _Pending(part(self.ids), self.images, None, part(self.where))
 
 
 class Layout(threading.local):
     """Turns the inputs of the model and of its decoder into a `Forward`; one state per thread."""
 
-    def __init__(self, owner: int, image_ids: Sequence[int], reader: QuestionReader | None) -> None:
+    def __init__(
+        self,
+        owner: int,
+        image_ids: Sequence[int],
+        reader: QuestionReader | None,
+        mask_name: str | None = None,
+    ) -> None:
         self.owner, self.image_ids, self.reader = owner, image_ids, reader
+        self.mask_name = mask_name
         self.given: Given | None = None
         self.pending: _Pending | None = None
+        self.spoken: _Pending | None = None
         self.said: set[str] = set()
 
     def see_model(self, kwargs: Mapping[str, Any]) -> None:
         """Called before the whole model runs: the only place where token ids and images are
         seen.
         """
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        images = bool(kwargs.get("mm_encoder_outputs")) or any(
-            value is not None for name, value in kwargs.items() if name.startswith("pixel_values")
-        )
+        mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self.pending = _Pending(ids, images, mask)
+        where = None if self.mask_name is None else kwargs.get(self.mask_name)
+        images = any(
+            value is not None and value != {}
+            for name, value in kwargs.items()
+            if name in IMAGE_INPUTS or name.startswith("pixel_values")
+        )
+        self.pending = _Pending(kwargs.get("input_ids"), images, mask, where)
+
+    @contextmanager
+    def speaking(self, kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """While the language model inside a model generates by itself, its prompt is what it was
+        given for that; the whole model's forward is not called.
+        """
+        self.see_model(kwargs)
+        assert self.pending is not None
+        self.spoken, self.pending = replace(self.pending, images=True), None
+        try:
+            yield
+        finally:
+            self.spoken = None
 
     def see_decoder(
         self, kwargs: dict[str, Any], cache: Any, question: bool, words: str | Tensor
@@ -168,6 +213,8 @@ class Layout(threading.local):
         hidden = embeds if embeds is not None else kwargs["input_ids"]
         batch, rows = hidden.shape[:2]
         past = _cached(cache, rows)
+        if pending is None and self.spoken is not None:
+            pending = self.spoken.cut(past, batch, rows)
         generation = self._generation(cache, past, batch)
         if past < generation.length:
             generation.cut(past)
@@ -282,6 +329,8 @@ class Layout(threading.local):
     def _image(self, pending: _Pending | None, past: int, empty: Tensor) -> Tensor:
         if self.given is not None and self.given.image is not None:
             return self._by_hand(self.given.image, "image", past, empty)
+        if pending is not None and pending.where is not None:
+            return pending.where.to(empty.device).bool()
         if pending is None or pending.ids is None:
             raise PatchError(
                 "the image tokens of this prompt cannot be told: the model was called with "

@@ -41,12 +41,30 @@ class Facts:
     """What a method may know of the model when it fills in its defaults.
 
     profile: the published defaults of this method for this model, empty where none are known.
+    softmax: the layers with softmax attention, which are the only ones to act in; None for all.
     """
 
     depth: int
     width: int
     heads: int
     profile: Mapping[str, Any]
+    softmax: Sequence[int] | None = None
+
+    def acting(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Those of `layers` (a default) with softmax attention, or else the nearest one to them."""
+        own = range(self.depth) if self.softmax is None else self.softmax
+        found = tuple(layer for layer in own if layer in layers)
+        return found or (min(own, key=lambda layer: abs(2 * layer - layers[0] - layers[-1])),)
+
+    def check_layers(self, name: str, layers: Sequence[int] | None) -> None:
+        """Raises ValueError for a layer that this model lacks, or that has no softmax attention."""
+        check_wholes(name, layers, self.depth)
+        for layer in layers or ():
+            if self.softmax is not None and layer not in self.softmax:
+                raise ValueError(
+                    f"{name}: found {layer}, a layer without softmax attention; this model has it "
+                    f"in {list(self.softmax)}"
+                )
 
 
 @dataclass

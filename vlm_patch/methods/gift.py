@@ -172,16 +172,18 @@ class GIFT(Regrouping):
 
     def fit(self, facts: Facts) -> tuple[Method, list[str]]:
         third = max(1, facts.depth // 3)
+        layers = facts.acting(range(third, max(third + 1, 2 * third)))
+        below = [layer for layer in facts.acting(range(facts.depth)) if layer < layers[0]]
         scaled = {
             "alpha": 4.0,
-            "layers": tuple(range(third, max(third + 1, 2 * third))),
-            "saliency_layer": third - 1,
+            "layers": layers,
+            "saliency_layer": below[-1] if below else layers[0],
         }
         missing = [name for name in scaled if getattr(self, name) is None]
         notes = [f"GIFT {name}={scaled[name]}" for name in missing if name not in facts.profile]
         fitted = replace(self, **{n: facts.profile.get(n, scaled[n]) for n in missing})
-        check_whole("GIFT saliency_layer", fitted.saliency_layer or 0, facts.depth)
-        check_wholes("GIFT layers", fitted.layers, facts.depth)
+        facts.check_layers("GIFT saliency_layer", [fitted.saliency_layer or 0])
+        facts.check_layers("GIFT layers", fitted.layers)
         return fitted, notes
 
     def own_layers(self, depth: int) -> list[int]:

@@ -32,7 +32,7 @@ from vlm_patch.method import (
     reweigh,
 )
 from vlm_patch.methods import launch
-from vlm_patch.methods.sinks import discover, scaled_tau
+from vlm_patch.methods.sinks import discover, one_stream, scaled_tau
 
 
 @lru_cache(maxsize=64)
@@ -190,6 +190,7 @@ class VAR(Regrouping):
         """Finds the sinks among the new tokens; the release looks at the first prompt only."""
         if not self.dims:
             return
+        hidden = one_stream(hidden)
         if forward.generated and not self.release and gpu.possible(hidden.device.type):
             dims, tau = _index(tuple(self.dims), hidden.device), self.tau or 0.0
             groups = gpu.tried(
