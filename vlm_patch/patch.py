@@ -72,7 +72,8 @@ class Patch:
         self.heads = _tables(self._methods, decoder, layers, head_specs)
         self._disabled: list[frozenset[str]] = []
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
-        reader = None if processor is None else QuestionReader(processor, decoder.image_ids)
+        ids, bare = decoder.image_ids, decoder.special.bare
+        reader = None if processor is None else QuestionReader(processor, ids, bare)
         self._layout = Layout(next(_owners), decoder.image_ids, reader, decoder.special.mask)
         self._removed = False
         with ExitStack() as undo:
