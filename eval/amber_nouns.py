@@ -68,7 +68,16 @@ def read_lexicon(folder: Path) -> Lexicon:
 
 def official(text: str, lexicon: Lexicon) -> list[str]:
     """Lemmas of what NLTK tags as a noun, if the benchmark knows them."""
+    require_nltk()
     return [word for word in wordnet.nouns(text) if word in lexicon.words]
+
+
+def require_nltk() -> None:
+    """`EvalError` with both cures where NLTK or its data is missing."""
+    try:
+        wordnet.nltk_tools()
+    except EvalError as error:
+        raise EvalError(f"{error} Without them: nouns approximate, a little off.") from None
 
 
 def approximate(text: str, lexicon: Lexicon) -> list[str]:

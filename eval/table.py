@@ -103,7 +103,7 @@ def cell(key: str, found: Value | None) -> str:
     """A value with its interval: shares in percent, lengths as they are."""
     if found is None:
         return "-"
-    unit = 1 if key == "mean_tokens" else 100
+    unit = 1 if key.endswith(("mean_tokens", "mean_words")) else 100
     return f"{unit * found.value:.1f} [{unit * found.low:.1f}, {unit * found.high:.1f}]"
 
 
@@ -165,7 +165,7 @@ def _other_rows(columns: Sequence[Column]) -> Iterator[Row]:
         scores = [each.get(name) for each in found]
         keys = [key for score in scores if score for key in score["intervals"]]
         for key in dict.fromkeys(keys):
-            label = f"{name}, {key} %"
+            label = f"{name}, {key}" + ("" if key.startswith("mean_") else " %")
             yield Row(tasks.SPLIT, f"{name} {key}", label, [value(score, key) for score in scores])
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from eval import amber, amber_nouns, dataset, hallusionbench, mme, mmvp, wordnet
+from eval import amber, amber_nouns, dataset, hallusionbench, mme, mmvp
 from eval.config import OWN_FOLDER, Config
 from eval.dataset import Sample
 from eval.errors import EvalError
@@ -37,9 +37,18 @@ def samples(config: Config, scenes: Path) -> list[Sample]:
     for name in (task for task in config.tasks if task in TASKS):
         asked = list(TASKS[name].samples(Path(getattr(config, name).data), config.settings()[name]))
         images = list(dict.fromkeys(sample.image for sample in asked))[: config.limit]
-        wanted = [image for image in images if config.part in (None, dataset.part(image))]
-        found += [sample for sample in asked if sample.image in set(wanted)]
+        wanted = {image for image in images if config.part in (None, dataset.part(image))}
+        _require_files(name, sorted(wanted))
+        found += [sample for sample in asked if sample.image in wanted]
     return found
+
+
+def _require_files(task: str, images: Sequence[Path]) -> None:
+    if missing := [image for image in images if not image.is_file()]:
+        raise EvalError(
+            f"{missing[0]}: no such image ({len(missing)} of the {len(images)} images that {task} "
+            f"needs are missing). python -m eval data {task} --to DIR says where they come from."
+        )
 
 
 def _sample(
@@ -50,16 +59,15 @@ def _sample(
 
 
 def _image(folder: Path, *places: str) -> Path:
-    for place in places:
-        if (folder / place).is_file():
-            return folder / place
-    raise EvalError(f"{folder}: no image {' or '.join(places)} in it. Put the images there.")
+    """The first of these places that has a file, else the first of them."""
+    paths = [folder / place for place in places]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _amber_samples(folder: Path, settings: Mapping[str, Any]) -> Iterable[Sample]:
     items = amber.read_items(folder / "annotations.json")
     if settings["nouns"] == "nltk" and amber.GENERATIVE in settings["parts"]:
-        wordnet.nltk_tools()  # missing data is said before an answer is generated
+        amber_nouns.require_nltk()  # said before an answer is generated
     for row in read_rows(folder / "query_all.json"):
         number, file = row.number("id"), row.text("image")
         if number not in items:

@@ -98,6 +98,7 @@ def test_what_is_asked(settings: Settings, folder: Path, tmp_path: Path) -> None
     changed = sections(folder, "mme")
     changed["mme"]["prompt"] = "{question} One word."
     assert tasks.samples(settings(**changed), tmp_path)[0].prompt == "Is it? One word."
+    (folder / "image" / "AMBER_2.jpg").unlink()
     limited = tasks.samples(settings(**sections(folder, "amber"), limit=1), tmp_path)
     assert [sample.id for sample in limited] == ["1", "3"]
     both = tasks.samples(settings(**sections(folder, "chair", "mme") | {"chair": {}}), tmp_path)
@@ -120,6 +121,7 @@ def test_a_run_is_scored_from_its_folder_alone(
     assert runs.score(out) == metrics
     assert (out / "metrics.json").read_bytes() == before
     shown = table.markdown([out])
+    assert "| amber generative, mean_words " in shown
     for row in ("amber generative, chair %", "mme subtasks existence, accuracy_plus %"):
         assert row in shown
     assert "- all: amber, mme, mmvp, hallusionbench" in shown
@@ -178,11 +180,11 @@ def test_bad_settings(settings: Settings, changes: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("name", "file", "message"),
     [
-        ("amber", "image/AMBER_2.jpg", r"no image image/AMBER_2\.jpg or"),
-        ("mme", "existence/b.jpg", r"no image existence/b\.jpg or existence/images/b\.jpg"),
+        ("amber", "image/AMBER_2.jpg", r"image/AMBER_2\.jpg: no such image \(1 of the 2 images"),
+        ("mme", "existence/b.jpg", r"existence/b\.jpg: no such image .*eval data mme"),
         ("mme", "existence.txt", r"no file of MME in it"),
         ("mmvp", "Questions.csv", r"Questions\.csv: no such file"),
-        ("hallusionbench", "VD/illusion/0_0.png", r"no image hallusion_bench/VD/illusion/0_0\.png"),
+        ("hallusionbench", "VD/illusion/0_0.png", r"hallusion_bench/VD/illusion/0_0\.png: no such"),
     ],
 )
 def test_a_missing_file_is_named(
