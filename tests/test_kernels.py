@@ -72,7 +72,7 @@ def test_a_later_turn_that_would_need_a_cut() -> None:
     with wrap(model, *ours(("gift-inside",))):
         output = generate(model, batch, steps=4)
         turn = torch.cat((output.sequences, torch.tensor([[20, 21, 22]])), 1)
-        with pytest.raises(PatchError, match="in a later turn needs a cache that can be cut"):
+        with pytest.raises(PatchError, match="behind a cache needs one that can be cut"):
             model.generate(turn, past_key_values=output.past_key_values, max_new_tokens=2)
 
 

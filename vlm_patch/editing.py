@@ -102,15 +102,20 @@ class Editing:
         self._plans: dict[tuple[tuple[str, bool], ...], Plan] = {}
         self._work: dict[int, Work | None] = {}
 
-    def serves(self, actives: list[Active]) -> bool:
-        """Whether the same methods are on in the same layers and heads."""
-        return len(actives) == len(self.actives) and all(
-            old.method is new.method and old.heads is new.heads and old.memory is new.memory
-            for old, new in zip(self.actives, actives, strict=True)
+    def serves(self, actives: list[Active], forward: Forward) -> bool:
+        """Whether as many rows are edited by the same methods in the same layers and heads."""
+        same = forward.valid.shape == self.forward.valid.shape
+        return (
+            same
+            and len(actives) == len(self.actives)
+            and all(
+                old.method is new.method and old.heads is new.heads and old.memory is new.memory
+                for old, new in zip(self.actives, actives, strict=True)
+            )
         )
 
     def go_on(self, forward: Forward) -> None:
-        """Takes the next generated token."""
+        """Takes the next generated tokens."""
         self.forward = forward
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from vlm_patch.attention import Run
 from vlm_patch.editing import Active, Editing, Watching
 from vlm_patch.errors import PatchError
-from vlm_patch.layout import Generation, Layout, attach
+from vlm_patch.generation import Generation, attach
+from vlm_patch.layout import Layout
 from vlm_patch.method import Forward, Method, Watcher
 
 
@@ -138,7 +139,7 @@ class Passes:
             actives.append(Active(method, memory, layers))
             if method.reads_blocks:
                 generation.follow(method.name, layers, forward.past)
-        if forward.reading:
+        if forward.starts:
             for active in actives:
                 self._look(active, forward)
         late = [active for active in actives if _late(active, forward)]
@@ -146,12 +147,12 @@ class Passes:
             forward, kwargs = self._read_first(forward, actives, late, kwargs)
         for active in actives:
             active.method.begin(forward, active.memory)
-        if generation.step is not None and generation.step.serves(actives):
+        if generation.step is not None and generation.step.serves(actives, forward):
             generation.step.go_on(forward)
             self.now.run = generation.step
         else:
             self.now.run = Editing(forward, actives)
-        generation.step = self.now.run if forward.generated else None
+        generation.step = None if forward.prompt else self.now.run
         return kwargs
 
     def _look(self, active: Active, forward: Forward) -> None:
@@ -183,9 +184,9 @@ class Passes:
     ) -> tuple[Forward, dict[str, Any]]:
         """Shows the prompt to methods that must see it before their first edit, with that edit off.
 
-        What is left to run is the last token, on the same cache, since such an edit changes no
-        other row; or all of it, where no cache can be cut or another method settles something by
-        that row.
+        What is left to run is its last token and what was drafted behind it, on the same cache,
+        since such an edit changes no other row; or all of it, where no cache can be cut or another
+        method settles something by that row.
         """
         for active in actives:
             active.method.begin(forward, active.memory)
@@ -196,14 +197,16 @@ class Passes:
             if forward.past:
                 raise PatchError(
                     f"{late[0].method.name} watches a layer that is not below those it edits, "
-                    "which in a later turn needs a cache that can be cut: use a DynamicCache of a "
+                    "which behind a cache needs one that can be cut: use a DynamicCache of a "
                     "model without sliding window, or watch a lower layer"
                 )
-            self._run(Editing(forward, first), _without_cache(kwargs))
+            with torch.no_grad():
+                self._run(Editing(forward, first), _without_cache(kwargs))
             return replace(forward, reading=False), kwargs
         self.now.first = self._run(Editing(forward, first), kwargs)
-        cache.crop(-1)
-        return _last_row(forward, kwargs)
+        left = forward.valid.shape[1] - forward.prompt + 1
+        cache.crop(-left)
+        return _last_rows(forward, kwargs, left)
 
 
 def _can_be_cut(cache: Any) -> bool:
@@ -235,10 +238,11 @@ def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 def _check(decoder: nn.Module, kwargs: Mapping[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
-    if cache is not None and type(cache) not in (DynamicCache, StaticCache):
+    if cache is not None and type(cache) not in (DynamicCache, StaticCache, QuantizedCache):
         raise PatchError(
-            f"a {type(cache).__name__} is not supported on a patched model by this version: use a "
-            "DynamicCache (the default) or a StaticCache, or run inside `with patch.disabled():`"
+            f"a {type(cache).__name__} is not supported on a patched model: what it keeps of a "
+            "prompt is not known. Use a DynamicCache (the default), a StaticCache or a "
+            "QuantizedCache, or run inside `with patch.disabled():`"
         )
     config: Any = decoder.config
     if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
@@ -249,13 +253,15 @@ def _check(decoder: nn.Module, kwargs: Mapping[str, Any]) -> None:
 
 
 def _late(active: Active, forward: Forward) -> bool:
-    """Whether a method watches, in this forward, a layer that is not below all those it edits."""
-    watched = active.method.watched(forward)
+    """Whether a method edits, in this forward, a layer that is not above the one it watches."""
+    watched = active.method.watched(forward) if forward.ends else None
     return watched is not None and bool(active.heads) and watched[0] >= min(active.heads)
 
 
-def _last_row(forward: Forward, kwargs: dict[str, Any]) -> tuple[Forward, dict[str, Any]]:
-    """The step that is left when all of a prompt but its last token is done."""
+def _last_rows(
+    forward: Forward, kwargs: dict[str, Any], left: int
+) -> tuple[Forward, dict[str, Any]]:
+    """The step that remains when all of a prompt but the `left` last rows is done."""
     batch, rows = forward.valid.shape
 
     def cut(name: str, value: Any) -> Any:
@@ -264,30 +270,32 @@ def _last_row(forward: Forward, kwargs: dict[str, Any]) -> tuple[Forward, dict[s
         if not isinstance(value, Tensor):
             return value
         if name == "attention_mask":
-            return value[:, :, -1:] if value.ndim == 4 else value
+            return value[:, :, -left:] if value.ndim == 4 else value
         if name == "position_ids":
-            return value[..., -1:]
+            return value[..., -left:]
         per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
-        return value[:, -1:] if per_row else value
+        return value[:, -left:] if per_row else value
 
     inputs = {name: cut(name, value) for name, value in kwargs.items()}
     step = replace(
         forward,
-        past=forward.past + rows - 1,
-        valid=forward.valid[:, -1:],
-        text=forward.text[:, -1:],
-        last=forward.last[:, -1:],
+        past=forward.past + rows - left,
+        valid=forward.valid[:, -left:],
+        text=forward.text[:, -left:],
+        last=forward.last[:, -left:],
         reading=False,
         inputs=inputs,
+        prompt=1,
+        starts=False,
     )
     return step, inputs
 
 
 def _join(first: Any, last: Any) -> Any:
-    """The rows of a first pass with the last one replaced; layer by layer for hidden states."""
+    """The rows of a first pass with the last ones replaced; layer by layer for hidden states."""
     if isinstance(last, tuple):
         return tuple(_join(a, b) for a, b in zip(first, last, strict=True))
-    return torch.cat((first[:, :-1], last), 1)
+    return torch.cat((first[:, : -last.shape[1]], last), 1)
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

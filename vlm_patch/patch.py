@@ -14,11 +14,12 @@ from torch import Tensor
 from vlm_patch import attention, heads
 from vlm_patch.catalogue import fit, instances, unknown, values
 from vlm_patch.errors import PatchError
-from vlm_patch.generating import Generate
-from vlm_patch.layout import Given, Layout
+from vlm_patch.generating import Generate, check_options, told
+from vlm_patch.layout import Layout
 from vlm_patch.method import Method
 from vlm_patch.model import Decoder, read
 from vlm_patch.passes import Hook, Passes
+from vlm_patch.prompt import Given
 from vlm_patch.question import QuestionReader
 
 _owners = itertools.count()
@@ -95,7 +96,7 @@ class Patch:
         ):
             undo.callback(handle.remove)
         before = {name: call for name, call in model.__dict__.items() if name == "generate"}
-        generate = Generate(model, model.generate, lambda: bool(self._switched()))
+        generate = Generate(model, model.generate, self._generating)
         model.__dict__["generate"] = generate
         undo.callback(model.__dict__.update, before)
         undo.callback(model.__dict__.pop, "generate", None)
@@ -124,6 +125,17 @@ class Patch:
             yield
         finally:
             self._disabled.pop()
+
+    @contextmanager
+    def _generating(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Around the model's `generate`: refuses what cannot be right, and keeps its prompt."""
+        if not self._switched():
+            yield
+            return
+        default = self.model.generation_config
+        check_options(arguments, default)
+        with self._layout.generating(told(arguments, default)):
+            yield
 
     @contextmanager
     def prompt(self, image: Tensor | None = None, query: Tensor | None = None) -> Iterator[None]:
