@@ -75,7 +75,7 @@ class Layout(threading.local):
         self.pending = _Pending(ids, carries_images(kwargs), mask)
 
     def see_decoder(
-        self, kwargs: dict[str, Any], question: bool, words: str | Tensor
+        self, kwargs: dict[str, Any], cache: Any, question: bool, words: str | Tensor
     ) -> tuple[Forward, Generation]:
         """Called before the decoder runs, which it always does. Raises PatchError where the layout
         cannot be told.
@@ -87,7 +87,6 @@ class Layout(threading.local):
         embeds = kwargs.get("inputs_embeds")
         hidden = embeds if embeds is not None else kwargs["input_ids"]
         batch, rows = hidden.shape[:2]
-        cache = kwargs.get("past_key_values")
         past = cached(cache, rows)
         generation = self._generation(cache, past, batch)
         unfinished = generation.length == past < generation.end
