@@ -108,7 +108,7 @@ def told(given: Mapping[str, Any], default: Any) -> Told | None:
     if tokens is None:
         return None
     drafting = getattr(given.get("generation_config"), "is_assistant", False)
-    if drafting and (given.get("cache") or given.get("past_key_values")) is not None:
+    if drafting and any(given.get(name) is not None for name in ("cache", "past_key_values")):
         return Told(0)
     return Told(
         end=(tokens if mask is None else mask).shape[1],

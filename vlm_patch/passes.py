@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from vlm_patch.attention import Run
+from vlm_patch.attention import CARRIED, Call, Run
 from vlm_patch.editing import Active, Editing, Watching
 from vlm_patch.errors import PatchError
 from vlm_patch.generation import Generation, attach
@@ -49,6 +49,19 @@ class Now(threading.local):
     run: Run | None = None
     inside: bool = False
     first: Any = None
+
+
+class Lost:
+    """Takes the place of what attention serves in a layer that is run again for its gradients, and
+    so must be given it by hand (`CARRIED`).
+    """
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        raise PatchError(
+            f"layer {call.layer} was not handed what this patch does in it, which is needed where "
+            "layers run twice: train without gradient checkpointing, or inside "
+            "`with patch.disabled():`"
+        )
 
 
 @dataclass
@@ -89,7 +102,7 @@ class Passes:
         if OLD_CACHE_NAME in kwargs:
             kwargs.setdefault(self.cache_name, kwargs.pop(OLD_CACHE_NAME))
         cache = kwargs.get(self.cache_name)
-        _check(module, cache, kwargs)
+        _check(cache)
         asking = [method for method, _ in switched if method.reads_question]
         forward, generation = self.layout.see_decoder(
             kwargs, cache, bool(asking), asking[0].words if asking else "all"
@@ -110,16 +123,16 @@ class Passes:
         first, self.now.run, self.now.first = self.now.first, None, None
         if first is None or output is None:
             return None
-        for name in ("last_hidden_state", "hidden_states"):
+        for name, dim in (("last_hidden_state", 1), ("hidden_states", 1), ("attentions", 2)):
             if output.get(name) is not None:
-                output[name] = _join(first[name], output[name])
+                output[name] = _join(first[name], output[name], dim)
         return output
 
     def before_block(self, layer: int) -> Callable[..., None]:
         """A forward pre-hook for the block of a layer."""
 
         def show(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            run = self.now.run
+            run = kwargs.get(CARRIED, self.now.run)
             if run is None:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -154,12 +167,16 @@ class Passes:
             forward, kwargs = self._read_first(forward, actives, late, kwargs)
         for active in actives:
             active.method.begin(forward, active.memory)
-        if generation.step is not None and generation.step.serves(actives, forward):
-            generation.step.go_on(forward)
-            self.now.run = generation.step
+        run: Editing | None = generation.step
+        if run is not None and run.serves(actives, forward):
+            run.go_on(forward)
         else:
-            self.now.run = Editing(forward, actives)
-        generation.step = None if forward.prompt else self.now.run
+            run = Editing(forward, actives)
+        generation.step = None if forward.prompt else run
+        run.shows = _shows(self.decoder, kwargs)
+        self.now.run = run
+        if self.decoder.training and _runs_layers_again(self.decoder):
+            kwargs[CARRIED], self.now.run = run, Lost()
         return kwargs
 
     def _look(self, active: Active, forward: Forward) -> None:
@@ -251,18 +268,23 @@ def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return bool(wanted)
 
 
-def _check(decoder: nn.Module, cache: Any, kwargs: Mapping[str, Any]) -> None:
+def _shows(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the user wants to see attention weights."""
+    config: Any = decoder.config
+    return bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
+
+
+def _runs_layers_again(decoder: nn.Module) -> bool:
+    """Whether gradient checkpointing is on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+
+
+def _check(cache: Any) -> None:
     if cache is not None and type(cache) not in (DynamicCache, StaticCache, QuantizedCache):
         raise PatchError(
             f"a {type(cache).__name__} is not supported on a patched model: what it keeps of a "
             "prompt is not known. Use a DynamicCache (the default), a StaticCache or a "
             "QuantizedCache, or run inside `with patch.disabled():`"
-        )
-    config: Any = decoder.config
-    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
-        raise PatchError(
-            "output_attentions is not supported on a patched model: the weights returned would not "
-            "be the edited ones. Ask for them inside `with patch.disabled():`"
         )
 
 
@@ -305,11 +327,14 @@ def _last_rows(
     return step, inputs
 
 
-def _join(first: Any, last: Any) -> Any:
-    """The rows of a first pass with the last ones replaced; layer by layer for hidden states."""
+def _join(first: Any, last: Any, dim: int) -> Any:
+    """The rows of a first pass, along `dim`, with the last ones replaced; layer by layer for
+    tuples.
+    """
     if isinstance(last, tuple):
-        return tuple(_join(a, b) for a, b in zip(first, last, strict=True))
-    return torch.cat((first[:, : -last.shape[1]], last), 1)
+        return tuple(_join(a, b, dim) for a, b in zip(first, last, strict=True))
+    rows = last.shape[dim]
+    return torch.cat((first.narrow(dim, 0, first.shape[dim] - rows), last), dim)
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,9 @@ def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
     for name in ("o_proj", "out_proj", "dense"):
         matrix = getattr(getattr(attention, name, None), "weight", None)
         heads, size = value.shape[1], value.shape[-1]
-        if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.shape[1] == heads * size:
+        if not isinstance(matrix, Tensor) or matrix.is_meta:  # offloaded to the CPU or a disk
+            continue
+        if matrix.ndim == 2 and matrix.shape[1] == heads * size:
             per_head = matrix.float().view(-1, heads, size).permute(1, 2, 0)
             gram = per_head @ per_head.transpose(1, 2)
             square: Tensor = ((value @ gram) * value).sum(-1)

@@ -155,7 +155,8 @@ class VHR(Method):
                     "a conversation's first prompt is read, with its image. Switch layers before "
                     "the prompt."
                 )
-            chosen = self.choose(output[:, forward.prompt - 1], memory["text", layer])
+            row = output[:, forward.prompt - 1].detach()
+            chosen = self.choose(row, memory["text", layer])
             gain = torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)
             memory["gain", layer] = gain
         return gain
