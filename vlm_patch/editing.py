@@ -97,13 +97,12 @@ class Editing:
     shows: the user wants to see the weights, where the stock kernel has any.
     """
 
-    def __init__(self, forward: Forward, actives: list[Active]) -> None:
-        self.forward, self.actives = forward, actives
+    def __init__(self, forward: Forward, actives: list[Active], shows: bool) -> None:
+        self.forward, self.actives, self.shows = forward, actives, shows
         self._edited = [active.method.edited(forward) for active in actives]
         self._watched = [active.method.watched(forward) for active in actives]
         self._plans: dict[tuple[tuple[str, bool], ...], Plan] = {}
         self._work: dict[int, Work | None] = {}
-        self.shows = False
 
     def serves(self, actives: list[Active], forward: Forward) -> bool:
         """Whether as many rows are edited by the same methods in the same layers and heads."""

@@ -228,14 +228,14 @@ class Layout(threading.local):
         """Which of the new tokens `[B, S]` are no padding."""
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Mapping):  # prepared in advance, by kind of layer
-            mask = mask.get("full_attention")
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
         if pending is not None and pending.mask is not None:
             mask = pending.mask
         if not isinstance(mask, Tensor):
             return torch.ones(batch, rows, dtype=torch.bool, device=device)
-        if mask.ndim == 4:  # what the last row sees is no padding
-            seen = mask[:, 0, -1, past : past + rows]
-            mask = seen if seen.dtype == torch.bool else seen == 0
+        if mask.ndim == 4:  # what sees itself is no padding
+            own = mask[:, 0].diagonal(min(past, mask.shape[3] - rows), 1, 2)
+            mask = own if own.dtype == torch.bool else own == 0
         return mask[:, -rows:].to(device).bool().expand(batch, rows)
 
     def _generation(self, cache: Any, past: int, batch: int) -> Generation:

@@ -162,6 +162,7 @@ class Passes:
         if forward.starts:
             for active in actives:
                 self._look(active, forward)
+        shows = _shows(self.decoder, kwargs)
         late = [active for active in actives if _late(active, forward)]
         if late:
             forward, kwargs = self._read_first(forward, actives, late, kwargs)
@@ -170,10 +171,10 @@ class Passes:
         run: Editing | None = generation.step
         if run is not None and run.serves(actives, forward):
             run.go_on(forward)
+            run.shows = shows
         else:
-            run = Editing(forward, actives)
+            run = Editing(forward, actives, shows)
         generation.step = None if forward.prompt else run
-        run.shows = _shows(self.decoder, kwargs)
         self.now.run = run
         if self.decoder.training and _runs_layers_again(self.decoder):
             kwargs[CARRIED], self.now.run = run, Lost()
@@ -225,9 +226,10 @@ class Passes:
                     "model without sliding window, or watch a lower layer"
                 )
             with torch.no_grad():
-                self._run(Editing(forward, first), self._without_cache(kwargs))
+                self._run(Editing(forward, first, False), self._without_cache(kwargs))
             return replace(forward, reading=False), kwargs
-        self.now.first = self._run(Editing(forward, first), kwargs)
+        shows = _shows(self.decoder, kwargs)
+        self.now.first = self._run(Editing(forward, first, shows), kwargs)
         left = forward.valid.shape[1] - forward.prompt + 1
         cache.crop(-left)
         return _last_rows(forward, kwargs, left)
