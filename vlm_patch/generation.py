@@ -7,11 +7,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import StaticCache
 
 from vlm_patch.errors import PatchError
 from vlm_patch.method import Memory, append
+
+KEY_MASKS = ("image", "query", "content")
 
 
 @dataclass
@@ -59,6 +62,19 @@ class Generation:
     def grow(self, name: str, new: Tensor, past: int) -> Tensor:
         """The mask `name` `[B, past + S]` with the new tokens' `[B, S]` behind the cached ones."""
         return append(self.keys, (name, 0), new, past)
+
+    def cut(self, past: int) -> None:
+        """Forgets the masks of tokens that were taken out of the cache again."""
+        for name in KEY_MASKS:
+            self.keys[name, 0][:, past:] = False
+
+    def ahead(self, name: str, total: int) -> Tensor:
+        """The mask `name` `[B, total]` where the tokens not seen yet are none of it."""
+        buffer = self.keys[name, 0]
+        if buffer.shape[1] < total:
+            append(self.keys, (name, 0), torch.zeros_like(buffer), buffer.shape[1])
+            buffer = self.keys[name, 0]
+        return buffer[:, :total]
 
 
 class _Reordering:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlm_patch.errors import PatchError
-from vlm_patch.generation import Generation, cached
+from vlm_patch.generation import KEY_MASKS, Generation, cached
 from vlm_patch.method import Forward
 from vlm_patch.prompt import Given, Prompt, Reader, expand
 from vlm_patch.question import QuestionReader
@@ -90,6 +90,8 @@ class Layout(threading.local):
         past = cached(cache, rows)
         generation = self._generation(cache, past, batch)
         unfinished = generation.length == past < generation.end
+        if past < generation.length:
+            generation.cut(past)
         generation.length = past + rows
         if past and not unfinished and self._generated(past, rows):
             return self._step(generation, past, rows), generation
@@ -168,9 +170,7 @@ class Layout(threading.local):
         total = past + valid.shape[1]
         prompt = min(generation.end, total) - past
         behind = torch.zeros_like(valid[:, prompt:])
-        image, query, content = (
-            generation.grow(name, behind, past + prompt) for name in ("image", "query", "content")
-        )
+        image, query, content = (generation.grow(name, behind, past + prompt) for name in KEY_MASKS)
         ends = total >= generation.end
         last = torch.zeros_like(valid)
         if ends:
@@ -194,14 +194,16 @@ class Layout(threading.local):
 
     def _step(self, generation: Generation, past: int, rows: int) -> Forward:
         """The forward of one generated token per sample, or of several that were drafted."""
+        masks = [generation.ahead(name, past + rows) for name in KEY_MASKS]
+        if generation.step is not None and generation.step.forward.valid.shape[1] == rows:
+            forward: Forward = generation.step.forward
+            forward.past, (forward.image, forward.query, forward.content) = past, masks
+            return forward
         seen = generation.keys["seen", 0]
         row, text = torch.ones_like(seen)[:, None], seen[:, None]
         if rows > 1:
             row, text = row.expand(-1, rows), text.expand(-1, rows)
-        nothing = torch.zeros_like(row)
-        image, query, content = (
-            generation.grow(name, nothing, past) for name in ("image", "query", "content")
-        )
+        image, query, content = masks
         return Forward(
             past=past,
             image=image,

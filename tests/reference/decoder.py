@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 WeightsEdit = Callable[[int, Tensor, Tensor], Tensor]
 # (layer, head outputs [H, S, d] before the output projection) -> head outputs [H, S, d]
 OutputsEdit = Callable[[int, Tensor], Tensor]
-# keys or values [groups, S, d] -> what a cache gives back of them, and the rows bool [S] that see it
+# keys or values [groups, S, d] -> what a cache gives back, and the rows bool [S] that see it so
 FromCache = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 

@@ -69,11 +69,14 @@ def saliency_gain(saliency: Tensor, image: Tensor, alpha: float) -> Tensor:
 
 
 def key_groups(image: Tensor, query: Tensor, gain: Tensor) -> Tensor:
-    """Image keys, the gain on them, and query keys, `[B, 3, K]` in the gain's dtype.
+    """Image keys, what the gain adds on them, query keys and all keys, `[B, 4, K]` in the gain's
+    dtype.
 
     image, query `[B, K]` (bool); gain `[B, K]`.
     """
-    return torch.stack((image.to(gain.dtype), gain * image, query.to(gain.dtype)), 1)
+    return torch.stack(
+        (image.to(gain.dtype), (gain - 1) * image, query.to(gain.dtype), torch.ones_like(gain)), 1
+    )
 
 
 def amplify(
@@ -81,23 +84,28 @@ def amplify(
 ) -> Tensor:
     """Sharpens the gaze by the map and lets the question keep pace with it (paper, section 3).
 
-    weights `[B, H, R, K]`: attention after the softmax. groups `[B, 3, K]`: see `key_groups`. In
+    weights `[B, H, R, K]`: attention after the softmax. groups `[B, 4, K]`: see `key_groups`. In
     the heads with the largest image mass the image weights are multiplied by the gain; r is the
     pooled ratio of new to old image mass of these heads, one number per row; in the heads with the
     largest query mass the query weights are multiplied by beta * r; then every edited row is
-    divided by its sum.
+    divided by its sum. All of this is one factor per key, a combination of the last three groups.
     """
+    batch, heads, rows, _ = weights.shape
     groups = groups.to(weights.dtype)
-    masses = (weights.flatten(1, 2) @ groups.transpose(1, 2)).view(*weights.shape[:3], 3)
-    chosen = top_heads(masses[..., ::2], head_fraction, dim=1).to(weights.dtype)
-    looking, reading = chosen.unbind(-1)
-    before, after = (masses[..., :2] * looking[..., None]).sum(1, keepdim=True).unbind(-1)
-    ratio = torch.where(before > 0, after / before, 1.0)
-    change = torch.stack((-looking, looking, reading * (beta * ratio - 1)), -1)
-    total = weights.sum(-1) + (change * masses).sum(-1)
-    factor = 1 + (change.flatten(1, 2) @ groups).view_as(weights)
-    edited = (looking + reading > 0) & (total > 0)
-    return weights * torch.where(edited[..., None], factor / total[..., None], 1.0)
+    masses = torch.bmm(groups, weights.flatten(1, 2).transpose(1, 2)).view(batch, 4, heads, rows)
+    chosen = top_heads(masses[:, :3:2], head_fraction, dim=2).to(weights.dtype)
+    looking, reading = chosen.unbind(1)
+    mass, more = (masses[:, :2] * looking[:, None]).sum(2, keepdim=True).unbind(1)
+    pace = more / mass.clamp_min(torch.finfo(weights.dtype).tiny)  # r - 1
+    if beta != 1:
+        pace = beta * pace + (beta - 1)
+    shares = torch.stack((looking, reading * pace, torch.ones_like(looking)), 1)
+    total = (shares * masses[:, 1:]).sum(1, keepdim=True)
+    untouched = (looking + reading)[:, None] * total <= 0
+    shares = (shares / total).masked_fill(untouched, 0.0)
+    shares[:, 2:] += untouched
+    factor = torch.bmm(shares.flatten(2).transpose(1, 2), groups[:, 1:])
+    return weights * factor.view(weights.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +181,7 @@ class GIFT(Method):
                 )
             if forward.image.shape[1] > forward.past and ("groups", 0) in memory:
                 nothing = torch.zeros_like(memory["groups", 0][..., :1])
+                nothing[:, 3] = 1
                 rows = forward.image.shape[1] - forward.past
                 append(memory, ("groups", 0), nothing.expand(-1, -1, rows), forward.past)
             return

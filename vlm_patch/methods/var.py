@@ -78,7 +78,8 @@ def redistribute(
     with 1e-6 added to every image weight below the line.
     """
     groups, flat = groups.to(weights.dtype), weights.flatten(1, 2)
-    mass_image, mass_sinks, mass_rest = torch.bmm(flat, groups.transpose(1, 2)).unbind(-1)
+    masses = torch.bmm(groups, flat.transpose(1, 2))
+    mass_image, mass_sinks, mass_rest = masses.unbind(1)
     tiny = torch.finfo(weights.dtype).tiny
     chosen = mass_image >= min_image_mass
     if release:
@@ -89,11 +90,11 @@ def redistribute(
         chosen &= mass_rest >= (rho_nonsink * mass_image).clamp_min(tiny)
     if require_visual_sink:
         chosen &= (groups[:, 0] > groups[:, 2]).any(-1, keepdim=True)
-    gain = move_fraction * mass_sinks / mass_rest.clamp_min(tiny)
-    change = torch.stack((torch.full_like(gain, -move_fraction), gain), -1) * chosen[..., None]
-    factor = torch.baddbmm(weights.new_ones(1, 1, 1), change, groups[:, 1:])
-    # in place where autograd allows it: fresh memory of this size costs more than the product
-    edited = flat * factor if flat.requires_grad else factor.mul_(flat)
+    moved = move_fraction * chosen.to(weights.dtype)
+    gain = moved * (mass_sinks / mass_rest.clamp_min(tiny))
+    change = torch.bmm(torch.stack((-moved, gain), 2), groups[:, 1:])
+    # into memory at hand where autograd allows it: fresh memory costs more than the product
+    edited = torch.addcmul(flat, flat, change, out=None if flat.requires_grad else change)
     return edited.view_as(weights)
 
 
@@ -196,7 +197,8 @@ class VAR(Method):
             if self.release:
                 sinks[:, forward.prompt :] = False
         if forward.generated:
-            groups = torch.nn.functional.pad(sinks[:, None].to(hidden.dtype), (0, 0, 1, 1))
+            groups = hidden.new_zeros(len(hidden), 3, 1)
+            groups[:, 1] = sinks
         else:
             groups = key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
         append(memory, ("groups", layer), groups, forward.past)
