@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeAlias
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import vlm_patch
 from tests import tiny
@@ -188,17 +190,43 @@ def guidance(names: Names) -> float:
     return answered(names, guidance_scale=1.5)
 
 
-@mode("prompt lookup", "the prompt repeats itself, so that drafts are made, taken and dropped")
+def half_right(answer: Tensor, start: int) -> Callable[..., Any]:
+    """What drafts, wherever an answer [n] behind `start` tokens has got to, its next two tokens and
+    a wrong one.
+    """
+
+    def candidates(drafter: object, ids: Tensor) -> tuple[Tensor, None]:
+        draft = answer[ids.shape[1] - start :][:3].clone()
+        draft[2:] = draft[2:] % 50 + 30
+        return torch.cat([ids, draft[None]], 1), None
+
+    return candidates
+
+
+@mode("prompt lookup", "with its own drafts, and with drafts of which two in three are right")
 def prompt_lookup(names: Names) -> float:
     rows = [[tiny.BOS, tiny.IMAGE, *[21, 22, 23, 24] * 3, 25, 21]]
-    return max(answered(names, rows, prompt_lookup_num_tokens=n) for n in (2, 4))
+    worst = answered(names, rows, prompt_lookup_num_tokens=4)
+    model = model_of()
+    batch = prompt(model, rows)
+    with vlm_patch.wrap(model, *ours(names)):
+        answer = generated(batch, generate(model, batch, 10))[0]
+        drafts = half_right(answer, batch["input_ids"].shape[1])
+        with mock.patch.object(PromptLookupCandidateGenerator, "get_candidates", drafts):
+            output = generate(model, batch, 10, prompt_lookup_num_tokens=3)
+    return max(worst, off(model, batch, output, names))
 
 
-@mode("assistant model", "drafted by the same model without methods, and by another one")
+def drafting(model: nn.Module) -> nn.Module:
+    """A model that drafts four tokens, however unsure it is of them."""
+    model.generation_config.num_assistant_tokens = 4
+    model.generation_config.assistant_confidence_threshold = 0.0
+    return model
+
+
+@mode("assistant model", "drafts of the same model without methods, and of another one")
 def assistant(names: Names) -> float:
-    helpers = planted("llava"), planted("llava", seed=5)
-    for helper in helpers:
-        helper.generation_config.num_assistant_tokens = 4
+    helpers = drafting(planted("llava")), drafting(planted("llava", seed=5))
     return max(answered(names, tiny.ONE_IMAGE, assistant_model=helper) for helper in helpers)
 
 

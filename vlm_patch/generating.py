@@ -87,6 +87,15 @@ def check_options(given: Mapping[str, Any], default: Any) -> None:
                 f"generate({name}={found!r}) cannot run with methods on: {reason}. Leave {name} at "
                 f"{passing[-1]!r}, or generate inside `with patch.disabled():`"
             )
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        found, length = option(name, given, default), _cached(given)
+        if found is not None and length:
+            shown = found if isinstance(found, int) else type(found).__name__
+            raise PatchError(
+                f"generate({name}={shown}) cannot go on behind a cache that holds {length} tokens: "
+                f"transformers would read the conversation a second time. Leave {name} out, or "
+                "give the whole conversation without a cache."
+            )
     chunk, guidance = (option(n, given, default) for n in ("prefill_chunk_size", "guidance_scale"))
     if chunk is not None and guidance not in (None, 1):
         raise PatchError(
@@ -94,6 +103,12 @@ def check_options(given: Mapping[str, Any], default: Any) -> None:
             "methods on: the prompts of both branches could not be told apart in pieces. Leave one "
             "of the two out, or generate inside `with patch.disabled():`"
         )
+
+
+def _cached(given: Mapping[str, Any]) -> int:
+    """How many tokens the cache holds that `generate` was given."""
+    caches = (given.get(name) for name in ("cache", "past_key_values"))
+    return max((int(one.get_seq_length()) for one in caches if one is not None), default=0)
 
 
 def told(given: Mapping[str, Any], default: Any) -> Told | None:
@@ -108,7 +123,7 @@ def told(given: Mapping[str, Any], default: Any) -> Told | None:
     if tokens is None:
         return None
     drafting = getattr(given.get("generation_config"), "is_assistant", False)
-    if drafting and any(given.get(name) is not None for name in ("cache", "past_key_values")):
+    if drafting and _cached(given):
         return Told(0)
     return Told(
         end=(tokens if mask is None else mask).shape[1],
