@@ -6,16 +6,24 @@ The reference, the tiny models and the ways themselves live with the tests (test
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from eval.errors import EvalError
 from eval.table import layout
 
-if TYPE_CHECKING:
-    from tests.modes import Row
+
+@dataclass(frozen=True)
+class Row:
+    """What came out for one way and method; max_error None: refused, and the note says why."""
+
+    mode: str
+    method: str
+    max_error: float | None
+    ok: bool
+    note: str
 
 
 def modes(as_json: bool, out: Path | None) -> None:
@@ -37,12 +45,11 @@ def measured() -> list[Row]:
     """A row for every way and method; some lines of progress go to stderr."""
     import torch
     from tqdm import tqdm
-    from transformers.utils import logging
 
     from tests.modes import MODES, SIDES, measure  # live with the tests, as their reference
 
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     pairs = [(mode, side) for mode in MODES for side in SIDES]
     return [measure(mode, side) for mode, side in tqdm(pairs, desc="modes", leave=False)]
 

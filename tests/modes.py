@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import vlm_patch
+from eval.modes import Row
 from tests import tiny
 from tests.compare import answer_logits, generated, ours, planted, reference
 from tests.reference import Sample, capture, logits, trace
@@ -45,17 +46,6 @@ class Mode:
 
     name: str
     measure: Callable[[Names], float]
-    note: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came out for one mode and side; max_error None: refused, and the note says why."""
-
-    mode: str
-    method: str
-    max_error: float | None
-    ok: bool
     note: str
 
 

@@ -9,14 +9,13 @@ import torch
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import vlm_patch
-from eval.modes import markdown
+from eval.modes import Row, markdown
 from tests import tiny
 from tests.compare import NO_PROCESSOR, generated, ours, planted
 from tests.modes import (
     CLOSE,
     MODES,
     SIDES,
-    Row,
     drafting,
     generate,
     half_right,
