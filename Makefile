@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LMMS_VENV ?= .venv-lmms
+LMMS_READY := $(LMMS_VENV)/.ready
 
-.PHONY: demo test lint types pocket clean
+.PHONY: demo test test-lmms lint types pocket clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +20,18 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# What lmms-eval needs to start and to run its image tasks; its video and judge packages stay out.
+$(LMMS_READY): pyproject.toml
+	$(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/pip install --quiet "torch==2.13.0"
+	$(LMMS_VENV)/bin/pip install --quiet --no-deps "lmms-eval>=0.7,<0.8"
+	$(LMMS_VENV)/bin/pip install --quiet datasets evaluate loguru pydantic pytablewriter pytz sacrebleu tenacity
+	$(LMMS_VENV)/bin/pip install --quiet --editable ".[eval]" pytest
+	touch $(LMMS_READY)
+
+test-lmms: $(LMMS_READY)
+	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest tests_lmms
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,4 +43,4 @@ pocket: $(READY)
 	$(BIN)/python -m eval.pocket.train
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(LMMS_VENV) runs

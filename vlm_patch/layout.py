@@ -194,16 +194,16 @@ class Layout(threading.local):
 
     def _step(self, generation: Generation, past: int, rows: int) -> Forward:
         """The forward of one generated token per sample, or of several that were drafted."""
-        masks = [generation.ahead(name, past + rows) for name in KEY_MASKS]
+        image, query, content = (generation.ahead(name, past + rows) for name in KEY_MASKS)
         if generation.step is not None and generation.step.forward.valid.shape[1] == rows:
             forward: Forward = generation.step.forward
-            forward.past, (forward.image, forward.query, forward.content) = past, masks
+            forward.past, forward.image = past, image
+            forward.query, forward.content = query, content
             return forward
         seen = generation.keys["seen", 0]
         row, text = torch.ones_like(seen)[:, None], seen[:, None]
         if rows > 1:
             row, text = row.expand(-1, rows), text.expand(-1, rows)
-        image, query, content = masks
         return Forward(
             past=past,
             image=image,
