@@ -214,7 +214,10 @@ class Regrouping(Method, ABC):
 
     @abstractmethod
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
-        """What each group adds to the factor of its keys, `[B, G, H, R]`; see `reweigh`."""
+        """What each group adds to the factor of its keys, `[B, G, H, R]`; see `reweigh`.
+
+        groups: of all keys so far; masses lie on those that a sliding window has left.
+        """
 
     def newest(self, keys: int, layer: int, forward: Forward, memory: Memory) -> Tensor:
         """The groups `[B, G, keys]` of the newest keys: a sliding window drops older ones."""
@@ -222,8 +225,10 @@ class Regrouping(Method, ABC):
         return self.groups(layer, forward, memory)[..., total - keys : total]
 
     def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
-        groups = self.newest(weights.shape[-1], layer, forward, memory)
-        return reweigh(weights, groups, self.shares_in(forward))
+        newest = self.newest(weights.shape[-1], layer, forward, memory)
+        every = self.groups(layer, forward, memory)[..., : forward.image.shape[1]]
+        shares = self.shares_in(forward)
+        return reweigh(weights, newest, lambda masses, _: shares(masses, every))
 
     def shares_in(self, forward: Forward) -> Shares:
         """`shares`, shown all heads where other processes compute some of them."""
