@@ -1,7 +1,12 @@
 """What holds for every test."""
 
+import os
+
 import pytest
 import torch
+
+# read when Triton is first imported; the kernels' tests run on the CPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
