@@ -10,7 +10,8 @@ from torch import nn
 
 from tests import tiny
 from vlm_patch import UnsupportedModelError
-from vlm_patch.model import PROFILES, read
+from vlm_patch.model import read
+from vlm_patch.profiles import PROFILES
 
 TEXT = {
     "hidden_size": 64,
