@@ -69,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
 
     _add_models(commands.add_parser("models", help="which model families are supported, measured"))
     _add_speed(commands.add_parser("speed", help="what the methods cost beside the stock model"))
+    ways = commands.add_parser("modes", help="every way of generating, against the slow reference")
+    ways.add_argument("--json", action="store_true", help="print one JSON list")
+    ways.add_argument("--out", type=Path, metavar="FILE", help="write it there too")
+    ways.set_defaults(command=_modes)
     return top
 
 
@@ -159,6 +163,12 @@ def _speed(options: argparse.Namespace) -> None:
         options.threads,
         options.device,
     )
+
+
+def _modes(options: argparse.Namespace) -> None:
+    from eval import modes  # runs models, which no other command needs
+
+    modes.modes(options.json, options.out)
 
 
 def _sweep(options: argparse.Namespace) -> None:

@@ -2,13 +2,12 @@
 
 import copy
 from collections.abc import Sequence
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+from transformers import GenerationConfig
 
 from tests import tiny
 from tests.compare import ALONE, NO_PROCESSOR, TOGETHER, error, generate, ours, planted
@@ -17,22 +16,10 @@ from vlm_patch.attention import Call
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
 CLOSE = 1e-5
-WINDOW = 12
 
 
 def label(names: Sequence[str]) -> str:
     return "+".join(names)
-
-
-@cache
-def sliding_llava() -> nn.Module:
-    """LLaVA whose layers see the newest 12 keys only, so that image keys drop out of sight."""
-    full = tiny.llava(kv_heads=2)
-    text = MistralConfig(**full.config.text_config.to_dict() | {"sliding_window": WINDOW})
-    config = LlavaConfig(**full.config.to_dict() | {"text_config": text})
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
-    model.load_state_dict(full.state_dict())
-    return tiny.plant(model)
 
 
 @pytest.mark.parametrize("names", ALONE + TOGETHER, ids=label)
@@ -58,21 +45,22 @@ def test_beams_on_a_static_cache() -> None:
 
 
 @pytest.mark.parametrize("names", ALONE + TOGETHER, ids=label)
-def test_a_sliding_window(names: Sequence[str]) -> None:
-    model = sliding_llava()
-    batch = tiny.inputs(model, tiny.ONE_IMAGE)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_sliding_window(names: Sequence[str], cache: str) -> None:
+    model = tiny.sliding_llava()
+    batch = tiny.inputs(model, tiny.MIXED_BATCH)
     with wrap(model, *ours(names)):
-        output = generate(model, batch, steps=4)
+        output = generate(model, batch, steps=4, cache_implementation=cache)
     assert error(model, batch, output, names) <= CLOSE
 
 
 def test_a_later_turn_that_would_need_a_cut() -> None:
-    model = sliding_llava()
+    model = tiny.sliding_llava()
     batch = tiny.inputs(model, tiny.ONE_IMAGE)
     with wrap(model, *ours(("gift-inside",))):
         output = generate(model, batch, steps=4)
         turn = torch.cat((output.sequences, torch.tensor([[20, 21, 22]])), 1)
-        with pytest.raises(PatchError, match="in a later turn needs a cache that can be cut"):
+        with pytest.raises(PatchError, match="behind a cache needs one that can be cut"):
             model.generate(turn, past_key_values=output.past_key_values, max_new_tokens=2)
 
 

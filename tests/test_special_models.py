@@ -140,8 +140,8 @@ def test_generate_is_given_back(kind: str) -> None:
     with vlm_patch.wrap(model, VHR()):
         assert "generate" in part.__dict__
         assert "generate" not in model.__dict__
-        with pytest.raises(PatchError, match="use_cache=False"):
-            model.generate(**prompt(kind, model, 0, "tensor"), use_cache=False)
+        with pytest.raises(PatchError, match="dola_layers='low'"):
+            model.generate(**prompt(kind, model, 0, "tensor"), dola_layers="low")
     assert "generate" not in part.__dict__
 
 

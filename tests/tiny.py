@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "qwen2_vl",
     "samples",
     "single",
+    "sliding_llava",
     "tokenizer",
 ]
 
@@ -101,6 +103,18 @@ def llava(
     )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)
     return _redrawn(model, seed)
+
+
+def sliding_llava(window: int = 12) -> LlavaForConditionalGeneration:
+    """A planted LLaVA whose layers see the newest keys only, so that image keys drop out of
+    sight.
+    """
+    full = llava(kv_heads=2)
+    text = MistralConfig(**full.config.text_config.to_dict() | {"sliding_window": window})
+    config = LlavaConfig(**full.config.to_dict() | {"text_config": text})
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    model.load_state_dict(full.state_dict())
+    return plant(model)
 
 
 def qwen2_vl(

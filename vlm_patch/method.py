@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from vlm_patch.shard import WHOLE, Shard
+
 Memory: TypeAlias = dict[tuple[str, int], Tensor]
 """What one method remembers of one generation, by name and layer.
 
@@ -74,9 +76,14 @@ class Forward:
 
     All masks are bool. image, query, content `[B, K]`: keys that are image tokens, tokens of the
     user's question, and its content words. valid, text, last `[B, S]`: rows that are no padding;
-    rows of text after the first image token (generated ones too); rows that predict the next token.
+    rows of text after the first image token (generated ones too); rows that predict a new token.
     seen `[B]`: samples with an image. reading: the rows hold a new question, and this is the pass
     in which methods look at how it is read. generated: the one row is a generated token.
+
+    prompt: how many rows, the first ones, are of a prompt; those behind were generated or drafted.
+    first: it is the first prompt of its conversation. starts, ends: its first, its last row is
+    among them; a long one may be read in several forwards. shard: which heads are at hand; what
+    compares heads must gather them first.
     """
 
     past: int
@@ -90,6 +97,11 @@ class Forward:
     reading: bool
     inputs: dict[str, Any] = field(repr=False)
     generated: bool = False
+    prompt: int = 0
+    first: bool = False
+    starts: bool = False
+    ends: bool = True
+    shard: Shard = WHOLE
 
     @property
     def new(self) -> slice:
@@ -144,7 +156,7 @@ class Method:
         return list(range(depth))
 
     def settles(self, forward: Forward) -> bool:
-        """Whether it chooses something in this forward by its last row."""
+        """Whether it chooses something in this forward by the prompt's last row."""
         return False
 
     def look(self, forward: Forward, memory: Memory, layers: list[int], run: StockPass) -> Method:
@@ -208,8 +220,11 @@ def reweigh(weights: Tensor, groups: Tensor, shares: Shares) -> Tensor:
 class Regrouping(Method, ABC):
     """A method whose edit is one factor per key, made of groups of keys (see `reweigh`).
 
-    Whatever has this form runs as two small kernels at a generated token on a GPU.
+    Whatever has this form runs as two small kernels at a generated token on a GPU. compares_heads:
+    a head's shares depend on the masses of the others.
     """
+
+    compares_heads: ClassVar[bool] = False
 
     def groups(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
         """The groups `[B, G, K]` of all keys so far, or of more than these."""
@@ -217,16 +232,33 @@ class Regrouping(Method, ABC):
 
     @abstractmethod
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
-        """What each group adds to the factor of its keys, `[B, G, H, R]`; see `reweigh`."""
+        """What each group adds to the factor of its keys, `[B, G, H, R]`; see `reweigh`.
 
-    def newest(self, keys: int, layer: int, forward: Forward, memory: Memory) -> Tensor:
-        """The groups `[B, G, keys]` of the newest keys: a sliding window drops older ones."""
+        groups: of all keys so far; masses lie on those that a sliding window has left.
+        """
+
+    def parts(
+        self, keys: int, layer: int, forward: Forward, memory: Memory
+    ) -> tuple[Tensor, Shares]:
+        """The groups `[B, G, keys]` of the newest keys, which are those that a sliding window has
+        left, and the shares by masses on them.
+        """
         total = forward.image.shape[1]
-        return self.groups(layer, forward, memory)[..., total - keys : total]
+        every = self.groups(layer, forward, memory)[..., :total]
+        shares = self._shares_in(forward)
+        if keys == total:
+            return every, shares
+        return every[..., total - keys :], lambda masses, _: shares(masses, every)
 
     def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
-        groups = self.newest(weights.shape[-1], layer, forward, memory)
-        return reweigh(weights, groups, self.shares)
+        return reweigh(weights, *self.parts(weights.shape[-1], layer, forward, memory))
+
+    def _shares_in(self, forward: Forward) -> Shares:
+        """`shares`, shown all heads where other processes compute some of them."""
+        shard = forward.shard
+        if shard.ranks == 1 or not self.compares_heads:
+            return self.shares
+        return lambda m, groups: shard.mine(self.shares(shard.gather(m, 2), groups), 2)
 
 
 def check_number(

@@ -9,17 +9,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_patch import attention, heads
 from vlm_patch.catalogue import fit, instances, unknown, values
 from vlm_patch.errors import PatchError
-from vlm_patch.generating import Generate
-from vlm_patch.layout import Given, Layout
+from vlm_patch.generating import Generate, check_options, told
+from vlm_patch.layout import Layout
 from vlm_patch.method import Method
 from vlm_patch.model import Decoder, read
 from vlm_patch.passes import Hook, Passes
+from vlm_patch.prompt import Given
 from vlm_patch.question import QuestionReader
+from vlm_patch.shard import shard_of
 
 _owners = itertools.count()
 
@@ -72,9 +74,10 @@ class Patch:
         self.heads = _tables(self._methods, decoder, layers, head_specs)
         self._disabled: list[frozenset[str]] = []
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
-        ids, bare = decoder.image_ids, decoder.special.bare
-        reader = None if processor is None else QuestionReader(processor, ids, bare)
-        self._layout = Layout(next(_owners), decoder.image_ids, reader, decoder.special.mask)
+        ids, special = decoder.image_ids, decoder.special
+        reader = None if processor is None else QuestionReader(processor, ids, special.bare)
+        self._shard = shard_of(model, decoder.layers[0].attention)
+        self._layout = Layout(next(_owners), ids, reader, special.mask, self._shard)
         self._removed = False
         with ExitStack() as undo:
             self._put_on(undo)
@@ -99,9 +102,7 @@ class Patch:
             undo.callback(handle.remove)
         speaker = self._decoder.speaker
         before = {name: call for name, call in speaker.__dict__.items() if name == "generate"}
-        around = None if speaker is model else self._layout.speaking
-        generate = Generate(speaker, speaker.generate, lambda: bool(self._switched()), around)
-        speaker.__dict__["generate"] = generate
+        speaker.__dict__["generate"] = Generate(speaker, speaker.generate, self._generating)
         undo.callback(speaker.__dict__.update, before)
         undo.callback(speaker.__dict__.pop, "generate", None)
 
@@ -129,6 +130,19 @@ class Patch:
             yield
         finally:
             self._disabled.pop()
+
+    @contextmanager
+    def _generating(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Around the model's `generate`: refuses what cannot be right, and keeps its prompt."""
+        if not self._switched():
+            yield
+            return
+        speaker = self._decoder.speaker
+        check_options(arguments, speaker.generation_config)
+        inner, mask_name = speaker is not self.model, self._decoder.special.mask
+        prompt = told(arguments, speaker.generation_config, inner, mask_name)
+        with self._layout.generating(prompt):
+            yield
 
     @contextmanager
     def prompt(self, image: Tensor | None = None, query: Tensor | None = None) -> Iterator[None]:
@@ -186,7 +200,9 @@ class Patch:
         known = self._switches.get(name)
         if known is None or known[0] is not table or known[1] != table._version:
             on = {
-                layer.index: None if row.all() else row.to(next(layer.block.parameters()).device)
+                layer.index: None
+                if row.all()
+                else self._shard.mine(row, 0).to(_device(layer.block))
                 for layer in self._decoder.layers
                 if (row := table[layer.index]).any()
             }
@@ -195,6 +211,16 @@ class Patch:
 
     def _learned(self, before: Method, after: Method) -> None:
         self._methods = [after if method is before else method for method in self._methods]
+
+
+def _device(block: nn.Module) -> torch.device:
+    """Where a block computes, which an offloaded one does not do where its weights are."""
+    found = next(block.parameters()).device
+    if found.type != "meta":
+        return found
+    hooks = (getattr(module, "_hf_hook", None) for module in block.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 def _tables(

@@ -93,11 +93,12 @@ def forward(
     positions: Tensor,
     edit_weights: WeightsEdit = lambda layer, block_input, weights: weights,
     edit_outputs: OutputsEdit = lambda layer, outputs: outputs,
+    from_cache: decoder.FromCache = decoder.as_they_are,
 ) -> Run:
-    """One pass of the literal decoder, or of a model's own layers."""
+    """One pass of the literal decoder, or of a model's own layers (with a cache without loss)."""
     if isinstance(model, Hooked):
         return model.run(embeds, edit_weights, edit_outputs)
-    return decoder.forward(model, embeds, positions, edit_weights, edit_outputs)
+    return decoder.forward(model, embeds, positions, edit_weights, edit_outputs, from_cache)
 
 
 def sinks(model: nn.Module, sample: Sample, dims: tuple[int, ...], tau: float) -> Tensor:
@@ -146,9 +147,19 @@ class _Pass:
         self.seen.maps = list(self.maps)
         embeds, positions = self.sample.embeds, self.sample.positions
         self.seen.run = forward(
-            self.model, embeds, positions, self._edit_weights, self._edit_outputs
+            self.model, embeds, positions, self._edit_weights, self._edit_outputs, self._from_cache
         )
         return self.seen
+
+    def _from_cache(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys or values [groups, S, d] as a lossy cache gives them back, and the rows bool [S]
+        that see them so.
+        """
+        end = self.sample.turns[0].end
+        rows = torch.arange(self.sample.length) >= end
+        if self.sample.rounded is None:
+            return states, rows
+        return self.sample.rounded(states, end), rows
 
     def _edit_weights(self, layer: int, block_input: Tensor, weights: Tensor) -> Tensor:
         for method in self.methods:

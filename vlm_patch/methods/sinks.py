@@ -88,18 +88,24 @@ class _Record:
     norms `[B, S]`.
     """
 
+    forward: Forward
     blocks: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     value_path: list[Tensor] = field(default_factory=list)
+
+    @property
+    def parts(self) -> tuple[list[Tensor], ...]:
+        return self.blocks, self.attention, self.value_path
 
     def block(self, layer: int, hidden: Tensor) -> None:
         self.blocks.append(one_stream(hidden).float())
 
     def weights(self, layer: int, weights: Tensor, value: Tensor, attention: nn.Module) -> None:
-        self.attention.append(weights.mean((1, 2)))
+        weights = weights.mean(2)
+        self.attention.append(self.forward.shard.gather(weights, 1).mean(1))
         groups = weights.shape[1] // value.shape[1]
         norms = _projected_norms(value.repeat_interleave(groups, 1), attention)
-        self.value_path.append((weights.mean(2) * norms).mean(1))
+        self.value_path.append(self.forward.shard.gather(weights * norms, 1).mean(1))
 
 
 def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
@@ -109,9 +115,13 @@ def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
     value = value.float()
     for name in ("o_proj", "out_proj", "dense"):
         matrix = getattr(getattr(attention, name, None), "weight", None)
+        local = getattr(matrix, "to_local", None)  # under tensor parallelism
+        matrix = matrix if local is None else local()
         heads, size = value.shape[1], value.shape[-1]
-        if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.shape[1] == heads * size:
-            per_head = matrix.float().view(-1, heads, size).permute(1, 2, 0)
+        if not isinstance(matrix, Tensor) or matrix.is_meta or not matrix.is_floating_point():
+            continue  # offloaded to the CPU or a disk, or whole numbers whose scale lies elsewhere
+        if matrix.ndim == 2 and matrix.shape[1] == heads * size:
+            per_head = matrix.dequantize().float().view(-1, heads, size).permute(1, 2, 0)
             gram = per_head @ per_head.transpose(1, 2)
             square: Tensor = ((value @ gram) * value).sum(-1)
             return square.clamp_min(0).sqrt()
@@ -128,23 +138,19 @@ def discover(forward: Forward, run: StockPass) -> Found:
     others, and both halves of the data (samples, or layers where there is one sample) give the same
     channels.
     """
-    rows = forward.text.all(0).nonzero().flatten()[-WATCHED_ROWS:]
+    rows = forward.text[:, : forward.prompt].all(0).nonzero().flatten()[-WATCHED_ROWS:]
     if not len(rows):
         return Found(
             (), "The first prompt has no text after its image, so nothing could be checked."
         )
-    record = _Record()
+    record = _Record(forward)
     run(
         forward.inputs,
         Watcher(block=record.block, weights=record.weights, rows=rows),
     )
-    return judge(
-        torch.stack(record.blocks, 1),
-        torch.stack(record.attention, 1),
-        torch.stack(record.value_path, 1),
-        forward.valid,
-        forward.image[:, forward.new],
-    )
+    end = forward.prompt
+    blocks, attention, value_path = (torch.stack(part, 1)[:, :, :end] for part in record.parts)
+    return judge(blocks, attention, value_path, forward.valid[:, :end], forward.image[:, :end])
 
 
 def judge(

@@ -70,7 +70,7 @@ def without_image(forward: Forward) -> dict[str, Any]:
     position_ids `[B, T]`, T the longest text of the batch. The mask is `[B, 1, T, T]` where text
     looks ahead (PaliGemma's prefix), which the decoder would not do by itself.
     """
-    keep = forward.valid & ~forward.image[:, forward.new]
+    keep = (forward.valid & ~forward.image[:, forward.new])[:, : forward.prompt]
     length = max(1, int(keep.sum(1).max()))
     order = keep.long().argsort(dim=1, stable=True)[:, -length:]
     samples = torch.arange(len(order), device=order.device)[:, None]
@@ -153,12 +153,18 @@ class VHR(Method):
         return list(self.layers or ())
 
     def settles(self, forward: Forward) -> bool:
-        return forward.past == 0
+        return forward.first and forward.prompt > 0
 
     def look(self, forward: Forward, memory: Memory, layers: list[int], run: StockPass) -> Method:
         """The text-only pass: keeps the last row's head outputs of every layer that is on."""
-        if forward.past > 0:
+        if not forward.first:
             return self
+        if not forward.ends:
+            raise PatchError(
+                "vhr chooses its heads by the last row of the prompt and makes them louder in all "
+                "rows before it, so a prompt cannot be read in chunks: leave prefill_chunk_size "
+                'out, or generate inside `with patch.disabled("vhr"):`'
+            )
         memory.clear()
 
         def keep(layer: int, output: Tensor) -> None:
@@ -170,7 +176,7 @@ class VHR(Method):
 
     def begin(self, forward: Forward, memory: Memory) -> None:
         """Heads are chosen anew by every pass over the first prompt, and kept from then on."""
-        if forward.past == 0:
+        if self.settles(forward):
             for key in [key for key in memory if key[0] == "gain"]:
                 del memory[key]
 
@@ -185,7 +191,9 @@ class VHR(Method):
                     "a conversation's first prompt is read, with its image. Switch layers before "
                     "the prompt."
                 )
-            chosen = self.choose(output[:, -1], memory["text", layer])
+            outputs = output[:, forward.prompt - 1].detach(), memory["text", layer]
+            chosen = self.choose(*(forward.shard.gather(heads, 1) for heads in outputs))
+            chosen = forward.shard.mine(chosen, 1)
             gain = torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)
             memory["gain", layer] = gain
         return gain
