@@ -32,7 +32,7 @@ VISION = {
     "patch_size": 8,
 }
 QFORMER = VISION | {"vocab_size": 120}
-ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3]}
 
 
 def llava() -> nn.Module:
@@ -49,7 +49,7 @@ def llava_next() -> nn.Module:
 
 def qwen2_vl() -> nn.Module:
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8}
-    text = TEXT | {"rope_parameters": ROPE}
+    text = TEXT | {"rope_scaling": ROPE, "rope_theta": 10000.0}
     config = hf.Qwen2VLConfig(
         text_config=text, vision_config=vision, image_token_id=99, video_token_id=98
     )
@@ -58,7 +58,7 @@ def qwen2_vl() -> nn.Module:
 
 def qwen2_5_vl() -> nn.Module:
     vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 8}
-    text = TEXT | {"rope_parameters": ROPE}
+    text = TEXT | {"rope_scaling": ROPE, "rope_theta": 10000.0}
     config = hf.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, image_token_id=99, video_token_id=98
     )

@@ -6,6 +6,7 @@ no decision of any method lies within float32 rounding of its threshold.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 
@@ -107,9 +108,9 @@ def qwen2_vl(
     layers: int = 4, seed: int = 1, attn: str = "sdpa", kv_heads: int = 2, **text_kw: object
 ) -> Qwen2VLForConditionalGeneration:
     """Qwen2-VL (m-rope, biased q/k/v) of `layers` x 4 heads, width 64."""
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
     config = Qwen2VLConfig(
-        text_config=_text(layers, kv_heads) | {"rope_parameters": rope} | text_kw,
+        text_config=_text(layers, kv_heads) | {"rope_scaling": rope, "rope_theta": 10000.0} | text_kw,
         vision_config={
             "depth": 2,
             "embed_dim": 32,
@@ -209,7 +210,7 @@ def float64(model: nn.Module) -> nn.Module:
     """A float64 copy whose norms compute in float64 too; transformers' own round to float32."""
     exact = copy.deepcopy(model).double()
     for module in exact.modules():
-        if type(module).__name__ in ("LlamaRMSNorm", "Qwen2VLRMSNorm"):
+        if type(module).__name__ in ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen2VLRMSNorm"):
             module.forward = MethodType(_exact_rms_norm, module)
     return exact
 
@@ -243,9 +244,13 @@ def inputs(
         found["image_grid_thw"] = grid
     elif count:
         found["pixel_values"] = _marked_images(torch.randn(count, 3, 32, 32, generator=generator))
-    if qwen:
-        found["mm_token_type_ids"] = (ids == IMAGE).int()
-    return found
+    return found | _token_types(model, ids)
+
+
+def _token_types(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What Qwen2-VL is told of every token; older versions of transformers do not ask for it."""
+    asked = "mm_token_type_ids" in inspect.signature(type(model).forward).parameters
+    return {"mm_token_type_ids": (ids == IMAGE).int()} if asked else {}
 
 
 def _marked_images(pixels: Tensor) -> Tensor:
@@ -291,8 +296,7 @@ def single(model: nn.Module, batch: Mapping[str, Tensor], row: int) -> dict[str,
     kept = batch["attention_mask"].bool()
     ids = [batch["input_ids"][index][kept[index]] for index in range(len(kept))]
     found = {"input_ids": ids[row][None], "attention_mask": torch.ones_like(ids[row])[None]}
-    if isinstance(model, Qwen2VLForConditionalGeneration):
-        found["mm_token_type_ids"] = (found["input_ids"] == IMAGE).int()
+    found |= _token_types(model, found["input_ids"])
     before, here = (sum(map(_images, ids[:end])) for end in (row, row + 1))
     if here == before:
         return found

@@ -1,8 +1,7 @@
 """Token ids, tokenizer and processor of the tiny models, made in code: no download, no file."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 SINK_WORD = 7  # a text token that `plant` makes a sink, so that generated tokens can be sinks
@@ -60,7 +59,7 @@ def processor() -> LlavaProcessor:
     """What `llava()` needs: 32 x 32 images of 16 tokens, "USER: <image>\\n... ASSISTANT:"."""
     side = {"height": 32, "width": 32}
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side),
         tokenizer=tokenizer(),
         patch_size=8,
         vision_feature_select_strategy="default",

@@ -265,7 +265,7 @@ def _last_row(forward: Forward, kwargs: dict[str, Any]) -> tuple[Forward, dict[s
             return value
         if name == "attention_mask":
             return value[:, :, -1:] if value.ndim == 4 else value
-        if name == "position_ids":
+        if name in ("position_ids", "cache_position"):
             return value[..., -1:]
         per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
         return value[:, -1:] if per_row else value
