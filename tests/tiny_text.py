@@ -51,6 +51,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
         extra_special_tokens={"image_token": "<image>"},
     )
 
