@@ -118,7 +118,7 @@ def test_a_family(
     with torch.device("meta"):
         model = build()
     found = read(model)
-    assert found.module is model.get_decoder()
+    assert found.module in model.get_decoder().modules()
     assert (type(found.module).__name__, found.kind) == (decoder, kind)
     assert (found.depth, found.heads, found.width) == (3, 4, 64)
     assert found.image_ids == image_ids
@@ -168,14 +168,14 @@ def t5() -> nn.Module:
 def blip2() -> nn.Module:
     text = hf.OPTConfig(hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
     config = hf.Blip2Config(
-        text_config=text, vision_config=VISION, qformer_config=QFORMER, image_token_index=99
+        text_config=text.to_dict(), vision_config=VISION, qformer_config=QFORMER, image_token_index=99
     )
     return hf.Blip2ForConditionalGeneration(config)
 
 
 def instructblip() -> nn.Module:
     config = hf.InstructBlipConfig(
-        text_config=hf.LlamaConfig(**TEXT),
+        text_config=hf.LlamaConfig(**TEXT).to_dict(),
         vision_config=VISION,
         qformer_config=QFORMER,
         image_token_index=99,
@@ -186,7 +186,7 @@ def instructblip() -> nn.Module:
 def mllama() -> nn.Module:
     vision = VISION | {"num_global_layers": 1, "intermediate_layers_indices": [0, 1]}
     config = hf.MllamaConfig(
-        text_config=TEXT | {"cross_attention_layers": [1]},
+        text_config=TEXT | {"cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
         vision_config=vision | {"vision_output_dim": 96},
         image_token_index=99,
     )

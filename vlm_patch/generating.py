@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import GenerationConfig
 
 from vlm_patch.errors import PatchError
 
@@ -25,6 +26,9 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "output_attentions": (None, False),
 }
 """The values that generation options may have; the last of each is the one that messages name."""
+
+UNSET = GenerationConfig()
+"""Its values count as not given: None, but a value for some options before transformers 5."""
 
 
 class Generate:
@@ -57,12 +61,12 @@ def check_options(given: Mapping[str, Any], default: Any) -> None:
     """Raises PatchError for a way of generating in which methods would go wrong in silence.
 
     given: the arguments of `generate` by name. default: the model's own generation config, which
-    counts where the one given says None, as in transformers.
+    counts where the one given does not say it, as in transformers.
     """
     for name, supported in SUPPORTED.items():
         found = given.get(name)
         for config in (given.get("generation_config"), default):
-            if found is None and name not in given:
+            if name not in given and found in (None, getattr(UNSET, name, None)):
                 found = getattr(config, name, None)
         if found not in supported:
             raise PatchError(

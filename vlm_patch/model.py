@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from vlm_patch.errors import UnsupportedModelError
 
@@ -123,7 +124,7 @@ def read(model: Any) -> Decoder:
             f"{name} looks at the image through cross-attention; this version edits decoders that "
             "hold the image among their own tokens"
         )
-    module = model.get_decoder()
+    module = _innermost(model.get_decoder())
     layers = tuple(_layers(module))
     if not layers:
         raise UnsupportedModelError(
@@ -145,6 +146,15 @@ def read(model: Any) -> Decoder:
 def _image_ids(config: Any) -> tuple[int, ...]:
     found = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     return tuple(token for token in found if isinstance(token, int))
+
+
+def _innermost(decoder: nn.Module) -> nn.Module:
+    """The innermost model that holds the attention of every layer: `get_decoder()` of transformers
+    before 5 may stop at one around it, which has the vision tower too.
+    """
+    every = set(filter(_dispatches, decoder.modules()))
+    models = [module for module in decoder.modules() if isinstance(module, PreTrainedModel)]
+    return [decoder, *(model for model in models if every <= set(model.modules()))][-1]
 
 
 def _layers(decoder: nn.Module) -> list[Layer]:
