@@ -6,6 +6,7 @@ Every side has a model object of its own on the same weights, so the stock one i
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import time
 import warnings
@@ -52,13 +53,19 @@ class Side:
     def name(self) -> str:
         return self.method if self.kind == "ours" else f"{self.kind} {self.method}".strip()
 
+    @property
+    def cache_name(self) -> str:
+        """What the model calls its cache: `cache` since transformers 5.24."""
+        named = "cache" in inspect.signature(self.model.forward).parameters
+        return "cache" if named else "past_key_values"
+
     @torch.inference_mode()
     def prefill(self) -> float:
         """Seconds for the prompt; keeps its cache."""
         start = now(self.model.device)
         output = self.model(**{**self.prompt.inputs, "use_cache": True, "logits_to_keep": 1})
         seconds = now(self.model.device) - start
-        self.cache, self.logits = output.past_key_values, output.logits
+        self.cache, self.logits = output[self.cache_name], output.logits
         return seconds
 
     @torch.inference_mode()
@@ -66,7 +73,8 @@ class Side:
         """The logits `[B, 1, V]` behind one more token: the last one of the prompt again."""
         key = "input_ids" if "input_ids" in self.prompt.inputs else "inputs_embeds"
         token = {key: self.prompt.inputs[key][:, -1:]}
-        logits: Tensor = self.model(**token, past_key_values=self.cache, use_cache=True).logits
+        token[self.cache_name] = self.cache
+        logits: Tensor = self.model(**token, use_cache=True).logits
         return logits
 
     def decode(self, steps: int) -> float:

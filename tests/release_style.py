@@ -47,7 +47,8 @@ class Prompt:
         """Forward pre-hook: runs the passes that must come first, then follows the new rows."""
         if self.inside:
             return
-        cache, new = kwargs.get("past_key_values"), kwargs["inputs_embeds"].shape[1]
+        self.cache_name = "cache" if "cache" in kwargs else "past_key_values"
+        cache, new = kwargs.get(self.cache_name), kwargs["inputs_embeds"].shape[1]
         self.past = 0 if cache is None else int(cache.get_seq_length())
         seen = self._over(self.image, self.past + new).cumsum(0) > 0
         self.rows = (seen & ~self._over(self.image, self.past + new))[self.past :]
@@ -57,7 +58,7 @@ class Prompt:
     def _read(self, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
         self.gain = None
         self.inside = True
-        once = {**kwargs, "past_key_values": None, "use_cache": False}
+        once = {**kwargs, self.cache_name: None, "use_cache": False}
         if any(isinstance(spec, Vhr) for spec in self.specs):
             embeds = kwargs["inputs_embeds"][:, ~self.image]
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None]

@@ -24,7 +24,7 @@ from vlm_patch.model import Layer
 
 NAME = "vlm_patch"
 SLOT = "_vlm_patch"
-UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "cache")
+UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "write_index")
 """Arguments of rarer attention kinds, whose rows could not be recomputed rightly."""
 
 Stock: TypeAlias = Callable[[], tuple[Tensor, Tensor | None]]

@@ -140,7 +140,7 @@ class Layout(threading.local):
         self.pending = _Pending(ids, images, mask)
 
     def see_decoder(
-        self, kwargs: dict[str, Any], question: bool, words: str | Tensor
+        self, kwargs: dict[str, Any], cache: Any, question: bool, words: str | Tensor
     ) -> tuple[Forward, Generation]:
         """Called before the decoder runs, which it always does. Raises PatchError where the layout
         cannot be told.
@@ -152,7 +152,6 @@ class Layout(threading.local):
         embeds = kwargs.get("inputs_embeds")
         hidden = embeds if embeds is not None else kwargs["input_ids"]
         batch, rows = hidden.shape[:2]
-        cache = kwargs.get("past_key_values")
         past = _cached(cache, rows)
         generation = self._generation(cache, past, batch)
         generation.length = past + rows

@@ -18,6 +18,8 @@ from vlm_patch.errors import PatchError
 from vlm_patch.layout import Generation, Layout, attach
 from vlm_patch.method import Forward, Method, Watcher
 
+OLD_CACHE_NAME = "past_key_values"
+
 
 class Hook:
     """A hook that does nothing in a deep copy or a pickle of the model."""
@@ -62,6 +64,9 @@ class Passes:
     learned: Callable[[Method, Method], None]
     now: Now = field(default_factory=Now)
 
+    def __post_init__(self) -> None:
+        self.cache_name = cache_name(self.decoder)
+
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model."""
         if not self.now.inside:
@@ -77,18 +82,20 @@ class Passes:
             self.layout.pending = None
             return None
         kwargs = _named(module, args, kwargs)
-        if kwargs.get("cache") is not None:
+        if "write_index" in kwargs:
             self.layout.see_continuous_batch()
             return None
-        _check(module, kwargs)
+        if OLD_CACHE_NAME in kwargs:
+            kwargs.setdefault(self.cache_name, kwargs.pop(OLD_CACHE_NAME))
+        cache = kwargs.get(self.cache_name)
+        _check(module, cache, kwargs)
         asking = [method for method, _ in switched if method.reads_question]
         forward, generation = self.layout.see_decoder(
-            kwargs, bool(asking), asking[0].words if asking else "all"
+            kwargs, cache, bool(asking), asking[0].words if asking else "all"
         )
-        cache = kwargs.get("past_key_values")
         if cache is None and _wants_cache(module, kwargs):
             config: Any = module.config
-            cache = kwargs["past_key_values"] = DynamicCache(config=config)
+            cache = kwargs[self.cache_name] = DynamicCache(config=config)
         if cache is not None and forward.past == 0:
             attach(cache, generation)
         if generation.pictured:
@@ -158,7 +165,7 @@ class Passes:
         """Runs a method's own passes of the stock model, and keeps what it learned of the model."""
 
         def run(inputs: dict[str, Any], watcher: Watcher) -> None:
-            self._run(Watching(watcher), _without_cache(inputs))
+            self._run(Watching(watcher), self._without_cache(inputs))
 
         before = active.method
         with torch.no_grad():
@@ -190,7 +197,7 @@ class Passes:
         for active in actives:
             active.method.begin(forward, active.memory)
         first = [replace(a, heads={}) if a in late else a for a in actives]
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = kwargs.get(self.cache_name)
         again = any(a.method.settles(forward) for a in actives if a not in late)
         if again or not _can_be_cut(cache):
             if forward.past:
@@ -199,29 +206,37 @@ class Passes:
                     "which in a later turn needs a cache that can be cut: use a DynamicCache of a "
                     "model without sliding window, or watch a lower layer"
                 )
-            self._run(Editing(forward, first), _without_cache(kwargs))
+            self._run(Editing(forward, first), self._without_cache(kwargs))
             return replace(forward, reading=False), kwargs
         self.now.first = self._run(Editing(forward, first), kwargs)
         cache.crop(-1)
         return _last_row(forward, kwargs)
 
+    def _without_cache(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a prompt for a pass that leaves no trace; masks for a static cache are
+        cut.
+        """
+        rows = kwargs["inputs_embeds"].shape[1]
+
+        def cut(mask: Any) -> Any:
+            if isinstance(mask, Mapping):
+                return {kind: cut(of_kind) for kind, of_kind in mask.items()}
+            return mask[..., :rows] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
+
+        mask = cut(kwargs.get("attention_mask"))
+        nothing = {self.cache_name: None, "use_cache": False}
+        return {**kwargs, "attention_mask": mask, **nothing}
+
+
+def cache_name(decoder: nn.Module) -> str:
+    """What a decoder calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    known = inspect.signature(type(decoder).forward).parameters
+    return "cache" if "cache" in known else OLD_CACHE_NAME
+
 
 def _can_be_cut(cache: Any) -> bool:
     """Whether the last token can be taken out of a cache again."""
     return type(cache) is DynamicCache and not any(cache.is_sliding)
-
-
-def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a prompt for a pass that leaves no trace; masks for a static cache are cut."""
-    rows = kwargs["inputs_embeds"].shape[1]
-
-    def cut(mask: Any) -> Any:
-        if isinstance(mask, Mapping):
-            return {kind: cut(of_kind) for kind, of_kind in mask.items()}
-        return mask[..., :rows] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
-
-    mask = cut(kwargs.get("attention_mask"))
-    return {**kwargs, "attention_mask": mask, "past_key_values": None, "use_cache": False}
 
 
 def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -233,8 +248,7 @@ def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return bool(wanted)
 
 
-def _check(decoder: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
+def _check(decoder: nn.Module, cache: Any, kwargs: Mapping[str, Any]) -> None:
     if cache is not None and type(cache) not in (DynamicCache, StaticCache):
         raise PatchError(
             f"a {type(cache).__name__} is not supported on a patched model by this version: use a "
