@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
+# the oldest that pyproject.toml admits
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 
-.PHONY: demo test lint types pocket clean
+.PHONY: demo test test-oldest lint types pocket clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +21,16 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+$(OLDEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet "torch==2.13.0"
+	$(OLDEST)/bin/pip install --quiet --editable ".[eval,dev]" \
+	  "transformers==$(OLDEST_TRANSFORMERS)"
+	touch $(OLDEST)/.ready
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,4 +42,4 @@ pocket: $(READY)
 	$(BIN)/python -m eval.pocket.train
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(OLDEST) runs

@@ -142,7 +142,7 @@ def encode(processor: Any, batch: Sequence[Sample]) -> Any:
     """The batch as model inputs; EvalError names the sample that the processor cannot take."""
     conversations = [_conversation(sample) for sample in batch]
     render = processor.apply_chat_template
-    padding = {"padding": True}
+    padding: dict[str, Any] = {"padding": True}
     if "processor_kwargs" in inspect.signature(render).parameters:  # newer transformers
         padding = {"processor_kwargs": padding}
     try:

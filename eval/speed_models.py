@@ -27,7 +27,7 @@ from eval.pocket.scenes import render, scene
 try:
     from transformers.initialization import no_init_weights
 except ImportError:  # before transformers 5
-    from transformers.modeling_utils import no_init_weights
+    from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined, no-redef]
 
 LLAVA: Any = LlavaForConditionalGeneration
 TEXT_BEFORE, TEXT_AFTER = 5, 64

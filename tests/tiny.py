@@ -110,7 +110,9 @@ def qwen2_vl(
     """Qwen2-VL (m-rope, biased q/k/v) of `layers` x 4 heads, width 64."""
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
     config = Qwen2VLConfig(
-        text_config=_text(layers, kv_heads) | {"rope_scaling": rope, "rope_theta": 10000.0} | text_kw,
+        text_config=_text(layers, kv_heads)
+        | {"rope_scaling": rope, "rope_theta": 10000.0}
+        | text_kw,
         vision_config={
             "depth": 2,
             "embed_dim": 32,

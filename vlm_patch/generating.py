@@ -27,7 +27,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """The values that generation options may have; the last of each is the one that messages name."""
 
-UNSET = GenerationConfig()
+UNSET = GenerationConfig()  # type: ignore[no-untyped-call]
 """Its values count as not given: None, but a value for some options before transformers 5."""
 
 

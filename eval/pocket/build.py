@@ -111,7 +111,7 @@ def _config(vocabulary: int) -> LlavaConfig:
         patch_size=PATCH,
         projection_dim=96,
     )
-    text = LlamaConfig(
+    text = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=320,
