@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tests import tiny
-from vlm_patch import GIFT, VAR, VHR, PatchError, attention, patch, wrap
+from tests.untouched import check_error_in_method, check_interrupt, check_untouched, state_of
+from vlm_patch import GIFT, VAR, VHR, PatchError, patch, wrap
+from vlm_patch.method import Method
 
 METHODS = (
     VAR(dims=tiny.SINK_DIMS, tau=3.0),
@@ -23,23 +25,7 @@ METHODS = (
     VHR(layers=(1, 2, 3)),
 )
 KINDS = {"llava": tiny.llava, "qwen2-vl": tiny.qwen2_vl}
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
-
 pytestmark = pytest.mark.filterwarnings("ignore:No processor was given")
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model that a patch could leave changed; objects by identity."""
-    found: dict[str, Any] = {"state_dict": list(model.state_dict())}
-    for name, module in model.named_modules():
-        found[name, "keys"] = list(module.__dict__)
-        found[name, "config"] = id(getattr(module, "config", None))
-        found[name, "class"] = type(module)
-        for hooks in (*HOOKS, "_backward_hooks", "_forward_pre_hooks_with_kwargs"):
-            found[name, hooks] = [(key, id(hook)) for key, hook in getattr(module, hooks).items()]
-    for config in (model.config, model.config.get_text_config(), model.generation_config):
-        found[id(config)] = copy.deepcopy(config.__dict__)
-    return found
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -64,20 +50,20 @@ def planted(kind: str = "llava") -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_remove_leaves_the_untouched_model(kind: str, tmp_path: Path) -> None:
+def test_nothing_is_left_behind(kind: str, tmp_path: Path) -> None:
+    model = tiny.plant(KINDS[kind]())
+    check_untouched(model, tiny.inputs(model, tiny.BATCH_OF_3), METHODS, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_patch_is_seen_while_it_is_on(kind: str) -> None:
+    """So that being untouched afterwards means something."""
     model = planted(kind)
-    model.save_pretrained(tmp_path / "before")
     before, stock = state_of(model), logits(model)
-    handle = wrap(model, *METHODS)
-    assert not torch.equal(logits(model), stock)
-    assert state_of(model) != before
-    handle.remove()
-    assert state_of(model) == before
+    with wrap(model, *METHODS):
+        assert not torch.equal(logits(model), stock)
+        assert state_of(model) != before
     assert "generate" not in model.__dict__
-    assert torch.equal(logits(model), stock)
-    model.save_pretrained(tmp_path / "after")
-    for file in (tmp_path / "before").iterdir():
-        assert file.read_bytes() == (tmp_path / "after" / file.name).read_bytes(), file.name
 
 
 def test_a_patched_model_saves_what_the_stock_model_saves(tmp_path: Path) -> None:
@@ -139,38 +125,43 @@ def test_an_error_in_a_pass_of_our_own_leaves_the_patch_whole() -> None:
         assert torch.equal(logits(model), patched)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_a_failure_halfway_rolls_back(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+STAGES = {
+    "var": ("look", "begin", "block_input", "edited", "weights"),
+    "gift": ("begin", "edited", "watched", "observe", "weights"),
+    "vhr": ("look", "begin", "output_gain", "choose"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_an_error_at_any_stage_of_a_method(method: Method) -> None:
     model = planted()
     before = state_of(model)
-    done, install = [], attention.install
-
-    def failing(layer: Any, *rest: Any) -> None:
-        if len(done) == steps:
-            raise MemoryError
-        done.append(layer)
-        install(layer, *rest)
-
-    monkeypatch.setattr(attention, "install", failing)
-    with pytest.raises(MemoryError):
-        wrap(model, *METHODS)
-    assert state_of(model) == before
+    for stage in STAGES[method.name]:
+        check_error_in_method(model, tiny.inputs(model), METHODS, method, stage)
+        assert state_of(model) == before
 
 
-def test_a_failure_at_the_last_step_rolls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [1, 2, 5, 8, 11, 14])
+def test_an_interrupt_anywhere(at: int) -> None:
+    """In a pass of a method's own, in the prompt, between and within steps."""
     model = planted()
     before = state_of(model)
-
-    def failing(*args: Any) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(patch, "Generate", failing)
-    with pytest.raises(MemoryError):
-        wrap(model, *METHODS)
+    check_interrupt(model, tiny.inputs(model), METHODS, at)
     assert state_of(model) == before
-    monkeypatch.undo()
-    wrap(model, *METHODS).remove()
+
+
+def test_a_patch_can_be_taken_off_in_the_middle_of_generating() -> None:
+    model = planted()
+    before, stock = state_of(model), logits(model)
+    handle = wrap(model, *METHODS)
+
+    def stop(ids: Tensor, scores: Tensor) -> Tensor:
+        handle.remove()
+        return scores
+
+    model.generate(**tiny.inputs(model), max_new_tokens=3, logits_processor=[stop])
     assert state_of(model) == before
+    assert torch.equal(logits(model), stock)
 
 
 def test_a_refused_wrap_touches_nothing() -> None:
