@@ -5,17 +5,19 @@ import gc
 import io
 import pickle
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tests import tiny
-from tests.untouched import check_error_in_method, check_interrupt, check_untouched, state_of
+from tests.untouched import check_error_in_method, check_interrupt, check_untouched, files, state_of
 from vlm_patch import GIFT, VAR, VHR, PatchError, patch, wrap
 from vlm_patch.method import Method
 
@@ -73,8 +75,7 @@ def test_a_patched_model_saves_what_the_stock_model_saves(tmp_path: Path) -> Non
     with wrap(model, *METHODS):
         assert list(model.state_dict()) == keys
         model.save_pretrained(tmp_path / "patched")
-    for file in (tmp_path / "stock").iterdir():
-        assert file.read_bytes() == (tmp_path / "patched" / file.name).read_bytes(), file.name
+    assert files(tmp_path / "patched") == files(tmp_path / "stock")
 
 
 def test_the_end_of_with_takes_it_off_also_after_an_error() -> None:
@@ -309,6 +310,24 @@ def _pickled(model: nn.Module) -> bytes | str:
         return str(error)
 
 
+def test_a_deep_copy_saves_what_the_stock_model_saves(tmp_path: Path) -> None:
+    model = planted()
+    model.save_pretrained(tmp_path / "stock")
+    with wrap(model, *METHODS):
+        logits(model)
+        copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+    assert files(tmp_path / "copy") == files(tmp_path / "stock")
+
+
+def test_a_saved_state_dict_is_that_of_the_stock_model() -> None:
+    model, stock, patched = planted(), io.BytesIO(), io.BytesIO()
+    torch.save(model.state_dict(), stock)
+    with wrap(model, *METHODS):
+        logits(model)
+        torch.save(model.state_dict(), patched)
+    assert patched.getvalue() == stock.getvalue()
+
+
 def test_a_state_dict_loads_into_a_patched_model() -> None:
     model, other = planted(), tiny.llava(seed=2)
     with wrap(model, *METHODS):
@@ -335,20 +354,31 @@ def test_two_models_patched_at_once_do_not_mix() -> None:
             assert torch.equal(logits(qwen), alone[1])
 
 
-def live_tensors() -> int:
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+def live_objects() -> dict[str, int]:
+    """How many tensors, modules, and objects of this library there are."""
+    gc.collect()
+    kinds = Counter()
+    for thing in gc.get_objects():
+        kind = type(thing)
+        kinds["tensors"] += issubclass(kind, Tensor)
+        kinds["modules"] += issubclass(kind, nn.Module)
+        kinds["ours"] += str(kind.__module__).startswith("vlm_patch.")
+    return dict(kinds)
 
 
-def test_rounds_of_wrap_generate_remove_leak_nothing() -> None:
-    model = planted()
-    counts = []
-    for rounds in (1, 20):
+def test_200_rounds_of_wrap_generate_remove_leak_nothing() -> None:
+    model = tiny.plant(tiny.llava(layers=2))
+    batch = tiny.inputs(model)
+    methods = (METHODS[0], GIFT(alpha=3.0, saliency_layer=0, layers=(1,)), VHR(layers=(1,)))
+    found, resident = [], []
+    for rounds in (20, 200):
         for _ in range(rounds):
-            with wrap(model, *METHODS):
-                logits(model)
-        gc.collect()
-        counts.append(live_tensors())
-    assert counts[0] == counts[1]
+            with wrap(model, *methods):
+                model.generate(**batch, max_new_tokens=2, do_sample=False)
+        found.append(live_objects())
+        resident.append(psutil.Process().memory_info().rss)
+    assert found[0] == found[1]
+    assert resident[1] - resident[0] < 4 * 2**20  # one cache of 27 kB a round would be more
 
 
 def test_prompts_leave_nothing_in_a_patch_that_stays() -> None:
@@ -358,8 +388,7 @@ def test_prompts_leave_nothing_in_a_patch_that_stays() -> None:
         for rounds in (1, 5):
             for _ in range(rounds):
                 logits(model)
-            gc.collect()
-            counts.append(live_tensors())
+            counts.append(live_objects())
     assert counts[0] == counts[1]
 
 
