@@ -2,6 +2,19 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "suite",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=SLOW,
+)
+settings.register_profile("quick", max_examples=150, deadline=None, phases=[Phase.generate], suppress_health_check=SLOW)
+settings.register_profile("long", max_examples=5000, deadline=None, suppress_health_check=SLOW)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session", autouse=True)

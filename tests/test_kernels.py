@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+from transformers import GenerationConfig
 from transformers.generation.continuous_batching import continuous_api
 
 from tests import tiny
@@ -19,7 +19,6 @@ from vlm_patch.attention import Call
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
 CLOSE = 1e-5
-WINDOW = 12
 
 
 def label(names: Sequence[str]) -> str:
@@ -28,13 +27,8 @@ def label(names: Sequence[str]) -> str:
 
 @cache
 def sliding_llava() -> nn.Module:
-    """LLaVA whose layers see the newest 12 keys only, so that image keys drop out of sight."""
-    full = tiny.llava(kv_heads=2)
-    text = MistralConfig(**full.config.text_config.to_dict() | {"sliding_window": WINDOW})
-    config = LlavaConfig(**full.config.to_dict() | {"text_config": text})
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
-    model.load_state_dict(full.state_dict())
-    return tiny.plant(model)
+    """Image keys drop out of sight."""
+    return tiny.plant(tiny.sliding_llava(window=12, kv_heads=2))
 
 
 @pytest.mark.parametrize("names", ALONE + TOGETHER, ids=label)

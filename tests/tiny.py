@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "qwen2_vl",
     "samples",
     "single",
+    "sliding_llava",
     "tokenizer",
 ]
 
@@ -65,6 +67,7 @@ WIDTH = 64
 # of the random weights; the head's keeps float32 rounding of the logits near 1e-6
 GAINS = {"q_proj": 1.6, "k_proj": 1.6, "lm_head": 0.4, "out_proj": 0.3, "attn.proj": 0.3}
 SINK_DIMS = (3, 10)
+EXACT_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen2VLRMSNorm")
 # image token -> the activation that `plant` gives it; its pixels are the same in every image
 MARKS = {2: 20.0, 5: 6.0, 6: 20.0}
 
@@ -102,6 +105,16 @@ def llava(
     )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)
     return _redrawn(model, seed)
+
+
+def sliding_llava(window: int, attn: str = "sdpa", **options: object) -> nn.Module:
+    """LLaVA with a Mistral decoder whose layers see the newest `window` keys only."""
+    full = llava(attn=attn, **options)
+    text = MistralConfig(**full.config.text_config.to_dict() | {"sliding_window": window})
+    config = LlavaConfig(**full.config.to_dict() | {"text_config": text})
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)
+    model.load_state_dict(full.state_dict())
+    return model.eval()
 
 
 def qwen2_vl(
@@ -212,7 +225,7 @@ def float64(model: nn.Module) -> nn.Module:
     """A float64 copy whose norms compute in float64 too; transformers' own round to float32."""
     exact = copy.deepcopy(model).double()
     for module in exact.modules():
-        if type(module).__name__ in ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen2VLRMSNorm"):
+        if type(module).__name__ in EXACT_NORMS:
             module.forward = MethodType(_exact_rms_norm, module)
     return exact
 
