@@ -6,8 +6,10 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 # the oldest that pyproject.toml admits
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+LMMS_VENV ?= .venv-lmms
+LMMS_READY := $(LMMS_VENV)/.ready
 
-.PHONY: demo test test-oldest lint types pocket clean
+.PHONY: demo test test-oldest test-lmms lint types pocket clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +33,18 @@ $(OLDEST)/.ready: pyproject.toml
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest
 
+# What lmms-eval needs to start and to run its image tasks; its video and judge packages stay out.
+$(LMMS_READY): pyproject.toml
+	$(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/pip install --quiet "torch==2.13.0"
+	$(LMMS_VENV)/bin/pip install --quiet --no-deps "lmms-eval>=0.7,<0.8"
+	$(LMMS_VENV)/bin/pip install --quiet datasets evaluate loguru pydantic pytablewriter pytz sacrebleu tenacity
+	$(LMMS_VENV)/bin/pip install --quiet --editable ".[eval]" pytest
+	touch $(LMMS_READY)
+
+test-lmms: $(LMMS_READY)
+	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest tests_lmms
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +56,4 @@ pocket: $(READY)
 	$(BIN)/python -m eval.pocket.train
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs
+	rm -rf $(VENV) $(OLDEST) $(LMMS_VENV) runs

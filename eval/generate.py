@@ -76,6 +76,7 @@ def prepare(processor: Any, name: str) -> Any:
         raise EvalError(
             f"model {name}: its processor has no tokenizer ({type(processor).__name__})"
         )
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
     if not processor.chat_template:
         raise EvalError(
             f"model {name}: its processor has no chat template, so prompts cannot be rendered; "

@@ -134,7 +134,7 @@ def test_continuous_batching_runs_stock() -> None:
     def answers() -> list[list[int]]:
         try:
             found = model.generate_batch([[1, 5, 6, 20, 21], [1, 7, 8]], config, progress_bar=False)
-        except AttributeError:  # the sizes
+        except (AttributeError, ValueError):  # the sizes
             return []
         return [request.generated_tokens for request in found.values()]
 

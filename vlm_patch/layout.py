@@ -19,6 +19,8 @@ from vlm_patch.errors import PatchError
 from vlm_patch.method import Forward, Memory, append
 from vlm_patch.question import QuestionReader
 
+KEY_MASKS = ("image", "query", "content")
+
 
 @dataclass
 class Generation:
@@ -62,6 +64,19 @@ class Generation:
     def grow(self, name: str, new: Tensor, past: int) -> Tensor:
         """The mask `name` `[B, past + S]` with the new tokens' `[B, S]` behind the cached ones."""
         return append(self.keys, (name, 0), new, past)
+
+    def cut(self, past: int) -> None:
+        """Forgets the masks of tokens that were taken out of the cache again."""
+        for name in KEY_MASKS:
+            self.keys[name, 0][:, past:] = False
+
+    def ahead(self, name: str, total: int) -> Tensor:
+        """The mask `name` `[B, total]` where the tokens not seen yet are none of it."""
+        buffer = self.keys[name, 0]
+        if buffer.shape[1] < total:
+            append(self.keys, (name, 0), torch.zeros_like(buffer), buffer.shape[1])
+            buffer = self.keys[name, 0]
+        return buffer[:, :total]
 
 
 class _Reordering:
@@ -154,6 +169,8 @@ class Layout(threading.local):
         batch, rows = hidden.shape[:2]
         past = _cached(cache, rows)
         generation = self._generation(cache, past, batch)
+        if past < generation.length:
+            generation.cut(past)
         generation.length = past + rows
         if past and rows == 1:
             return self._step(generation, past), generation
@@ -201,12 +218,14 @@ class Layout(threading.local):
 
     def _step(self, generation: Generation, past: int) -> Forward:
         """The forward of one generated token per sample."""
+        image, query, content = (generation.ahead(name, past + 1) for name in KEY_MASKS)
+        if generation.step is not None:
+            forward: Forward = generation.step.forward
+            forward.past, forward.image = past, image
+            forward.query, forward.content = query, content
+            return forward
         seen = generation.keys["seen", 0]
         row = torch.ones_like(seen)[:, None]
-        nothing = torch.zeros_like(row)
-        image, query, content = (
-            generation.grow(name, nothing, past) for name in ("image", "query", "content")
-        )
         return Forward(
             past=past,
             image=image,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
@@ -164,6 +165,50 @@ class Method:
     ) -> Tensor | None:
         """A gain `[B, H]` for the head outputs `[B, S, H, Dv]` of all rows, or None."""
         return None
+
+
+Shares: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""From masses `[B, G, H, R]` of key groups `[B, G, K]`, and these groups, to shares
+`[B, G, H, R]`."""
+
+
+def reweigh(weights: Tensor, groups: Tensor, shares: Shares) -> Tensor:
+    """Weights multiplied by one factor per key, made of groups of keys.
+
+    weights a `[B, H, R, K]`, rows that sum to 1. groups `[B, G, K]`: each key's part in G groups.
+    With the masses m_g = sum_k a_k groups_gk and c = shares(m, groups), the new weights are
+    a_k sum_g c_g groups_gk.
+    """
+    groups, flat = groups.to(weights.dtype), weights.flatten(1, 2)
+    masses = torch.bmm(groups, flat.transpose(1, 2))
+    parts = shares(masses.view(*groups.shape[:2], *weights.shape[1:3]), groups)
+    factor = torch.bmm(parts.flatten(2).transpose(1, 2), groups)
+    # in place where autograd allows it: fresh memory of this size costs more than the product
+    return (flat * factor if flat.requires_grad else factor.mul_(flat)).view_as(weights)
+
+
+class Regrouping(Method, ABC):
+    """A method whose edit is one factor per key, made of groups of keys (see `reweigh`).
+
+    Whatever has this form runs as two small kernels at a generated token on a GPU.
+    """
+
+    def groups(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
+        """The groups `[B, G, K]` of all keys so far, or of more than these."""
+        return memory["groups", layer]
+
+    @abstractmethod
+    def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
+        """What each group adds to the factor of its keys, `[B, G, H, R]`; see `reweigh`."""
+
+    def newest(self, keys: int, layer: int, forward: Forward, memory: Memory) -> Tensor:
+        """The groups `[B, G, keys]` of the newest keys: a sliding window drops older ones."""
+        total = forward.image.shape[1]
+        return self.groups(layer, forward, memory)[..., total - keys : total]
+
+    def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
+        groups = self.newest(weights.shape[-1], layer, forward, memory)
+        return reweigh(weights, groups, self.shares)
 
 
 def check_number(

@@ -5,13 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval import config
 from eval.config import ChairTask, Config, PopeTask, from_settings, load
 from eval.errors import EvalError
 from vlm_patch import GIFT, VAR, VHR
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-SHIPPED = sorted(CONFIGS.glob("*/*.yaml"))
 
 
 @pytest.fixture
@@ -51,40 +47,6 @@ def test_numbers_written_as_yaml_text_are_numbers() -> None:
     made = load(None, ["methods=[gift, vhr]", "gift.alpha=1e-3", "vhr.alpha=3"])
     assert [method.alpha for method in made.build_methods()] == [0.001, 3.0]
     assert type(made.options["vhr"]["alpha"]) is float
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_shipped_configs_load_and_name_only_known_keys(path: Path) -> None:
-    made = load(path)
-    wanted = {"baseline": [], "all": ["var", "gift", "vhr"]}.get(path.stem, [path.stem])
-    assert [*made.methods] == wanted
-    assert [type(method) for method in made.build_methods()] == [
-        {"var": VAR, "gift": GIFT, "vhr": VHR}[name] for name in wanted
-    ]
-    assert {*made.options} == {*wanted}
-
-
-def test_every_model_has_the_five_configs_and_they_differ_in_methods_only() -> None:
-    folders = sorted(folder for folder in CONFIGS.iterdir())
-    assert [folder.name for folder in folders] == ["llava-1.5-7b", "pocket"]
-    for folder in folders:
-        assert {p.stem for p in folder.iterdir()} == {"baseline", "var", "gift", "vhr", "all"}
-        made = [load(folder / f"{name}.yaml").settings() for name in ("baseline", "all")]
-        for settings in made:
-            for key in ("methods", *config.METHODS):
-                settings.pop(key, None)
-        assert made[0] == made[1]
-
-
-def test_llava_configs_hold_the_values_of_the_papers() -> None:
-    made = load(CONFIGS / "llava-1.5-7b" / "all.yaml")
-    var, gift, vhr = made.build_methods()
-    assert (var.move_fraction, var.rho_nonsink, var.min_image_mass, var.tau) == (0.6, 0.5, 0.2, 20)
-    assert var.dims == (1415, 2533)
-    assert (gift.alpha, gift.saliency_layer, gift.layers) == (5, 11, tuple(range(12, 23)))
-    assert (vhr.alpha, vhr.layers) == (2, (1, *range(18, 32)))
-    assert (made.chair.max_new_tokens, made.pope.max_new_tokens) == (512, 10)
-    assert made.chair.prompt == "Please describe this image in detail."
 
 
 @pytest.mark.parametrize(

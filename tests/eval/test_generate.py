@@ -183,6 +183,12 @@ def test_a_prompt_the_processor_refuses_is_named(processor: Any, samples: list[S
         generate.encode(processor, [samples[0], refused, samples[2]])
 
 
+def test_the_chat_template_of_a_tokenizer_serves_a_processor_that_keeps_none() -> None:
+    plain = tiny.processor()
+    plain.tokenizer.chat_template, plain.chat_template = plain.chat_template, None
+    assert generate.prepare(plain, "m").chat_template == tiny.processor().chat_template
+
+
 def test_a_processor_without_chat_template_or_tokenizer_is_refused() -> None:
     bare = tiny.processor()
     bare.chat_template = None

@@ -48,10 +48,11 @@ def test_example_of_phi(dtype: torch.dtype) -> None:
     assert_near(sink_score(hidden, range(8)), expected["max_over_all_channels"])
     sinks, image = score >= given["tau"], mask(given["image_keys"], 6)
     assert places(sinks) == expected["sinks"]
-    visual, sink, rest = key_groups(image[None], sinks[None])[0].bool()
+    visual, sink, rest, everything = key_groups(image[None], sinks[None])[0].bool()
     assert places(visual) == given["image_keys"]
     assert places(visual & sink) == expected["visual_sinks"]
     assert places(rest) == expected["non_sink_visual"]
+    assert everything.all()
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)

@@ -22,10 +22,12 @@ from vlm_patch.method import (
     Forward,
     Memory,
     Method,
+    Regrouping,
     append,
     check_number,
     check_whole,
     check_wholes,
+    reweigh,
 )
 
 MOST_ALPHA = 80.0
@@ -68,39 +70,54 @@ def saliency_gain(saliency: Tensor, image: Tensor, alpha: float) -> Tensor:
 
 
 def key_groups(image: Tensor, query: Tensor, gain: Tensor) -> Tensor:
-    """Image keys, the gain on them, and query keys, `[B, 3, K]` in the gain's dtype.
+    """Image keys, what the gain adds on them, query keys and all keys, `[B, 4, K]` in the gain's
+    dtype.
 
     image, query `[B, K]` (bool); gain `[B, K]`.
     """
-    return torch.stack((image.to(gain.dtype), gain * image, query.to(gain.dtype)), 1)
+    everything = torch.ones_like(gain)
+    return torch.stack(
+        (image.to(gain.dtype), (gain - 1) * image, query.to(gain.dtype), everything), 1
+    )
+
+
+def gaze_shares(masses: Tensor, beta: float = 1.0, head_fraction: float = 0.5) -> Tensor:
+    """How the image and the question of a row are reweighed (paper, section 3).
+
+    masses `[B, 4, H, R]`: attention to the groups of `key_groups`. In the heads with the largest
+    image mass the image weights are multiplied by the gain; r is the pooled ratio of new to old
+    image mass of these heads, one number per row; in the heads with the largest query mass the
+    query weights are multiplied by beta * r; then every edited row is divided by its sum. Returns
+    what each group adds to the factor of its keys, `[B, 4, H, R]`.
+    """
+    looking, reading = top_heads(masses[:, :3:2], head_fraction, dim=2).to(masses.dtype).unbind(1)
+    mass, more = (masses[:, :2] * looking[:, None]).sum(2, keepdim=True).unbind(1)
+    pace = more / mass.clamp_min(torch.finfo(masses.dtype).tiny)  # r - 1
+    if beta != 1:
+        pace = beta * pace + (beta - 1)
+    pace = reading * pace
+    one = torch.ones_like(pace)
+    total = (one + looking * masses[:, 1] + pace * masses[:, 2])[:, None]
+    shares = torch.stack((torch.zeros_like(one), looking, pace, one), 1)
+    empty = total <= 0
+    shares = (shares / total).masked_fill(empty, 0.0)
+    shares[:, 3:] += empty
+    return shares
 
 
 def amplify(
     weights: Tensor, groups: Tensor, beta: float = 1.0, head_fraction: float = 0.5
 ) -> Tensor:
-    """Sharpens the gaze by the map and lets the question keep pace with it (paper, section 3).
+    """Sharpens the gaze by the map and lets the question keep pace with it.
 
-    weights `[B, H, R, K]`: attention after the softmax. groups `[B, 3, K]`: see `key_groups`. In
-    the heads with the largest image mass the image weights are multiplied by the gain; r is the
-    pooled ratio of new to old image mass of these heads, one number per row; in the heads with the
-    largest query mass the query weights are multiplied by beta * r; then every edited row is
-    divided by its sum.
+    weights `[B, H, R, K]`: attention after the softmax. groups `[B, 4, K]`: see `key_groups`. beta,
+    head_fraction: see `gaze_shares`.
     """
-    groups = groups.to(weights.dtype)
-    masses = (weights.flatten(1, 2) @ groups.transpose(1, 2)).view(*weights.shape[:3], 3)
-    chosen = top_heads(masses[..., ::2], head_fraction, dim=1).to(weights.dtype)
-    looking, reading = chosen.unbind(-1)
-    before, after = (masses[..., :2] * looking[..., None]).sum(1, keepdim=True).unbind(-1)
-    ratio = torch.where(before > 0, after / before, 1.0)
-    change = torch.stack((-looking, looking, reading * (beta * ratio - 1)), -1)
-    total = weights.sum(-1) + (change * masses).sum(-1)
-    factor = 1 + (change.flatten(1, 2) @ groups).view_as(weights)
-    edited = (looking + reading > 0) & (total > 0)
-    return weights * torch.where(edited[..., None], factor / total[..., None], 1.0)
+    return reweigh(weights, groups, lambda m, _: gaze_shares(m, beta, head_fraction))
 
 
 @dataclass(frozen=True, eq=False)
-class GIFT(Method):
+class GIFT(Regrouping):
     """Looks harder, while answering, at what the question made the model look at.
 
     alpha: strength; 0 changes nothing; None for the published value. beta: how far the question
@@ -172,6 +189,7 @@ class GIFT(Method):
                 )
             if forward.image.shape[1] > forward.past and ("groups", 0) in memory:
                 nothing = torch.zeros_like(memory["groups", 0][..., :1])
+                nothing[:, 3] = 1
                 append(memory, ("groups", 0), nothing, forward.past)
             return
         memory.clear()
@@ -217,8 +235,8 @@ class GIFT(Method):
         total = memory.get(("change", 0))
         memory["change", 0] = change if total is None else total + change
 
-    def groups(self, forward: Forward, memory: Memory) -> Tensor:
-        """The key groups of this generation, the map made when it is first asked for."""
+    def groups(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
+        """The same in every layer; the map is made when it is first asked for."""
         if ("groups", 0) not in memory:
             if ("change", 0) not in memory:
                 raise PatchError(
@@ -233,8 +251,7 @@ class GIFT(Method):
             gain = saliency_gain(saliency, forward.image, self.alpha or 0.0)
             memory.pop(("row before", 0))
             append(memory, ("groups", 0), key_groups(forward.image, forward.query, gain), 0)
-        return memory["groups", 0][..., : forward.image.shape[1]]
+        return memory["groups", 0]
 
-    def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
-        groups = self.groups(forward, memory)[..., -weights.shape[-1] :]
-        return amplify(weights, groups, self.beta, self.head_fraction)
+    def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
+        return gaze_shares(masses, self.beta, self.head_fraction)

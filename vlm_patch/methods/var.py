@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,12 +21,14 @@ from vlm_patch.method import (
     Forward,
     Memory,
     Method,
+    Regrouping,
     StockPass,
     append,
     check_flag,
     check_number,
     check_whole,
     check_wholes,
+    reweigh,
 )
 from vlm_patch.methods.sinks import discover, scaled_tau
 
@@ -52,15 +54,16 @@ def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
 
 
 def key_groups(image: Tensor, sinks: Tensor) -> Tensor:
-    """The image keys V, the sinks S and the image keys that are none, N, as 0 and 1 `[B, 3, K]`.
+    """The image keys V, the sinks S, the image keys that are none, N, and all keys, as 0 and 1
+    `[B, 4, K]`.
 
     image, sinks `[B, K]` (bool); text tokens can be sinks too.
     """
-    return torch.stack((image, sinks, image & ~sinks), 1)
+    return torch.stack((image, sinks, image & ~sinks, torch.ones_like(image)), 1)
 
 
-def redistribute(
-    weights: Tensor,
+def sink_shares(
+    masses: Tensor,
     groups: Tensor,
     move_fraction: float = 0.6,
     rho_nonsink: float = 0.5,
@@ -68,37 +71,42 @@ def redistribute(
     require_visual_sink: bool = False,
     release: bool = False,
 ) -> Tensor:
-    """Moves sink attention to image tokens that are no sinks, in image-centric heads.
+    """How the sinks and the other image keys of a row are reweighed (paper, equations 6 to 8).
 
-    weights `[B, H, R, K]`: attention after the softmax. groups `[B, 3, K]`: see `key_groups`. A
+    masses `[B, 4, H, R]`: attention to V, S, N and all. groups `[B, 4, K]`: see `key_groups`. A
     head's row is edited if its image mass sum_V a is at least min_image_mass and sum_N a / sum_V a
     is at least rho_nonsink; then a' = (1 - move_fraction) a on S, a' = g a on N with g = 1 +
-    move_fraction * sum_S a / sum_N a, and a' = a elsewhere (paper, equations 6 to 8). Row sums are
-    kept; a row with nothing on N stays as it is. release: the ratio as the release computes it,
-    with 1e-6 added to every image weight below the line.
+    move_fraction * sum_S a / sum_N a. Row sums are kept; a row with nothing on N stays as it is.
+    release: the ratio as the release computes it, with 1e-6 added to every image weight below the
+    line. Returns 0, -move_fraction, g - 1 and 1 where it is edited, else 0, 0, 0 and 1,
+    `[B, 4, H, R]`.
     """
-    groups, flat = groups.to(weights.dtype), weights.flatten(1, 2)
-    mass_image, mass_sinks, mass_rest = torch.bmm(flat, groups.transpose(1, 2)).unbind(-1)
-    tiny = torch.finfo(weights.dtype).tiny
-    chosen = mass_image >= min_image_mass
+    image, sinks, rest, _ = masses.unbind(1)
+    tiny = torch.finfo(masses.dtype).tiny
+    chosen = image >= min_image_mass
     if release:
-        floor = 1e-6 * groups[:, 0].sum(-1, keepdim=True)
-        chosen &= mass_image - mass_rest <= (1 - rho_nonsink) * (mass_image + floor)
-        chosen &= mass_rest >= tiny
+        floor = 1e-6 * groups[:, 0].sum(-1)[:, None, None]
+        chosen &= image - rest <= (1 - rho_nonsink) * (image + floor)
+        chosen &= rest >= tiny
     else:
-        chosen &= mass_rest >= (rho_nonsink * mass_image).clamp_min(tiny)
+        chosen &= rest >= (rho_nonsink * image).clamp_min(tiny)
     if require_visual_sink:
-        chosen &= (groups[:, 0] > groups[:, 2]).any(-1, keepdim=True)
-    gain = move_fraction * mass_sinks / mass_rest.clamp_min(tiny)
-    change = torch.stack((torch.full_like(gain, -move_fraction), gain), -1) * chosen[..., None]
-    factor = torch.baddbmm(weights.new_ones(1, 1, 1), change, groups[:, 1:])
-    # in place where autograd allows it: fresh memory of this size costs more than the product
-    edited = flat * factor if flat.requires_grad else factor.mul_(flat)
-    return edited.view_as(weights)
+        chosen &= (groups[:, 0] > groups[:, 2]).any(-1)[:, None, None]
+    moved = move_fraction * chosen.to(masses.dtype)
+    gain = moved * (sinks / rest.clamp_min(tiny))
+    return torch.stack((torch.zeros_like(moved), -moved, gain, torch.ones_like(moved)), 1)
+
+
+def redistribute(weights: Tensor, groups: Tensor, *options: Any, **named: Any) -> Tensor:
+    """Moves sink attention to image tokens that are no sinks, in image-centric heads.
+
+    weights `[B, H, R, K]`: attention after the softmax. groups and options: see `sink_shares`.
+    """
+    return reweigh(weights, groups, lambda m, g: sink_shares(m, g, *options, **named))
 
 
 @dataclass(frozen=True)
-class VAR(Method):
+class VAR(Regrouping):
     """Gives image tokens the attention that sinks into BOS-like tokens, for every text token after
     the image.
 
@@ -188,7 +196,8 @@ class VAR(Method):
             tau = math.inf if self.tau is None else self.tau
             sinks = score > tau if self.release else score >= tau
         if forward.generated:
-            groups = torch.nn.functional.pad(sinks[:, None].to(hidden.dtype), (0, 0, 1, 1))
+            groups = hidden.new_zeros(len(hidden), 4, 1)
+            groups[:, 1], groups[:, 3] = sinks, 1
         else:
             groups = key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
         append(memory, ("groups", layer), groups, forward.past)
@@ -196,15 +205,17 @@ class VAR(Method):
     def edited(self, forward: Forward) -> Tensor | None:
         return forward.text if self.dims else None
 
-    def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
+    def groups(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
         if self.release and layer < 2:
             raise PatchError(
                 f'VAR(semantics="release") never acts below layer 2, but layer {layer} is on'
             )
-        total = forward.image.shape[1]
-        return redistribute(
-            weights,
-            memory["groups", layer][:, :, total - weights.shape[-1] : total],
+        return memory["groups", layer]
+
+    def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
+        return sink_shares(
+            masses,
+            groups,
             self.move_fraction,
             self.rho_nonsink,
             self.min_image_mass,

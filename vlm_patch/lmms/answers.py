@@ -1,0 +1,151 @@
+"""Answers to batches of conversations, by the search that a task asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+# The Auto classes carry no types.
+MODELS: Any = AutoModelForImageTextToText
+PROCESSORS: Any = AutoProcessor
+
+# What a task does not ask for is off, whatever a checkpoint's generation_config.json says.
+NEUTRAL: dict[str, Any] = {
+    "max_new_tokens": 1024,
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+}
+SAMPLING = ("temperature", "top_p", "top_k")
+
+Conversation = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and its length in tokens before it was cut (end mark included)."""
+
+    text: str
+    tokens: int
+
+
+def load(pretrained: str, device: Any, device_map: str | None, **settings: Any) -> tuple[Any, Any]:
+    """The model, in evaluation mode on `device` (or as `device_map` says), and its processor.
+
+    The processor pads on the left. Raises ValueError where it cannot render a conversation.
+    """
+    source = {key: settings.pop(key) for key in ("revision", "trust_remote_code")}
+    given = {key: value for key, value in settings.items() if value is not None}
+    placing = {} if device_map is None else {"device_map": device_map}
+    processor = PROCESSORS.from_pretrained(pretrained, **source)
+    tokenizer = processor.tokenizer
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    if not processor.chat_template:
+        raise ValueError(
+            f"the processor of {pretrained} has no chat template, so prompts cannot be rendered: "
+            "put chat_template.jinja into a local copy of the model and name that folder"
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = MODELS.from_pretrained(pretrained, **source, **given, **placing)
+    return (model if placing else model.to(device)).eval(), processor
+
+
+def search(asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of `generate` for a task's generation_kwargs, and the keys that have no effect.
+
+    Sampling needs a temperature above 0 and no `do_sample: false`, as everywhere in lmms-eval.
+    """
+    given = {key: asked[key] for key in NEUTRAL if asked.get(key) is not None}
+    sample = bool(given.pop("do_sample", given.get("temperature", 0) > 0))
+    sample = sample and given.get("temperature", 1.0) > 0
+    if sample:
+        settings = NEUTRAL | {"top_k": 0} | given | {"do_sample": True}
+    else:
+        settings = NEUTRAL | {k: v for k, v in given.items() if k not in SAMPLING}
+    return settings, sorted({*asked} - {*NEUTRAL, "until"})
+
+
+def stops(asked: Mapping[str, Any]) -> list[str]:
+    """The texts that end an answer, from `until` (one, a list, or nothing)."""
+    until = asked.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """`text` up to the first of the stop texts, without the blanks around it."""
+    for stop in until:
+        text = text.split(stop, 1)[0]
+    return text.strip()
+
+
+def batches(kinds: Sequence[Hashable], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of requests to be answered together: of one kind, at most `size`, long ones first."""
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    order = sorted(range(len(kinds)), key=lambda place: (numbers[kinds[place]], -lengths[place]))
+    found = []
+    for _, group in groupby(order, key=lambda place: numbers[kinds[place]]):
+        places = list(group)
+        found += [places[start : start + size] for start in range(0, len(places), size)]
+    return found
+
+
+def answer(
+    model: Any, processor: Any, conversations: Sequence[Conversation], settings: Mapping[str, Any]
+) -> list[Answer]:
+    """The answers to one batch, in order; conversations without an image run apart."""
+    found: dict[int, Answer] = {}
+    for seeing in (True, False):
+        places = [n for n, talk in enumerate(conversations) if _has_image(talk) is seeing]
+        if places:
+            asked = [conversations[place] for place in places]
+            found |= zip(places, _generate(model, processor, asked, settings), strict=True)
+    return [found[place] for place in range(len(conversations))]
+
+
+def _has_image(conversation: Conversation) -> bool:
+    """Whether an image is shown. Raises ValueError for what is neither image nor text."""
+    kinds = {part["type"] for message in conversation for part in message["content"]}
+    if strange := kinds - {"image", "text"}:
+        raise ValueError(
+            f"found {sorted(strange)[0]} in a question: the vlm_patch model of lmms-eval answers "
+            "questions of text and images only, so choose an image task"
+        )
+    return "image" in kinds
+
+
+@torch.inference_mode()
+def _generate(
+    model: Any, processor: Any, conversations: Sequence[Conversation], settings: Mapping[str, Any]
+) -> list[Answer]:
+    tokenizer = processor.tokenizer
+    inputs = processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    ).to(model.device, dtype=model.dtype)
+    output = model.generate(**inputs, **settings, pad_token_id=tokenizer.pad_token_id)
+    ends = model.generation_config.eos_token_id
+    ends = {*ends} if isinstance(ends, list) else {ends}
+    new = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [_answer(tokenizer, tokens, ends) for tokens in new]
+
+
+def _answer(tokenizer: Any, tokens: list[int], ends: set[int]) -> Answer:
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens) - 1)
+    kept = tokens[: end + 1]
+    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept))
