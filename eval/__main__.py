@@ -1,4 +1,4 @@
-"""python -m eval run | score | table | demo | speed."""
+"""python -m eval run | score | table | demo | speed | modes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    commands = top.add_subparsers(required=True, metavar="run | score | table | demo | speed")
+    commands = top.add_subparsers(
+        required=True, metavar="run | score | table | demo | speed | modes"
+    )
 
     run = commands.add_parser("run", help="generate answers by a configuration and score them")
     run.add_argument("config", type=Path, help="a YAML file, see configs/")
@@ -64,6 +66,10 @@ def parser() -> argparse.ArgumentParser:
     show.set_defaults(command=lambda options: demo.demo(options.out))
 
     _add_speed(commands.add_parser("speed", help="what the methods cost beside the stock model"))
+    ways = commands.add_parser("modes", help="every way of generating, against the slow reference")
+    ways.add_argument("--json", action="store_true", help="print one JSON list")
+    ways.add_argument("--out", type=Path, metavar="FILE", help="write it there too")
+    ways.set_defaults(command=_modes)
     return top
 
 
@@ -139,6 +145,12 @@ def _speed(options: argparse.Namespace) -> None:
         options.threads,
         options.device,
     )
+
+
+def _modes(options: argparse.Namespace) -> None:
+    from eval import modes  # runs models, which no other command needs
+
+    modes.modes(options.json, options.out)
 
 
 def _table(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ BUILDERS = {
     "llava": lambda **options: tiny.llava(kv_heads=4, **options),
     "llava-gqa": lambda **options: tiny.llava(kv_heads=2, **options),
     "llava-mqa": lambda **options: tiny.llava(kv_heads=1, **options),
-    "sliding": lambda **options: tiny.sliding_llava(window=23, kv_heads=2, **options),
+    "sliding": lambda **options: tiny.sliding_llava(window=23, **options),
     "qwen2-vl": tiny.qwen2_vl,
 }
 

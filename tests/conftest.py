@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
@@ -12,7 +12,9 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=SLOW,
 )
-settings.register_profile("quick", max_examples=150, deadline=None, phases=[Phase.generate], suppress_health_check=SLOW)
+settings.register_profile(
+    "quick", max_examples=150, deadline=None, phases=[Phase.generate], suppress_health_check=SLOW
+)
 settings.register_profile("long", max_examples=5000, deadline=None, suppress_health_check=SLOW)
 settings.load_profile("suite")
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from tests import tiny
 from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError, attention, wrap
-from vlm_patch.generating import SUPPORTED
+from vlm_patch.generating import REFUSED
 
 SINKS = VAR(dims=tiny.SINK_DIMS, tau=3.0)
 GAZE = GIFT(alpha=3.0, saliency_layer=0, layers=(1, 2, 3))
@@ -376,8 +376,9 @@ def test_another_kind_of_cache() -> None:
     batch = tiny.inputs(model)
     cache = OwnCache(config=model.config.get_text_config())
     text = (
-        "a OwnCache is not supported on a patched model by this version: use a DynamicCache "
-        "(the default) or a StaticCache, or run inside `with patch.disabled():`"
+        "a OwnCache is not supported on a patched model: what it keeps of a prompt is not known. "
+        "Use a DynamicCache (the default), a StaticCache or a QuantizedCache, or run inside `with "
+        "patch.disabled():`"
     )
     with wrap(model, SINKS) as patch:
         assert message(PatchError, lambda: model(**batch, past_key_values=cache)) == text
@@ -448,52 +449,49 @@ def test_a_method_that_was_off_for_some_steps() -> None:
 # ---- ways of generating
 
 
-REFUSED: dict[str, Any] = {
-    "assistant_model": "a model",
-    "prompt_lookup_num_tokens": 3,
-    "use_mtp": True,
-    "prefill_chunk_size": 8,
+REFUSING: dict[str, Any] = {
     "penalty_alpha": 0.6,
     "dola_layers": "low",
-    "guidance_scale": 1.5,
     "custom_generate": "a/repository",
-    "use_cache": False,
-    "cache_implementation": "offloaded",
-    "output_attentions": True,
+    "use_mtp": True,
+    "assistant_early_exit": 2,
 }
 
 
 def refusal(name: str) -> str:
+    passing, reason = REFUSED[name]
     return (
-        f"generate({name}={REFUSED[name]!r}) is not supported on a patched model by this version: "
-        f"leave {name} at {SUPPORTED[name][-1]!r}, or generate inside `with patch.disabled():`"
+        f"generate({name}={REFUSING[name]!r}) cannot run with methods on: {reason}. Leave {name} "
+        f"at {passing[-1]!r}, or generate inside `with patch.disabled():`"
     )
 
 
 def test_every_option_is_tested() -> None:
-    assert list(REFUSED) == list(SUPPORTED)
+    assert list(REFUSING) == list(REFUSED)
+    assert refusal("dola_layers") == (
+        "generate(dola_layers='low') cannot run with methods on: transformers loads it as code "
+        "from the hub, which works on the cache in ways of its own. Leave dola_layers at None, or "
+        "generate inside `with patch.disabled():`"
+    )
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", REFUSED)
 def test_an_option_of_generate(name: str) -> None:
     model = tiny.llava()
     batch = tiny.inputs(model)
     with wrap(model, SINKS):
-        found = message(PatchError, lambda: model.generate(**batch, **{name: REFUSED[name]}))
+        found = message(PatchError, lambda: model.generate(**batch, **{name: REFUSING[name]}))
     assert found == refusal(name)
 
 
-NOT_IN_CONFIG = ("assistant_model", "custom_generate")
-
-
-@pytest.mark.parametrize("name", [name for name in SUPPORTED if name not in NOT_IN_CONFIG])
+@pytest.mark.parametrize("name", [name for name in REFUSED if name != "custom_generate"])
 def test_an_option_in_a_generation_config(name: str) -> None:
     """Given by name, by position, or as the model's own; also beside another config."""
     model = tiny.llava()
     batch = tiny.inputs(model)
     ids, rest = batch.pop("input_ids"), batch
     config = GenerationConfig()
-    setattr(config, name, REFUSED[name])
+    setattr(config, name, REFUSING[name])
     plain = GenerationConfig(max_new_tokens=2)
     with wrap(model, SINKS):
         calls: list[Callable[[], Any]] = [
@@ -502,7 +500,7 @@ def test_an_option_in_a_generation_config(name: str) -> None:
         ]
         for call in calls:
             assert message(PatchError, call) == refusal(name)
-        setattr(model.generation_config, name, REFUSED[name])
+        setattr(model.generation_config, name, REFUSING[name])
         calls = [
             lambda: model.generate(ids, **rest),
             lambda: model.generate(ids, plain, **rest),
@@ -513,46 +511,79 @@ def test_an_option_in_a_generation_config(name: str) -> None:
 
 def test_an_option_that_is_set_back_by_name() -> None:
     model = tiny.llava()
-    model.generation_config.use_cache = False
+    model.generation_config.dola_layers = "low"
     with wrap(model, SINKS):
-        found = model.generate(**tiny.inputs(model), use_cache=True, max_new_tokens=2)
+        found = model.generate(**tiny.inputs(model), dola_layers=None, max_new_tokens=2)
     assert found.shape == (1, 27)
 
 
-def test_supported_values_pass() -> None:
+def test_values_that_change_nothing_pass() -> None:
     model = tiny.llava()
     batch = tiny.inputs(model)
     with wrap(model, SINKS):
         plain = model.generate(**batch, max_new_tokens=3, do_sample=False)
-        given = {"use_cache": True, "output_attentions": False, "guidance_scale": 1.0}
+        given = {"use_mtp": False, "penalty_alpha": 0.0, "guidance_scale": 1.0}
         found = model.generate(**batch, max_new_tokens=3, do_sample=False, **given)
     assert torch.equal(found, plain)
+
+
+def test_guidance_and_a_prompt_in_chunks() -> None:
+    model = tiny.llava()
+    both = {"prefill_chunk_size": 8, "guidance_scale": 1.5}
+    with wrap(model, SINKS):
+        found = message(PatchError, lambda: model.generate(**tiny.inputs(model), **both))
+    assert found == (
+        "generate(prefill_chunk_size=8, guidance_scale=1.5) cannot run with methods on: the "
+        "prompts of both branches could not be told apart in pieces. Leave one of the two out, or "
+        "generate inside `with patch.disabled():`"
+    )
 
 
 def test_refused_ways_work_while_nothing_is_on() -> None:
     model = tiny.llava()
     batch = tiny.inputs(model)
-    stock = model.generate(**batch, use_cache=False, max_new_tokens=2)
+    early = {"assistant_model": tiny.llava(seed=2), "assistant_early_exit": 2}
+
+    def both_run() -> None:
+        """As in the stock model, where a LLaVA does not know where to exit."""
+        with pytest.raises(AttributeError, match="num_hidden_layers"):
+            model.generate(**batch, **early)
+
+    both_run()
     with wrap(model, SINKS) as patch:
         with patch.disabled():
-            assert torch.equal(model.generate(**batch, use_cache=False, max_new_tokens=2), stock)
+            both_run()
         patch.heads["var"][:] = False
-        assert torch.equal(model.generate(**batch, use_cache=False, max_new_tokens=2), stock)
+        both_run()
 
 
-def test_attentions_of_a_forward() -> None:
-    model = tiny.llava(attn="eager")
+def test_a_prompt_in_chunks() -> None:
+    """VHR needs all of it at once; GIFT too, where it watches a layer that it edits."""
+    model = tiny.plant(tiny.llava())
     batch = tiny.inputs(model)
-    text = (
-        "output_attentions is not supported on a patched model: the weights returned would not be "
-        "the edited ones. Ask for them inside `with patch.disabled():`"
-    )
-    with wrap(model, SINKS) as patch:
-        assert message(PatchError, lambda: model(**batch, output_attentions=True)) == text
-        with patch.disabled():
-            assert len(model(**batch, output_attentions=True).attentions) == 4
-        model.config.get_text_config().output_attentions = True
-        assert message(PatchError, lambda: model(**batch)) == text
+    chunks = {"prefill_chunk_size": 8, "max_new_tokens": 2}
+    late = GIFT(alpha=3.0, saliency_layer=1, layers=(1, 2))
+    texts = []
+    for method in (HEADS, VAR(), late):
+        cache = {"cache_implementation": "static"} if method is late else {}
+        with wrap(model, method):
+            texts.append(
+                message(
+                    PatchError,
+                    lambda kw=cache: quiet(lambda: model.generate(**batch, **chunks, **kw)),
+                )
+            )
+    assert texts == [
+        "vhr chooses its heads by the last row of the prompt and makes them louder in all rows "
+        "before it, so a prompt cannot be read in chunks: leave prefill_chunk_size out, or "
+        'generate inside `with patch.disabled("vhr"):`',
+        "VAR does not know the sink channels of this model, and looks for them in a prompt that is "
+        "read at once from its beginning. Run such a prompt first (no prefill_chunk_size, an empty "
+        "cache), or pass VAR(dims=...).",
+        "gift watches a layer that is not below those it edits, which behind a cache needs one "
+        "that can be cut: use a DynamicCache of a model without sliding window, or watch a lower "
+        "layer",
+    ]
 
 
 def test_training_with_dropout() -> None:

@@ -3,7 +3,6 @@
 import copy
 import inspect
 from collections.abc import Sequence
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -23,12 +22,6 @@ CLOSE = 1e-5
 
 def label(names: Sequence[str]) -> str:
     return "+".join(names)
-
-
-@cache
-def sliding_llava() -> nn.Module:
-    """Image keys drop out of sight."""
-    return tiny.plant(tiny.sliding_llava(window=12, kv_heads=2))
 
 
 @pytest.mark.parametrize("names", ALONE + TOGETHER, ids=label)
@@ -55,7 +48,7 @@ def test_beams_on_a_static_cache() -> None:
 
 @pytest.mark.parametrize("names", ALONE + TOGETHER, ids=label)
 def test_a_sliding_window(names: Sequence[str]) -> None:
-    model = sliding_llava()
+    model = tiny.sliding_llava()
     batch = tiny.inputs(model, tiny.ONE_IMAGE)
     with wrap(model, *ours(names)):
         output = generate(model, batch, steps=4)
@@ -63,12 +56,12 @@ def test_a_sliding_window(names: Sequence[str]) -> None:
 
 
 def test_a_later_turn_that_would_need_a_cut() -> None:
-    model = sliding_llava()
+    model = tiny.sliding_llava()
     batch = tiny.inputs(model, tiny.ONE_IMAGE)
     with wrap(model, *ours(("gift-inside",))):
         output = generate(model, batch, steps=4)
         turn = torch.cat((output.sequences, torch.tensor([[20, 21, 22]])), 1)
-        with pytest.raises(PatchError, match="in a later turn needs a cache that can be cut"):
+        with pytest.raises(PatchError, match="behind a cache needs one that can be cut"):
             model.generate(turn, past_key_values=output.past_key_values, max_new_tokens=2)
 
 

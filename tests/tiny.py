@@ -107,14 +107,18 @@ def llava(
     return _redrawn(model, seed)
 
 
-def sliding_llava(window: int, attn: str = "sdpa", **options: object) -> nn.Module:
-    """LLaVA with a Mistral decoder whose layers see the newest `window` keys only."""
-    full = llava(attn=attn, **options)
+def sliding_llava(
+    window: int = 12, attn: str = "sdpa", kv_heads: int = 2, **options: object
+) -> LlavaForConditionalGeneration:
+    """A planted LLaVA whose layers see the newest keys only, so that image keys drop out of
+    sight.
+    """
+    full = llava(attn=attn, kv_heads=kv_heads, **options)
     text = MistralConfig(**full.config.text_config.to_dict() | {"sliding_window": window})
     config = LlavaConfig(**full.config.to_dict() | {"text_config": text})
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn).eval()
     model.load_state_dict(full.state_dict())
-    return model.eval()
+    return plant(model)
 
 
 def qwen2_vl(

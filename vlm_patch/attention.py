@@ -24,6 +24,9 @@ from vlm_patch.model import Layer
 
 NAME = "vlm_patch"
 SLOT = "_vlm_patch"
+CARRIED = "vlm_patch_run"
+"""The argument in which a decoder hands down its `Run` under gradient checkpointing: layers are run
+again behind the forward, perhaps by another thread."""
 UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "write_index")
 """Arguments of rarer attention kinds, whose rows could not be recomputed rightly."""
 
@@ -175,7 +178,9 @@ def attention(
         kernel = sys.modules[type(module).__module__].eager_attention_forward
     # the plain kernels do not look at the config, and a view costs more than their call
     shown = module if name in ("sdpa", "eager") else View(module, config)
-    run = slot.current() if slot.current is not None else None
+    run: Run | None = options.pop(CARRIED, None)
+    if run is None and slot.current is not None:
+        run = slot.current()
     if run is None:
         stock: tuple[Tensor, Tensor | None] = kernel(
             shown, query, key, value, attention_mask, **options

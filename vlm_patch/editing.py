@@ -93,24 +93,31 @@ class Editing:
 
     What is to be done in a layer stays the same while tokens are generated, so one object serves
     all these steps (`go_on`), and no step has to ask the device again.
+
+    shows: the user wants to see the weights, where the stock kernel has any.
     """
 
-    def __init__(self, forward: Forward, actives: list[Active]) -> None:
-        self.forward, self.actives = forward, actives
+    def __init__(self, forward: Forward, actives: list[Active], shows: bool) -> None:
+        self.forward, self.actives, self.shows = forward, actives, shows
         self._edited = [active.method.edited(forward) for active in actives]
         self._watched = [active.method.watched(forward) for active in actives]
         self._plans: dict[tuple[tuple[str, bool], ...], Plan] = {}
         self._work: dict[int, Work | None] = {}
 
-    def serves(self, actives: list[Active]) -> bool:
-        """Whether the same methods are on in the same layers and heads."""
-        return len(actives) == len(self.actives) and all(
-            old.method is new.method and old.heads is new.heads and old.memory is new.memory
-            for old, new in zip(self.actives, actives, strict=True)
+    def serves(self, actives: list[Active], forward: Forward) -> bool:
+        """Whether as many rows are edited by the same methods in the same layers and heads."""
+        same = forward.valid.shape == self.forward.valid.shape
+        return (
+            same
+            and len(actives) == len(self.actives)
+            and all(
+                old.method is new.method and old.heads is new.heads and old.memory is new.memory
+                for old, new in zip(self.actives, actives, strict=True)
+            )
         )
 
     def go_on(self, forward: Forward) -> None:
-        """Takes the next generated token."""
+        """Takes the next generated tokens."""
         self.forward = forward
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -119,13 +126,14 @@ class Editing:
         work = self._work[call.layer]
         if work is None:
             return call.stock()
-        output = self._rows(call.without_tail(self.forward.image.shape[1]), work)
+        cut = call.without_tail(self.forward.image.shape[1])
+        output = self._rows(cut, work)
         for active in work.loud:
             gain = self._gain(call.layer, output, active)
             if gain is not None:
                 gain = gain.to(output.dtype)[:, None, :, None]
                 output = output * gain if output.requires_grad else output.mul_(gain)
-        return output, None
+        return output, self._shown(call.stock()[1], cut, work) if self.shows else None
 
     def _prepare(self, call: Call) -> Work | None:
         tasks = list(self._tasks(call.layer))
@@ -181,6 +189,23 @@ class Editing:
                 new = torch.where(keep[..., None], new, output[:, rows])
             output[:, rows] = new
         return call.stock()[0] if output is None else output
+
+    def _shown(self, stock: Tensor | None, call: Call, work: Work) -> Tensor | None:
+        """The stock weights `[B, H, S, K]` with the edited rows in their place."""
+        if stock is None:
+            return None
+        shown, keys = stock.clone(), call.key.shape[2]
+        for rows, parts in work.plan:
+            edits = [part for part in parts if work.tasks[part.task].edits]
+            weights = call.weights(rows)
+            for part in edits:
+                weights = self._apply(call.layer, weights, rows, part, work.tasks[part.task])
+            places = [(part, work.tasks[part.task].heads) for part in edits]
+            shape = torch.Size((len(weights), len(rows), weights.shape[1]))
+            keep = _written(places, shape, weights.device).transpose(1, 2)[..., None]
+            before = shown[:, :, rows, :keys]
+            shown[:, :, rows, :keys] = torch.where(keep, weights.to(shown.dtype), before)
+        return shown
 
     def _apply(self, layer: int, weights: Tensor, rows: Tensor, part: Part, task: Task) -> Tensor:
         mine = weights if part.index is None else weights[:, :, part.index]

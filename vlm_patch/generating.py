@@ -1,53 +1,64 @@
-"""Stands before a wrapped model's `generate`, and refuses what would go wrong in silence."""
+"""Stands before a wrapped model's `generate`: tells the layout its prompt, and refuses what would
+go wrong in silence.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from vlm_patch.errors import PatchError
+from vlm_patch.layout import Told, carries_images
 
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "assistant_model": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "use_mtp": (None, False),
-    "prefill_chunk_size": (None,),
-    "penalty_alpha": (None, 0, 0.0),
-    "dola_layers": (None,),
-    "guidance_scale": (None, 1, 1.0),
-    "custom_generate": (None,),
-    "use_cache": (None, True),
-    "cache_implementation": (None, "static", "dynamic"),
-    "output_attentions": (None, False),
+HUB = "transformers loads it as code from the hub, which works on the cache in ways of its own"
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "penalty_alpha": ((None, 0, 0.0), HUB),
+    "dola_layers": ((None,), HUB),
+    "custom_generate": ((None,), HUB),
+    "use_mtp": (
+        (None, False),
+        "the heads that predict several tokens run layers behind the decoder, which no method was "
+        "made for",
+    ),
+    "assistant_early_exit": (
+        (None,),
+        "the draft would come from the patched model's own first layers, while methods count on "
+        "all of them",
+    ),
 }
-"""The values that generation options may have; the last of each is the one that messages name."""
+"""Options of `generate` that are refused: the values that pass anyway (the last of them is the one
+to choose), and why the others do not."""
 
 UNSET = GenerationConfig()  # type: ignore[no-untyped-call]
 """Its values count as not given: None, but a value for some options before transformers 5."""
 
 
 class Generate:
-    """A model's `generate` (`stock`) behind a check; in a deep copy or a pickle of the model it is
-    plain.
+    """A model's `generate` (`stock`) inside a context; in a deep copy or a pickle it is plain.
 
-    active: whether any method is on.
+    around: given the arguments by name, what to run it in.
     """
 
     def __init__(
-        self, model: nn.Module, stock: Callable[..., Any], active: Callable[[], bool] | None
+        self,
+        model: nn.Module,
+        stock: Callable[..., Any],
+        around: Callable[[Mapping[str, Any]], AbstractContextManager[None]] | None,
     ) -> None:
-        self.model, self.__wrapped__, self.active = model, stock, active
+        self.model, self.__wrapped__, self.around = model, stock, around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.active is not None and self.active():
-            named = dict(zip(inspect.signature(self.__wrapped__).parameters, args, strict=False))
-            check_options({**named, **kwargs}, self.model.generation_config)
-        return self.__wrapped__(*args, **kwargs)
+        if self.around is None:
+            return self.__wrapped__(*args, **kwargs)
+        named = dict(zip(inspect.signature(self.__wrapped__).parameters, args, strict=False))
+        with self.around({**named, **kwargs}):
+            return self.__wrapped__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
         model, stock = copy.deepcopy((self.model, self.__wrapped__), memo)
@@ -57,19 +68,71 @@ class Generate:
         return Generate, (self.model, self.__wrapped__, None)
 
 
+def option(name: str, given: Mapping[str, Any], default: Any) -> Any:
+    """An option of `generate`: from its arguments, its generation config, or the model's own, which
+    counts where the one given does not say it, as in transformers.
+    """
+    found = given.get(name)
+    for config in (given.get("generation_config"), default):
+        if name not in given and found in (None, getattr(UNSET, name, None)):
+            found = getattr(config, name, None)
+    return found
+
+
 def check_options(given: Mapping[str, Any], default: Any) -> None:
     """Raises PatchError for a way of generating in which methods would go wrong in silence.
 
-    given: the arguments of `generate` by name. default: the model's own generation config, which
-    counts where the one given does not say it, as in transformers.
+    given: the arguments of `generate` by name. default: the model's own generation config.
     """
-    for name, supported in SUPPORTED.items():
-        found = given.get(name)
-        for config in (given.get("generation_config"), default):
-            if name not in given and found in (None, getattr(UNSET, name, None)):
-                found = getattr(config, name, None)
-        if found not in supported:
+    for name, (passing, reason) in REFUSED.items():
+        found = option(name, given, default)
+        if found not in passing:
             raise PatchError(
-                f"generate({name}={found!r}) is not supported on a patched model by this version: "
-                f"leave {name} at {supported[-1]!r}, or generate inside `with patch.disabled():`"
+                f"generate({name}={found!r}) cannot run with methods on: {reason}. Leave {name} at "
+                f"{passing[-1]!r}, or generate inside `with patch.disabled():`"
             )
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        found, length = option(name, given, default), _cached(given)
+        if found is not None and length:
+            shown = found if isinstance(found, int) else type(found).__name__
+            raise PatchError(
+                f"generate({name}={shown}) cannot go on behind a cache that holds {length} tokens: "
+                f"transformers would read the conversation a second time. Leave {name} out, or "
+                "give the whole conversation without a cache."
+            )
+    chunk, guidance = (option(n, given, default) for n in ("prefill_chunk_size", "guidance_scale"))
+    if chunk is not None and guidance not in (None, 1):
+        raise PatchError(
+            f"generate(prefill_chunk_size={chunk!r}, guidance_scale={guidance!r}) cannot run with "
+            "methods on: the prompts of both branches could not be told apart in pieces. Leave one "
+            "of the two out, or generate inside `with patch.disabled():`"
+        )
+
+
+def _cached(given: Mapping[str, Any]) -> int:
+    """How many tokens the cache holds that `generate` was given."""
+    caches = (given.get(name) for name in ("cache", "past_key_values"))
+    return max((int(one.get_seq_length()) for one in caches if one is not None), default=0)
+
+
+def told(given: Mapping[str, Any], default: Any) -> Told | None:
+    """What the arguments of `generate` tell of its prompt; None where they hold none.
+
+    An assistant goes on with what it and the model it drafts for have written: no new prompt.
+    """
+    ids, mask = given.get("input_ids", given.get("inputs")), given.get("attention_mask")
+    ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
+    embeds = given.get("inputs_embeds")
+    tokens = embeds if embeds is not None else ids
+    if tokens is None:
+        return None
+    drafting = getattr(given.get("generation_config"), "is_assistant", False)
+    if drafting and _cached(given):
+        return Told(0)
+    return Told(
+        end=(tokens if mask is None else mask).shape[1],
+        ids=None if embeds is not None else ids,
+        mask=mask,
+        images=carries_images(given),
+        chunk=option("prefill_chunk_size", given, default),
+    )

@@ -56,9 +56,13 @@ class Forward:
 
     All masks are bool. image, query, content `[B, K]`: keys that are image tokens, tokens of the
     user's question, and its content words. valid, text, last `[B, S]`: rows that are no padding;
-    rows of text after the first image token (generated ones too); rows that predict the next token.
+    rows of text after the first image token (generated ones too); rows that predict a new token.
     seen `[B]`: samples with an image. reading: the rows hold a new question, and this is the pass
     in which methods look at how it is read. generated: the one row is a generated token.
+
+    prompt: how many rows, the first ones, are of a prompt; those behind were generated or drafted.
+    first: it is the first prompt of its conversation. starts, ends: its first, its last row is
+    among them; a long one may be read in several forwards.
     """
 
     past: int
@@ -72,6 +76,10 @@ class Forward:
     reading: bool
     inputs: dict[str, Any] = field(repr=False)
     generated: bool = False
+    prompt: int = 0
+    first: bool = False
+    starts: bool = False
+    ends: bool = True
 
     @property
     def new(self) -> slice:
@@ -126,7 +134,7 @@ class Method:
         return list(range(depth))
 
     def settles(self, forward: Forward) -> bool:
-        """Whether it chooses something in this forward by its last row."""
+        """Whether it chooses something in this forward by the prompt's last row."""
         return False
 
     def look(self, forward: Forward, memory: Memory, layers: list[int], run: StockPass) -> Method:

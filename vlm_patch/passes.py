@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from vlm_patch.attention import Run
+from vlm_patch.attention import CARRIED, Call, Run
 from vlm_patch.editing import Active, Editing, Watching
 from vlm_patch.errors import PatchError
-from vlm_patch.layout import Generation, Layout, attach
+from vlm_patch.generation import Generation, attach
+from vlm_patch.layout import Layout
 from vlm_patch.method import Forward, Method, Watcher
 
 OLD_CACHE_NAME = "past_key_values"
@@ -48,6 +49,19 @@ class Now(threading.local):
     run: Run | None = None
     inside: bool = False
     first: Any = None
+
+
+class Lost:
+    """Takes the place of what attention serves in a layer that is run again for its gradients, and
+    so must be given it by hand (`CARRIED`).
+    """
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        raise PatchError(
+            f"layer {call.layer} was not handed what this patch does in it, which is needed where "
+            "layers run twice: train without gradient checkpointing, or inside "
+            "`with patch.disabled():`"
+        )
 
 
 @dataclass
@@ -88,7 +102,7 @@ class Passes:
         if OLD_CACHE_NAME in kwargs:
             kwargs.setdefault(self.cache_name, kwargs.pop(OLD_CACHE_NAME))
         cache = kwargs.get(self.cache_name)
-        _check(module, cache, kwargs)
+        _check(cache)
         asking = [method for method, _ in switched if method.reads_question]
         forward, generation = self.layout.see_decoder(
             kwargs, cache, bool(asking), asking[0].words if asking else "all"
@@ -109,16 +123,16 @@ class Passes:
         first, self.now.run, self.now.first = self.now.first, None, None
         if first is None or output is None:
             return None
-        for name in ("last_hidden_state", "hidden_states"):
+        for name, dim in (("last_hidden_state", 1), ("hidden_states", 1), ("attentions", 2)):
             if output.get(name) is not None:
-                output[name] = _join(first[name], output[name])
+                output[name] = _join(first[name], output[name], dim)
         return output
 
     def before_block(self, layer: int) -> Callable[..., None]:
         """A forward pre-hook for the block of a layer."""
 
         def show(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            run = self.now.run
+            run = kwargs.get(CARRIED, self.now.run)
             if run is None:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -145,20 +159,25 @@ class Passes:
             actives.append(Active(method, memory, layers))
             if method.reads_blocks:
                 generation.follow(method.name, layers, forward.past)
-        if forward.reading:
+        if forward.starts:
             for active in actives:
                 self._look(active, forward)
+        shows = _shows(self.decoder, kwargs)
         late = [active for active in actives if _late(active, forward)]
         if late:
             forward, kwargs = self._read_first(forward, actives, late, kwargs)
         for active in actives:
             active.method.begin(forward, active.memory)
-        if generation.step is not None and generation.step.serves(actives):
-            generation.step.go_on(forward)
-            self.now.run = generation.step
+        run: Editing | None = generation.step
+        if run is not None and run.serves(actives, forward):
+            run.go_on(forward)
+            run.shows = shows
         else:
-            self.now.run = Editing(forward, actives)
-        generation.step = self.now.run if forward.generated else None
+            run = Editing(forward, actives, shows)
+        generation.step = None if forward.prompt else run
+        self.now.run = run
+        if self.decoder.training and _runs_layers_again(self.decoder):
+            kwargs[CARRIED], self.now.run = run, Lost()
         return kwargs
 
     def _look(self, active: Active, forward: Forward) -> None:
@@ -190,9 +209,9 @@ class Passes:
     ) -> tuple[Forward, dict[str, Any]]:
         """Shows the prompt to methods that must see it before their first edit, with that edit off.
 
-        What is left to run is the last token, on the same cache, since such an edit changes no
-        other row; or all of it, where no cache can be cut or another method settles something by
-        that row.
+        What is left to run is its last token and what was drafted behind it, on the same cache,
+        since such an edit changes no other row; or all of it, where no cache can be cut or another
+        method settles something by that row.
         """
         for active in actives:
             active.method.begin(forward, active.memory)
@@ -203,14 +222,17 @@ class Passes:
             if forward.past:
                 raise PatchError(
                     f"{late[0].method.name} watches a layer that is not below those it edits, "
-                    "which in a later turn needs a cache that can be cut: use a DynamicCache of a "
+                    "which behind a cache needs one that can be cut: use a DynamicCache of a "
                     "model without sliding window, or watch a lower layer"
                 )
-            self._run(Editing(forward, first), self._without_cache(kwargs))
+            with torch.no_grad():
+                self._run(Editing(forward, first, False), self._without_cache(kwargs))
             return replace(forward, reading=False), kwargs
-        self.now.first = self._run(Editing(forward, first), kwargs)
-        cache.crop(-1)
-        return _last_row(forward, kwargs)
+        shows = _shows(self.decoder, kwargs)
+        self.now.first = self._run(Editing(forward, first, shows), kwargs)
+        left = forward.valid.shape[1] - forward.prompt + 1
+        cache.crop(-left)
+        return _last_rows(forward, kwargs, left)
 
     def _without_cache(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of a prompt for a pass that leaves no trace; masks for a static cache are
@@ -248,28 +270,36 @@ def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return bool(wanted)
 
 
-def _check(decoder: nn.Module, cache: Any, kwargs: Mapping[str, Any]) -> None:
-    if cache is not None and type(cache) not in (DynamicCache, StaticCache):
-        raise PatchError(
-            f"a {type(cache).__name__} is not supported on a patched model by this version: use a "
-            "DynamicCache (the default) or a StaticCache, or run inside `with patch.disabled():`"
-        )
+def _shows(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the user wants to see attention weights."""
     config: Any = decoder.config
-    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+    return bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
+
+
+def _runs_layers_again(decoder: nn.Module) -> bool:
+    """Whether gradient checkpointing is on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+
+
+def _check(cache: Any) -> None:
+    if cache is not None and type(cache) not in (DynamicCache, StaticCache, QuantizedCache):
         raise PatchError(
-            "output_attentions is not supported on a patched model: the weights returned would not "
-            "be the edited ones. Ask for them inside `with patch.disabled():`"
+            f"a {type(cache).__name__} is not supported on a patched model: what it keeps of a "
+            "prompt is not known. Use a DynamicCache (the default), a StaticCache or a "
+            "QuantizedCache, or run inside `with patch.disabled():`"
         )
 
 
 def _late(active: Active, forward: Forward) -> bool:
-    """Whether a method watches, in this forward, a layer that is not below all those it edits."""
-    watched = active.method.watched(forward)
+    """Whether a method edits, in this forward, a layer that is not above the one it watches."""
+    watched = active.method.watched(forward) if forward.ends else None
     return watched is not None and bool(active.heads) and watched[0] >= min(active.heads)
 
 
-def _last_row(forward: Forward, kwargs: dict[str, Any]) -> tuple[Forward, dict[str, Any]]:
-    """The step that is left when all of a prompt but its last token is done."""
+def _last_rows(
+    forward: Forward, kwargs: dict[str, Any], left: int
+) -> tuple[Forward, dict[str, Any]]:
+    """The step that remains when all of a prompt but the `left` last rows is done."""
     batch, rows = forward.valid.shape
 
     def cut(name: str, value: Any) -> Any:
@@ -278,30 +308,35 @@ def _last_row(forward: Forward, kwargs: dict[str, Any]) -> tuple[Forward, dict[s
         if not isinstance(value, Tensor):
             return value
         if name == "attention_mask":
-            return value[:, :, -1:] if value.ndim == 4 else value
+            return value[:, :, -left:] if value.ndim == 4 else value
         if name in ("position_ids", "cache_position"):
-            return value[..., -1:]
+            return value[..., -left:]
         per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
-        return value[:, -1:] if per_row else value
+        return value[:, -left:] if per_row else value
 
     inputs = {name: cut(name, value) for name, value in kwargs.items()}
     step = replace(
         forward,
-        past=forward.past + rows - 1,
-        valid=forward.valid[:, -1:],
-        text=forward.text[:, -1:],
-        last=forward.last[:, -1:],
+        past=forward.past + rows - left,
+        valid=forward.valid[:, -left:],
+        text=forward.text[:, -left:],
+        last=forward.last[:, -left:],
         reading=False,
         inputs=inputs,
+        prompt=1,
+        starts=False,
     )
     return step, inputs
 
 
-def _join(first: Any, last: Any) -> Any:
-    """The rows of a first pass with the last one replaced; layer by layer for hidden states."""
+def _join(first: Any, last: Any, dim: int) -> Any:
+    """The rows of a first pass, along `dim`, with the last ones replaced; layer by layer for
+    tuples.
+    """
     if isinstance(last, tuple):
-        return tuple(_join(a, b) for a, b in zip(first, last, strict=True))
-    return torch.cat((first[:, :-1], last), 1)
+        return tuple(_join(a, b, dim) for a, b in zip(first, last, strict=True))
+    rows = last.shape[dim]
+    return torch.cat((first.narrow(dim, 0, first.shape[dim] - rows), last), dim)
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,16 +9,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_patch import attention, heads
 from vlm_patch.catalogue import fit, instances, unknown, values
 from vlm_patch.errors import PatchError
-from vlm_patch.generating import Generate
-from vlm_patch.layout import Given, Layout
+from vlm_patch.generating import Generate, check_options, told
+from vlm_patch.layout import Layout
 from vlm_patch.method import Method
 from vlm_patch.model import Decoder, read
 from vlm_patch.passes import Hook, Passes
+from vlm_patch.prompt import Given
 from vlm_patch.question import QuestionReader
 
 _owners = itertools.count()
@@ -94,7 +95,7 @@ class Patch:
         handle = decoder.register_forward_hook(Hook(passes.after_decoder), always_call=True)
         undo.callback(handle.remove)
         before = {name: call for name, call in model.__dict__.items() if name == "generate"}
-        generate = Generate(model, model.generate, lambda: bool(self._switched()))
+        generate = Generate(model, model.generate, self._generating)
         model.__dict__["generate"] = generate
         undo.callback(model.__dict__.update, before)
         undo.callback(model.__dict__.pop, "generate", None)
@@ -123,6 +124,17 @@ class Patch:
             yield
         finally:
             self._disabled.pop()
+
+    @contextmanager
+    def _generating(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Around the model's `generate`: refuses what cannot be right, and keeps its prompt."""
+        if not self._switched():
+            yield
+            return
+        default = self.model.generation_config
+        check_options(arguments, default)
+        with self._layout.generating(told(arguments, default)):
+            yield
 
     @contextmanager
     def prompt(self, image: Tensor | None = None, query: Tensor | None = None) -> Iterator[None]:
@@ -180,7 +192,7 @@ class Patch:
         known = self._switches.get(name)
         if known is None or known[0] is not table or known[1] != table._version:
             on = {
-                layer.index: None if row.all() else row.to(next(layer.block.parameters()).device)
+                layer.index: None if row.all() else row.to(_device(layer.block))
                 for layer in self._decoder.layers
                 if (row := table[layer.index]).any()
             }
@@ -189,6 +201,16 @@ class Patch:
 
     def _learned(self, before: Method, after: Method) -> None:
         self._methods = [after if method is before else method for method in self._methods]
+
+
+def _device(block: nn.Module) -> torch.device:
+    """Where a block computes, which an offloaded one does not do where its weights are."""
+    found = next(block.parameters()).device
+    if found.type != "meta":
+        return found
+    hooks = (getattr(module, "_hf_hook", None) for module in block.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 def _tables(

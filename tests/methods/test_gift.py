@@ -295,6 +295,9 @@ def reading(content: Tensor, image: Tensor) -> Forward:
         seen=image.any(1),
         reading=True,
         inputs={},
+        prompt=image.shape[1],
+        first=True,
+        starts=True,
     )
 
 

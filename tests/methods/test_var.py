@@ -243,6 +243,9 @@ def acts(method: VAR, hidden: Tensor) -> bool:
         seen=true[:, 0],
         reading=True,
         inputs={},
+        prompt=6,
+        first=True,
+        starts=True,
     )
     weights, memory = tensor(GIVEN["attention"])[None, :, None], {}
     method.block_input(2, hidden[None], forward, memory)

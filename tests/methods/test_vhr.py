@@ -117,6 +117,9 @@ def forward_of(rows: int, seen: tuple[bool, ...] = (True,)) -> Forward:
         seen=torch.tensor(seen),
         reading=True,
         inputs={},
+        prompt=rows,
+        first=True,
+        starts=True,
     )
 
 
@@ -197,7 +200,10 @@ def test_half_precision_does_not_overflow() -> None:
 def test_samples_without_an_image_keep_gain_1() -> None:
     full, text = random_outputs(1)
     gain = VHR(alpha=3.0).output_gain(
-        0, full[:, None], forward_of(4, (True, False, True)), {("text", 0): text}
+        0,
+        full[:, None].expand(-1, 4, -1, -1),
+        forward_of(4, (True, False, True)),
+        {("text", 0): text},
     )
     assert gain is not None
     assert gain[1].tolist() == [1.0] * 8
@@ -207,7 +213,7 @@ def test_samples_without_an_image_keep_gain_1() -> None:
 def test_heads_are_kept_for_the_generation() -> None:
     full, text = random_outputs(2)
     method, memory, forward = VHR(), {("text", 5): text}, forward_of(4, (True,) * 3)
-    first = method.output_gain(5, full[:, None], forward, memory)
+    first = method.output_gain(5, full[:, None].expand(-1, 4, -1, -1), forward, memory)
     assert first is not None
     assert torch.equal(first, method.output_gain(5, 100 * text[:, None], forward, memory))
 

@@ -132,9 +132,19 @@ class _Pass:
         self.seen.maps = list(self.maps)
         embeds, positions = self.sample.embeds, self.sample.positions
         self.seen.run = forward(
-            self.model, embeds, positions, self._edit_weights, self._edit_outputs
+            self.model, embeds, positions, self._edit_weights, self._edit_outputs, self._from_cache
         )
         return self.seen
+
+    def _from_cache(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys or values [groups, S, d] as a lossy cache gives them back, and the rows bool [S]
+        that see them so.
+        """
+        end = self.sample.turns[0].end
+        rows = torch.arange(self.sample.length) >= end
+        if self.sample.rounded is None:
+            return states, rows
+        return self.sample.rounded(states, end), rows
 
     def _edit_weights(self, layer: int, block_input: Tensor, weights: Tensor) -> Tensor:
         for method in self.methods:

@@ -12,6 +12,13 @@ from transformers import PretrainedConfig
 WeightsEdit = Callable[[int, Tensor, Tensor], Tensor]
 # (layer, head outputs [H, S, d] before the output projection) -> head outputs [H, S, d]
 OutputsEdit = Callable[[int, Tensor], Tensor]
+# keys or values [groups, S, d] -> what a cache gives back, and the rows bool [S] that see it so
+FromCache = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def as_they_are(states: Tensor) -> tuple[Tensor, Tensor]:
+    """A cache without loss."""
+    return states, torch.zeros(states.shape[1], dtype=torch.bool)
 
 
 @dataclass
@@ -37,6 +44,7 @@ def forward(
     positions: Tensor,
     edit_weights: WeightsEdit = lambda layer, block_input, weights: weights,
     edit_outputs: OutputsEdit = lambda layer, outputs: outputs,
+    from_cache: FromCache = as_they_are,
 ) -> Run:
     """Run the decoder of `model` on embeds [S, D] at positions [S] or [3, S] (m-rope)."""
     decoder = model.model.language_model
@@ -46,11 +54,13 @@ def forward(
     for index, block in enumerate(decoder.layers):
         run.block_inputs.append(x)
         normed = rms_norm(block.input_layernorm, x)
-        weights, values = attention_weights(decoder.config, block.self_attn, normed, cos, sin)
+        weights, values = attention_weights(
+            decoder.config, block.self_attn, normed, cos, sin, from_cache
+        )
         run.stock_weights.append(weights)
         weights = edit_weights(index, x, weights)
         run.weights.append(weights)
-        outputs = edit_outputs(index, weights @ values)
+        outputs = edit_outputs(index, products(weights, values, from_cache))
         run.outputs.append(outputs)
         x = x + linear(block.self_attn.o_proj, outputs.transpose(0, 1).flatten(1))
         x = x + swiglu(block.mlp, rms_norm(block.post_attention_layernorm, x))
@@ -59,9 +69,14 @@ def forward(
 
 
 def attention_weights(
-    config: PretrainedConfig, attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor
+    config: PretrainedConfig,
+    attention: nn.Module,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    from_cache: FromCache,
 ) -> tuple[Tensor, Tensor]:
-    """Causal softmax weights [H, S, S] and values [H, S, d], key/value heads repeated (GQA).
+    """Causal softmax weights [H, S, S], key/value heads repeated (GQA), and values [groups, S, d].
 
     With a sliding window a row sees only the newest keys.
     """
@@ -70,14 +85,25 @@ def attention_weights(
     q = linear(attention.q_proj, x).view(length, heads, -1).transpose(0, 1)
     k = linear(attention.k_proj, x).view(length, groups, -1).transpose(0, 1)
     v = linear(attention.v_proj, x).view(length, groups, -1).transpose(0, 1)
-    k = k.repeat_interleave(heads // groups, dim=0)
-    v = v.repeat_interleave(heads // groups, dim=0)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    z = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    z = products(q / q.shape[-1] ** 0.5, k, from_cache, transposed=True)
     distance = torch.arange(length)[:, None] - torch.arange(length)
     window = getattr(config, "sliding_window", None) or length
     unseen = (distance < 0) | (distance >= window)
     return z.masked_fill(unseen, -torch.inf).softmax(-1), v
+
+
+def products(
+    rows: Tensor, states: Tensor, from_cache: FromCache, transposed: bool = False
+) -> Tensor:
+    """rows [H, S, ...] times keys (transposed) or values [groups, S, d] of their group."""
+    repeats = len(rows) // len(states)
+    stored, late = from_cache(states)
+    exact, rounded = (
+        rows @ (every.transpose(1, 2) if transposed else every)
+        for every in (states.repeat_interleave(repeats, 0), stored.repeat_interleave(repeats, 0))
+    )
+    return torch.where(late[:, None], rounded, exact)
 
 
 def rotary_tables(decoder: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:

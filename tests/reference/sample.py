@@ -1,6 +1,6 @@
 """One sample as the unpatched model hands it to its decoder, with the roles of its tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -26,13 +26,15 @@ class Sample:
     """embeds [S, D] and positions ([S], or [3, S] for m-rope) of prompt and generated tokens.
 
     image is bool [S]. Tokens after the last turn's end, and between one turn's end and the next
-    turn's start, are generated ones.
+    turn's start, are generated ones. rounded: what a lossy cache gives back of the keys or values
+    [groups, S, d] of a layer, given how many tokens the first prompt has; rows behind that see it.
     """
 
     embeds: Tensor
     positions: Tensor
     image: Tensor
     turns: tuple[Turn, ...]
+    rounded: Callable[[Tensor, int], Tensor] | None = None
 
     @property
     def length(self) -> int:

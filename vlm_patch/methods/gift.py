@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlm_patch.errors import PatchError
 from vlm_patch.method import (
@@ -190,12 +191,14 @@ class GIFT(Regrouping):
             if forward.image.shape[1] > forward.past and ("groups", 0) in memory:
                 nothing = torch.zeros_like(memory["groups", 0][..., :1])
                 nothing[:, 3] = 1
-                append(memory, ("groups", 0), nothing, forward.past)
+                rows = forward.image.shape[1] - forward.past
+                append(memory, ("groups", 0), nothing.expand(-1, -1, rows), forward.past)
             return
-        memory.clear()
-        memory["read", 0] = forward.seen
+        if forward.starts:
+            memory.clear()
+            memory["read", 0] = forward.seen
         blind = forward.seen & ~forward.query.any(1)
-        if blind.any():
+        if forward.ends and blind.any():
             warnings.warn(
                 f"GIFT leaves {int(blind.sum())} of {len(blind)} prompts as they are: the "
                 "question stands before the image (or there is none), so no gaze can shift over "
@@ -207,23 +210,25 @@ class GIFT(Regrouping):
         return forward.last & (forward.seen & forward.query.any(1))[:, None]
 
     def watched(self, forward: Forward) -> tuple[int, Tensor] | None:
-        """Rows of content words and the rows before them."""
+        """Rows of content words and the rows before them, which may end the forward before."""
         if not forward.reading:
             return None
         content = forward.content[:, forward.new]
-        before = torch.nn.functional.pad(content[:, 1:], (0, 1))
+        before = pad(content[:, 1:], (0, 1), value=not forward.ends)
         return self.saliency_layer or 0, content | before
 
     def observe(
         self, layer: int, weights: Tensor, rows: Tensor, forward: Forward, memory: Memory
     ) -> None:
         """Adds up the positive change of the content rows per head and key; may be called in chunks
-        of rows.
+        of rows, and in several forwards.
         """
-        keys = weights.shape[-1]
+        keys = forward.image.shape[1]
+        # keys out of a sliding window have no weight; to autograd the map is a constant
+        weights = pad(weights.detach(), (keys - weights.shape[-1], 0))
         before = memory.get(("row before", 0))
         if before is not None:
-            weights = torch.cat((before, weights), 2)
+            weights = torch.cat((pad(before, (0, keys - before.shape[-1])), weights), 2)
         else:
             rows = rows[1:]
         memory["row before", 0] = weights[:, :, -1:]
@@ -231,9 +236,11 @@ class GIFT(Regrouping):
         # row before it
         content = forward.content[:, forward.new][:, rows]
         change = positive_change(weights) * content[:, None, :, None]
-        change = change.sum(2) * forward.image[:, None, -keys:]
+        change = change.sum(2) * forward.image[:, None]
         total = memory.get(("change", 0))
-        memory["change", 0] = change if total is None else total + change
+        if total is not None:
+            change = change + pad(total, (0, keys - total.shape[-1]))
+        memory["change", 0] = change
 
     def groups(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
         """The same in every layer; the map is made when it is first asked for."""
@@ -246,8 +253,7 @@ class GIFT(Regrouping):
             change = memory.pop(("change", 0))
             kept = top_heads(change.sum(-1), self.head_fraction)
             saliency = (change * kept[..., None]).sum(1)
-            missing = forward.image.shape[1] - saliency.shape[1]  # keys out of a sliding window
-            saliency = torch.nn.functional.pad(saliency, (missing, 0))
+            saliency = pad(saliency, (0, forward.image.shape[1] - saliency.shape[-1]))
             gain = saliency_gain(saliency, forward.image, self.alpha or 0.0)
             memory.pop(("row before", 0))
             append(memory, ("groups", 0), key_groups(forward.image, forward.query, gain), 0)

@@ -81,6 +81,10 @@ class _Record:
     attention: list[Tensor] = field(default_factory=list)
     value_path: list[Tensor] = field(default_factory=list)
 
+    @property
+    def parts(self) -> tuple[list[Tensor], ...]:
+        return self.blocks, self.attention, self.value_path
+
     def block(self, layer: int, hidden: Tensor) -> None:
         self.blocks.append(hidden.float())
 
@@ -99,7 +103,9 @@ def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
     for name in ("o_proj", "out_proj", "dense"):
         matrix = getattr(getattr(attention, name, None), "weight", None)
         heads, size = value.shape[1], value.shape[-1]
-        if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.shape[1] == heads * size:
+        if not isinstance(matrix, Tensor) or matrix.is_meta:  # offloaded to the CPU or a disk
+            continue
+        if matrix.ndim == 2 and matrix.shape[1] == heads * size:
             per_head = matrix.float().view(-1, heads, size).permute(1, 2, 0)
             gram = per_head @ per_head.transpose(1, 2)
             square: Tensor = ((value @ gram) * value).sum(-1)
@@ -117,7 +123,7 @@ def discover(forward: Forward, run: StockPass) -> Found:
     others, and both halves of the data (samples, or layers where there is one sample) give the same
     channels.
     """
-    rows = forward.text.all(0).nonzero().flatten()[-WATCHED_ROWS:]
+    rows = forward.text[:, : forward.prompt].all(0).nonzero().flatten()[-WATCHED_ROWS:]
     if not len(rows):
         return Found(
             (), "The first prompt has no text after its image, so nothing could be checked."
@@ -127,13 +133,9 @@ def discover(forward: Forward, run: StockPass) -> Found:
         forward.inputs,
         Watcher(block=record.block, weights=record.weights, rows=rows),
     )
-    return judge(
-        torch.stack(record.blocks, 1),
-        torch.stack(record.attention, 1),
-        torch.stack(record.value_path, 1),
-        forward.valid,
-        forward.image[:, forward.new],
-    )
+    end = forward.prompt
+    blocks, attention, value_path = (torch.stack(part, 1)[:, :, :end] for part in record.parts)
+    return judge(blocks, attention, value_path, forward.valid[:, :end], forward.image[:, :end])
 
 
 def judge(

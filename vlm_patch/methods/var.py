@@ -175,6 +175,12 @@ class VAR(Regrouping):
         """Discovers the sink channels on the first prompt where none are known for this model."""
         if self.dims is not None:
             return self
+        if forward.past or not forward.ends:
+            raise PatchError(
+                "VAR does not know the sink channels of this model, and looks for them in a prompt "
+                "that is read at once from its beginning. Run such a prompt first (no "
+                "prefill_chunk_size, an empty cache), or pass VAR(dims=...)."
+            )
         found = discover(forward, run)
         if not found.dims:
             warnings.warn(
@@ -189,12 +195,14 @@ class VAR(Regrouping):
         if not self.dims:
             return
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        if self.release and forward.past > 0:
+        if self.release and not (forward.first and forward.prompt):
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
             score = sink_score(hidden, self.dims, 1e-6 if self.release else 0.0)
             tau = math.inf if self.tau is None else self.tau
             sinks = score > tau if self.release else score >= tau
+            if self.release:
+                sinks[:, forward.prompt :] = False
         if forward.generated:
             groups = hidden.new_zeros(len(hidden), 4, 1)
             groups[:, 1], groups[:, 3] = sinks, 1

@@ -65,8 +65,8 @@ def without_image(forward: Forward) -> dict[str, Tensor]:
     Returns inputs_embeds `[B, T, D]`, attention_mask `[B, T]`, position_ids `[B, T]`, T the longest
     text of the batch.
     """
-    embeds: Tensor = forward.inputs["inputs_embeds"]
-    keep = forward.valid & ~forward.image[:, forward.new]
+    embeds: Tensor = forward.inputs["inputs_embeds"][:, : forward.prompt]
+    keep = (forward.valid & ~forward.image[:, forward.new])[:, : forward.prompt]
     length = max(1, int(keep.sum(1).max()))
     order = keep.long().argsort(dim=1, stable=True)[:, -length:]
     mask = keep.gather(1, order)
@@ -117,12 +117,18 @@ class VHR(Method):
         return list(self.layers or ())
 
     def settles(self, forward: Forward) -> bool:
-        return forward.past == 0
+        return forward.first and forward.prompt > 0
 
     def look(self, forward: Forward, memory: Memory, layers: list[int], run: StockPass) -> Method:
         """The text-only pass: keeps the last row's head outputs of every layer that is on."""
-        if forward.past > 0:
+        if not forward.first:
             return self
+        if not forward.ends:
+            raise PatchError(
+                "vhr chooses its heads by the last row of the prompt and makes them louder in all "
+                "rows before it, so a prompt cannot be read in chunks: leave prefill_chunk_size "
+                'out, or generate inside `with patch.disabled("vhr"):`'
+            )
         memory.clear()
 
         def keep(layer: int, output: Tensor) -> None:
@@ -134,7 +140,7 @@ class VHR(Method):
 
     def begin(self, forward: Forward, memory: Memory) -> None:
         """Heads are chosen anew by every pass over the first prompt, and kept from then on."""
-        if forward.past == 0:
+        if self.settles(forward):
             for key in [key for key in memory if key[0] == "gain"]:
                 del memory[key]
 
@@ -149,7 +155,8 @@ class VHR(Method):
                     "a conversation's first prompt is read, with its image. Switch layers before "
                     "the prompt."
                 )
-            chosen = self.choose(output[:, -1], memory["text", layer])
+            row = output[:, forward.prompt - 1].detach()
+            chosen = self.choose(row, memory["text", layer])
             gain = torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)
             memory["gain", layer] = gain
         return gain
