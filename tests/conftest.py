@@ -12,9 +12,6 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=SLOW,
 )
-settings.register_profile(
-    "quick", max_examples=150, deadline=None, phases=[Phase.generate], suppress_health_check=SLOW
-)
 settings.register_profile("long", max_examples=5000, deadline=None, suppress_health_check=SLOW)
 settings.load_profile("suite")
 
