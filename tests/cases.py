@@ -14,7 +14,16 @@ from vlm_patch import GIFT, VAR, VHR
 
 HEADS = 4
 WORDS = (5, 6, 8, 9, tiny.SINK_WORD, 21, 22, 30, 31, 41, 50, 60, 61)
-MODES = ("greedy", "sampled", "return sequences", "beams", "static", "second turn", "forward")
+MODES = (
+    "greedy",
+    "sampled",
+    "return sequences",
+    "beams",
+    "static",
+    "without cache",
+    "second turn",
+    "forward",
+)
 BUILDERS = {
     "llava": lambda **options: tiny.llava(kv_heads=4, **options),
     "llava-gqa": lambda **options: tiny.llava(kv_heads=2, **options),

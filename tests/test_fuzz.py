@@ -64,6 +64,7 @@ def compare(case: Case, model: nn.Module, found: Found) -> None:
         margins = trace(model, found.sample, case.specs, case.heads).margins
         tight = {what: m for what, m in margins.items() if m < ROUNDING[case.build.exact]}
         assert tight, f"{error:.1e} apart"
+        event("rounding decides")
 
 
 def answers(
@@ -104,6 +105,11 @@ def beams(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
 
 def static(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
     return answers(case, model, batch, cache_implementation="static")
+
+
+def without_cache(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """Every step reads all tokens again, so that an answer must not hold a placeholder."""
+    return answers(case, model, batch, use_cache=False, suppress_tokens=[tiny.IMAGE])
 
 
 def forward(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
@@ -147,7 +153,16 @@ def second_turn(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
 
 RUNS: dict[str, Run] = {
     run.__name__.replace("_", " "): run
-    for run in (greedy, sampled, return_sequences, beams, static, second_turn, forward)
+    for run in (
+        greedy,
+        sampled,
+        return_sequences,
+        beams,
+        static,
+        without_cache,
+        second_turn,
+        forward,
+    )
 }
 
 
