@@ -181,11 +181,12 @@ def rows(draw: st.DrawFn) -> list[list[int]]:
 
 @st.composite
 def masks(draw: st.DrawFn, ids: Tensor) -> Tensor | None:
-    """None, or some of the prompt's words."""
+    """None, or some of the words behind the first image."""
     chosen = draw(st.none() | st.sets(st.sampled_from(WORDS)))
     if chosen is None:
         return None
-    return torch.isin(ids, torch.tensor(sorted(chosen), dtype=ids.dtype))
+    behind = (ids == tiny.IMAGE).cumsum(1) > 0
+    return behind & torch.isin(ids, torch.tensor(sorted(chosen), dtype=ids.dtype))
 
 
 @st.composite

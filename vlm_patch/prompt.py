@@ -92,9 +92,7 @@ class Reader:
             )
         else:
             query = self._spans(self.questions, prompt.ids, after, images.any(1).tolist())
-        query = query & prompt.valid & ~image
-        seeing = query & (images.cumsum(1)[:, prompt.past :] > 0)
-        query = query & seeing.any(1, keepdim=True)
+        query = query & (images.cumsum(1)[:, prompt.past :] > 0) & ~image
         if isinstance(words, Tensor):
             content = query & by_hand(words, "words", prompt)
         elif self.questions is None or prompt.ids is None:
