@@ -18,13 +18,15 @@ from tests import tiny
 from tests.cases import MODES, Case, cases
 from tests.compare import generate, generated
 from tests.reference import Sample, logits, trace
-from vlm_patch import wrap
+from vlm_patch import PatchError, wrap
 
 STEPS, BEAMS = 3, 3
 CLOSE = {True: 1e-9, False: 1e-5}
 """How far apart logits may be, in float64 (True) or float32."""
 ROUNDING = {True: 1e-9, False: 1e-4}
 """How near to a threshold a number may lie before rounding may decide."""
+
+UNCUT = "needs one that can be cut: use a DynamicCache of a model without sliding window"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -50,7 +52,12 @@ def test_anything(case: Case) -> None:
     chunks = mock.patch("vlm_patch.editing.WEIGHTS_BUDGET", 1 if case.chunks else 2**26)
     patch = wrap(model, *methods, heads=case.heads or None)
     with chunks, patch, patch.prompt(query=case.query):
-        found = RUNS[case.mode](case, model, batch)
+        try:
+            found = RUNS[case.mode](case, model, batch)
+        except PatchError as error:
+            if UNCUT in str(error) and (case.build.kind, case.mode) == ("sliding", "second turn"):
+                return
+            raise
     for one in found():
         compare(case, model, one)
 
