@@ -9,7 +9,7 @@ OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' py
 LMMS_VENV ?= .venv-lmms
 LMMS_READY := $(LMMS_VENV)/.ready
 
-.PHONY: demo test test-oldest test-lmms lint types pocket clean
+.PHONY: demo test test-oldest test-torchao test-lmms lint types pocket clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,13 @@ $(LMMS_READY): pyproject.toml
 test-lmms: $(LMMS_READY)
 	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest tests_lmms
 
+# 8-bit linears of torchao, in an environment of their own: transformers imports it where it is
+test-torchao:
+	$(PYTHON) -m venv .venv-torchao
+	.venv-torchao/bin/pip install --quiet "torch==2.13.0"
+	.venv-torchao/bin/pip install --quiet --editable ".[eval,dev]" "torchao>=0.18"
+	.venv-torchao/bin/python -m pytest tests/with_torchao.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +63,4 @@ pocket: $(READY)
 	$(BIN)/python -m eval.pocket.train
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(LMMS_VENV) runs
+	rm -rf $(VENV) $(OLDEST) .venv-torchao $(LMMS_VENV) runs

@@ -23,6 +23,7 @@ from eval.modes import Row
 from tests import tiny
 from tests.compare import answer_logits, generated, ours, planted, reference
 from tests.reference import Sample, capture, logits, trace
+from tests.tensor_parallel import errors
 from vlm_patch import PatchError
 
 CLOSE = 1e-5
@@ -517,6 +518,25 @@ def cpu_offload(names: Names) -> float:
             output = generate(model, batch, 4)
         worst = max(worst, off(stock, batch, output, names))
     return worst
+
+
+@cache
+def in_two_processes() -> dict[str, float]:
+    """The errors of every side, of some heads switched off, and of other semantics, by name; one
+    start of the processes serves all."""
+    table = torch.tensor([[True, False, False, True], [False, True, True, True]]).repeat(2, 1)
+    table[3] = False
+    heads = {"var": table, "vhr": table & (torch.arange(4) > 0)[:, None]}
+    heads["gift"] = table & (torch.arange(4) == 2)[:, None]
+    jobs: dict[str, Any] = {side: (names, None) for side, names in SIDES.items()}
+    jobs["some heads"] = (SIDES["all"], heads)
+    jobs["other semantics"] = (("gift-one-head", "var-release", "vhr-paper"), None)
+    return errors(jobs)
+
+
+@mode("tensor parallel", 'tp_plan="auto" under torchrun: 2 processes on the CPU (gloo)')
+def tensor_parallel(names: Names) -> float:
+    return in_two_processes()[next(side for side in SIDES if SIDES[side] == names)]
 
 
 @mode("two models at once", "LLaVA and Qwen2-VL, one wrapped inside the other's block")

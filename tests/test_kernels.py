@@ -47,11 +47,12 @@ def test_beams_on_a_static_cache() -> None:
 
 
 @pytest.mark.parametrize("names", ALONE + TOGETHER, ids=label)
-def test_a_sliding_window(names: Sequence[str]) -> None:
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_sliding_window(names: Sequence[str], cache: str) -> None:
     model = tiny.sliding_llava()
-    batch = tiny.inputs(model, tiny.ONE_IMAGE)
+    batch = tiny.inputs(model, tiny.MIXED_BATCH)
     with wrap(model, *ours(names)):
-        output = generate(model, batch, steps=4)
+        output = generate(model, batch, steps=4, cache_implementation=cache)
     assert error(model, batch, output, names) <= CLOSE
 
 

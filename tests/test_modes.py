@@ -19,6 +19,7 @@ from tests.modes import (
     drafting,
     generate,
     half_right,
+    in_two_processes,
     measure,
     off,
     prompt,
@@ -78,7 +79,12 @@ def test_the_readme_names_every_way_with_its_note() -> None:
         assert all(side in note for side in refused)
 
 
-# ---- drafts, beyond what the table asks
+# ---- beyond what the table asks
+
+
+@pytest.mark.parametrize("job", ["some heads", "other semantics", "search for sinks"])
+def test_in_two_processes(job: str) -> None:
+    assert in_two_processes()[job] <= CLOSE
 
 
 @pytest.mark.parametrize("names", [("var", "gift", "vhr"), ("gift-inside", "var-release")])

@@ -19,6 +19,7 @@ from vlm_patch.generation import KEY_MASKS, Generation, cached
 from vlm_patch.method import Forward
 from vlm_patch.prompt import Given, Prompt, Reader, expand
 from vlm_patch.question import QuestionReader
+from vlm_patch.shard import Shard
 
 
 @dataclass
@@ -49,8 +50,10 @@ class _Pending:
 class Layout(threading.local):
     """Turns the inputs of the model and of its decoder into a `Forward`; one state per thread."""
 
-    def __init__(self, owner: int, image_ids: Sequence[int], reader: QuestionReader | None) -> None:
-        self.owner = owner
+    def __init__(
+        self, owner: int, image_ids: Sequence[int], reader: QuestionReader | None, shard: Shard
+    ) -> None:
+        self.owner, self.shard = owner, shard
         self.given: Given | None = None
         self.told: Told | None = None
         self.pending: _Pending | None = None
@@ -190,6 +193,7 @@ class Layout(threading.local):
             first=generation.start == 0,
             starts=past == generation.start,
             ends=ends,
+            shard=self.shard,
         )
 
     def _step(self, generation: Generation, past: int, rows: int) -> Forward:
@@ -216,6 +220,7 @@ class Layout(threading.local):
             reading=False,
             inputs={},  # kept from step to step, it must not keep the cache
             generated=rows == 1,
+            shard=self.shard,
         )
 
     def _valid(

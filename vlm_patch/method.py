@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from vlm_patch.shard import WHOLE, Shard
+
 Memory: TypeAlias = dict[tuple[str, int], Tensor]
 """What one method remembers of one generation, by name and layer.
 
@@ -62,7 +64,8 @@ class Forward:
 
     prompt: how many rows, the first ones, are of a prompt; those behind were generated or drafted.
     first: it is the first prompt of its conversation. starts, ends: its first, its last row is
-    among them; a long one may be read in several forwards.
+    among them; a long one may be read in several forwards. shard: which heads are at hand; what
+    compares heads must gather them first.
     """
 
     past: int
@@ -80,6 +83,7 @@ class Forward:
     first: bool = False
     starts: bool = False
     ends: bool = True
+    shard: Shard = WHOLE
 
     @property
     def new(self) -> slice:
@@ -198,8 +202,11 @@ def reweigh(weights: Tensor, groups: Tensor, shares: Shares) -> Tensor:
 class Regrouping(Method, ABC):
     """A method whose edit is one factor per key, made of groups of keys (see `reweigh`).
 
-    Whatever has this form runs as two small kernels at a generated token on a GPU.
+    Whatever has this form runs as two small kernels at a generated token on a GPU. compares_heads:
+    a head's shares depend on the masses of the others.
     """
+
+    compares_heads: ClassVar[bool] = False
 
     def groups(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
         """The groups `[B, G, K]` of all keys so far, or of more than these."""
@@ -207,7 +214,10 @@ class Regrouping(Method, ABC):
 
     @abstractmethod
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
-        """What each group adds to the factor of its keys, `[B, G, H, R]`; see `reweigh`."""
+        """What each group adds to the factor of its keys, `[B, G, H, R]`; see `reweigh`.
+
+        groups: of all keys so far; masses lie on those that a sliding window has left.
+        """
 
     def newest(self, keys: int, layer: int, forward: Forward, memory: Memory) -> Tensor:
         """The groups `[B, G, keys]` of the newest keys: a sliding window drops older ones."""
@@ -215,8 +225,17 @@ class Regrouping(Method, ABC):
         return self.groups(layer, forward, memory)[..., total - keys : total]
 
     def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
-        groups = self.newest(weights.shape[-1], layer, forward, memory)
-        return reweigh(weights, groups, self.shares)
+        newest = self.newest(weights.shape[-1], layer, forward, memory)
+        every = self.groups(layer, forward, memory)[..., : forward.image.shape[1]]
+        shares = self.shares_in(forward)
+        return reweigh(weights, newest, lambda masses, _: shares(masses, every))
+
+    def shares_in(self, forward: Forward) -> Shares:
+        """`shares`, shown all heads where other processes compute some of them."""
+        shard = forward.shard
+        if shard.ranks == 1 or not self.compares_heads:
+            return self.shares
+        return lambda m, groups: shard.mine(self.shares(shard.gather(m, 2), groups), 2)
 
 
 def check_number(

@@ -21,6 +21,7 @@ from vlm_patch.model import Decoder, read
 from vlm_patch.passes import Hook, Passes
 from vlm_patch.prompt import Given
 from vlm_patch.question import QuestionReader
+from vlm_patch.shard import shard_of
 
 _owners = itertools.count()
 
@@ -74,7 +75,8 @@ class Patch:
         self._disabled: list[frozenset[str]] = []
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
         reader = None if processor is None else QuestionReader(processor, decoder.image_ids)
-        self._layout = Layout(next(_owners), decoder.image_ids, reader)
+        self._shard = shard_of(model, decoder.layers[0].attention)
+        self._layout = Layout(next(_owners), decoder.image_ids, reader, self._shard)
         self._removed = False
         with ExitStack() as undo:
             self._put_on(undo)
@@ -192,7 +194,9 @@ class Patch:
         known = self._switches.get(name)
         if known is None or known[0] is not table or known[1] != table._version:
             on = {
-                layer.index: None if row.all() else row.to(_device(layer.block))
+                layer.index: None
+                if row.all()
+                else self._shard.mine(row, 0).to(_device(layer.block))
                 for layer in self._decoder.layers
                 if (row := table[layer.index]).any()
             }

@@ -132,6 +132,7 @@ class GIFT(Regrouping):
 
     name: ClassVar[str] = "gift"
     reads_question: ClassVar[bool] = True
+    compares_heads: ClassVar[bool] = True
 
     alpha: float | None = None
     beta: float = 1.0
@@ -250,7 +251,7 @@ class GIFT(Regrouping):
                     f"gift has no map: no attention was seen in its saliency_layer "
                     f"{self.saliency_layer}, which has no softmax attention on this model"
                 )
-            change = memory.pop(("change", 0))
+            change = forward.shard.gather(memory.pop(("change", 0)), 1)
             kept = top_heads(change.sum(-1), self.head_fraction)
             saliency = (change * kept[..., None]).sum(1)
             saliency = pad(saliency, (0, forward.image.shape[1] - saliency.shape[-1]))

@@ -77,6 +77,7 @@ class _Record:
     norms `[B, S]`.
     """
 
+    forward: Forward
     blocks: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     value_path: list[Tensor] = field(default_factory=list)
@@ -89,10 +90,11 @@ class _Record:
         self.blocks.append(hidden.float())
 
     def weights(self, layer: int, weights: Tensor, value: Tensor, attention: nn.Module) -> None:
-        self.attention.append(weights.mean((1, 2)))
+        weights = weights.mean(2)
+        self.attention.append(self.forward.shard.gather(weights, 1).mean(1))
         groups = weights.shape[1] // value.shape[1]
         norms = _projected_norms(value.repeat_interleave(groups, 1), attention)
-        self.value_path.append((weights.mean(2) * norms).mean(1))
+        self.value_path.append(self.forward.shard.gather(weights * norms, 1).mean(1))
 
 
 def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
@@ -102,11 +104,13 @@ def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
     value = value.float()
     for name in ("o_proj", "out_proj", "dense"):
         matrix = getattr(getattr(attention, name, None), "weight", None)
+        local = getattr(matrix, "to_local", None)  # under tensor parallelism
+        matrix = matrix if local is None else local()
         heads, size = value.shape[1], value.shape[-1]
-        if not isinstance(matrix, Tensor) or matrix.is_meta:  # offloaded to the CPU or a disk
-            continue
+        if not isinstance(matrix, Tensor) or matrix.is_meta or not matrix.is_floating_point():
+            continue  # offloaded to the CPU or a disk, or whole numbers whose scale lies elsewhere
         if matrix.ndim == 2 and matrix.shape[1] == heads * size:
-            per_head = matrix.float().view(-1, heads, size).permute(1, 2, 0)
+            per_head = matrix.dequantize().float().view(-1, heads, size).permute(1, 2, 0)
             gram = per_head @ per_head.transpose(1, 2)
             square: Tensor = ((value @ gram) * value).sum(-1)
             return square.clamp_min(0).sqrt()
@@ -128,7 +132,7 @@ def discover(forward: Forward, run: StockPass) -> Found:
         return Found(
             (), "The first prompt has no text after its image, so nothing could be checked."
         )
-    record = _Record()
+    record = _Record(forward)
     run(
         forward.inputs,
         Watcher(block=record.block, weights=record.weights, rows=rows),

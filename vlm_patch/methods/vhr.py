@@ -155,8 +155,9 @@ class VHR(Method):
                     "a conversation's first prompt is read, with its image. Switch layers before "
                     "the prompt."
                 )
-            row = output[:, forward.prompt - 1].detach()
-            chosen = self.choose(row, memory["text", layer])
+            outputs = output[:, forward.prompt - 1].detach(), memory["text", layer]
+            chosen = self.choose(*(forward.shard.gather(heads, 1) for heads in outputs))
+            chosen = forward.shard.mine(chosen, 1)
             gain = torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)
             memory["gain", layer] = gain
         return gain
