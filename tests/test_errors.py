@@ -20,6 +20,7 @@ from tests import tiny
 from tests.modes import IN_CHUNKS
 from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError, attention, wrap
 from vlm_patch.generating import REFUSED
+from vlm_patch.passes import Lost
 
 SINKS = VAR(dims=tiny.SINK_DIMS, tau=3.0)
 GAZE = GIFT(alpha=3.0, saliency_layer=0, layers=(1, 2, 3))
@@ -637,6 +638,13 @@ def test_an_unknown_kind_of_mask() -> None:
     flash = torch.ones(1, 2)
     found = message(UnsupportedModelError, lambda: attention.check(call(mask=flash)))
     assert found == f"layer 3 uses a 2-dimensional mask (a flash kernel): {cure}"
+
+
+def test_a_layer_that_runs_twice_and_was_handed_nothing() -> None:
+    assert message(PatchError, lambda: Lost().attend(call())) == (
+        "layer 3 was not handed what this patch does in it, which is needed where layers run "
+        "twice: train without gradient checkpointing, or inside `with patch.disabled():`"
+    )
 
 
 # ---- warnings
