@@ -1,27 +1,25 @@
-"""python -m eval run | score | table | demo | speed | modes."""
+"""python -m eval COMMAND: runs, scores, tables, and what is measured of the library itself."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval import config, demo, runs, scoring, table
+from eval import commands as benchmarks
+from eval import compare, config, demo, formats, plot, runs, sweep, table
 from eval.errors import EvalError
 from vlm_patch import PatchError, UnsupportedModelError
-
-BENCHMARKS = ("chair", "pope")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 1 after an error (said on stderr), 130 if the user stopped it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if (
-        words[:1] == ["score"]
-        and words[1:]
-        and words[1] not in (*BENCHMARKS, "run", "-h", "--help")
-    ):
+    names = (*benchmarks.SCORES, "run", "-h", "--help")
+    if words[:1] == ["score"] and words[1:] and words[1] not in names:
         words.insert(1, "run")
     options = parser().parse_args(words)
     try:
@@ -38,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    commands = top.add_subparsers(
-        required=True, metavar="run | score | table | demo | speed | modes"
-    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="generate answers by a configuration and score them")
     run.add_argument("config", type=Path, help="a YAML file, see configs/")
@@ -57,20 +53,63 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("score", help="score a run folder, or files made elsewhere; no model")
     )
 
-    tables = commands.add_parser("table", help="runs side by side, in Markdown")
-    tables.add_argument("folders", type=Path, nargs="+", metavar="RUN")
-    tables.set_defaults(command=_table)
+    benchmarks.add_data(commands.add_parser("data", help="fetch a benchmark's files"))
+    benchmarks.add_questions(
+        commands.add_parser("questions", help="POPE questions of any COCO-format annotation")
+    )
+
+    _add_compare(commands.add_parser("compare", help="two runs on the same images, in pairs"))
+    _add_table(commands.add_parser("table", help="runs side by side"))
+
+    _add_sweep(commands.add_parser("sweep", help="tune the methods on some images, report others"))
 
     show = commands.add_parser("demo", help="pocket model: baseline, VAR, GIFT, VHR and all three")
     show.add_argument("--out", type=Path, default=Path("runs/demo"))
     show.set_defaults(command=lambda options: demo.demo(options.out))
 
+    _add_models(commands.add_parser("models", help="which model families are supported, measured"))
     _add_speed(commands.add_parser("speed", help="what the methods cost beside the stock model"))
     ways = commands.add_parser("modes", help="every way of generating, against the slow reference")
     ways.add_argument("--json", action="store_true", help="print one JSON list")
     ways.add_argument("--out", type=Path, metavar="FILE", help="write it there too")
     ways.set_defaults(command=_modes)
     return top
+
+
+def _add_table(tables: argparse.ArgumentParser) -> None:
+    tables.add_argument("folders", type=Path, nargs="+", metavar="RUN")
+    tables.add_argument("--format", default="markdown", help=" | ".join(formats.FORMATS))
+    tables.add_argument("--plot", type=Path, metavar="FILE.png", help="needs the extra `plot`")
+    tables.set_defaults(command=_table)
+
+
+def _add_compare(pairs: argparse.ArgumentParser) -> None:
+    pairs.add_argument("before", type=Path, metavar="RUN_A")
+    pairs.add_argument("after", type=Path, metavar="RUN_B")
+    pairs.add_argument("--json", action="store_true", help="print one JSON object")
+    pairs.set_defaults(command=_compare)
+
+
+def _add_sweep(tries: argparse.ArgumentParser) -> None:
+    tries.add_argument("config", type=Path, help="a YAML file, see configs/")
+    tries.add_argument("--out", type=Path, required=True, help="an interrupted sweep goes on")
+    tries.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE", help="may be repeated"
+    )
+    tries.add_argument("--grid-heads", metavar="layers|heads", help="methods on in one at a time")
+    tries.add_argument("--measure", help="what is tuned (default: f1 of CHAIR, or pope_accuracy)")
+    tries.add_argument("--tune-split", help="default: one half of the images of each split")
+    tries.add_argument("--limit", type=int, help="only so many images a split and task")
+    tries.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    tries.set_defaults(command=_sweep)
+
+
+def _add_models(families: argparse.ArgumentParser) -> None:
+    families.add_argument("--types", help="names with commas between (default: every one)")
+    families.add_argument("--json", action="store_true", help="print JSON")
+    families.add_argument("--out", type=Path, help="write it to this file too")
+    families.add_argument("--readme", action="store_true", help="put the table into the README")
+    families.set_defaults(command=_models)
 
 
 def _add_speed(costs: argparse.ArgumentParser) -> None:
@@ -86,38 +125,20 @@ def _add_speed(costs: argparse.ArgumentParser) -> None:
 
 
 def _add_score(score: argparse.ArgumentParser) -> None:
-    """`score FOLDER` (short for `score run FOLDER`), `score chair ...` and `score pope ...`."""
-    kinds = score.add_subparsers(required=True, metavar="RUN | chair | pope")
+    """`score FOLDER` (short for `score run FOLDER`), and `score NAME ...` for every benchmark."""
+    kinds = score.add_subparsers(required=True, metavar=f"RUN | {' | '.join(benchmarks.SCORES)}")
 
     folder = kinds.add_parser("run", help="score a run folder again and write its metrics.json")
     folder.add_argument("folder", type=Path, metavar="RUN")
     folder.set_defaults(command=_score)
-
-    chair = kinds.add_parser("chair", help="captions made elsewhere, against COCO objects")
-    chair.add_argument("--captions", type=Path, required=True, help="JSON list or JSON lines")
-    chair.add_argument("--truth", type=Path, required=True, metavar="OBJECTS.json|COCO_DIR")
-    chair.add_argument(
-        "--synonyms", type=Path, help="object vocabulary (default: the one that ships)"
-    )
-    chair.add_argument(
-        "--rules", default="pattern", help="how captions are read (default: pattern)"
-    )
-    chair.add_argument("--json", action="store_true", help="print one JSON object")
-    chair.set_defaults(command=_score_chair)
-
-    pope = kinds.add_parser("pope", help="yes/no answers made elsewhere, against POPE questions")
-    pope.add_argument(
-        "--answers", type=Path, required=True, help="JSON lines, in the questions' order"
-    )
-    pope.add_argument("--questions", type=Path, required=True, help="JSON lines with labels")
-    pope.add_argument("--json", action="store_true", help="print one JSON object")
-    pope.set_defaults(command=_score_pope)
+    benchmarks.add_scores(kinds)
 
 
 def _run(options: argparse.Namespace) -> None:
     limit = [] if options.limit is None else [f"limit={options.limit}"]
     runs.run(config.load(options.config, [*options.set, *limit]), options.out)
-    print(table.markdown([options.out]))
+    if _prints():
+        print(table.markdown([options.out]))
 
 
 def _score(options: argparse.Namespace) -> None:
@@ -125,13 +146,10 @@ def _score(options: argparse.Namespace) -> None:
     print(table.markdown([options.folder]))
 
 
-def _score_chair(options: argparse.Namespace) -> None:
-    result = scoring.score_chair(options.captions, options.truth, options.synonyms, options.rules)
-    scoring.print_result(result, options.json)
+def _models(options: argparse.Namespace) -> None:
+    from eval import families  # builds a model of every type, which no other command needs
 
-
-def _score_pope(options: argparse.Namespace) -> None:
-    scoring.print_result(scoring.score_pope(options.answers, options.questions), options.json)
+    families.models(options.types, options.json, options.out, options.readme)
 
 
 def _speed(options: argparse.Namespace) -> None:
@@ -153,8 +171,35 @@ def _modes(options: argparse.Namespace) -> None:
     modes.modes(options.json, options.out)
 
 
+def _sweep(options: argparse.Namespace) -> None:
+    limit = [] if options.limit is None else [f"limit={options.limit}"]
+    wanted = sweep.Sweep(
+        options.config,
+        (*options.set, *limit),
+        tuple(options.grid),
+        options.grid_heads,
+        options.measure,
+        options.tune_split,
+    )
+    found = sweep.sweep(wanted, options.out)
+    if _prints():
+        print(sweep.markdown(found, options.out))
+
+
+def _prints() -> bool:
+    """Of the processes that a launcher started, one speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _table(options: argparse.Namespace) -> None:
-    print(table.markdown(options.folders))
+    print(formats.write(options.folders, options.format))
+    if options.plot is not None:
+        plot.plot(options.folders, options.plot)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    found = compare.compare(options.before, options.after)
+    print(json.dumps(found, indent=2) if options.json else compare.markdown(found))
 
 
 if __name__ == "__main__":

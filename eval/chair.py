@@ -1,6 +1,7 @@
 """CHAIR: how many of the objects that a caption names are not in the image.
 
-Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156, with the original ("pattern") rules.
+Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156, by the original rules (`pattern`) or those
+of OPERA's fork (`wordnet`); each needs a truth that was read by the same rules.
 One row of a caption file: `{"image_id": 10822, "caption": "3 zebras in a field"}`.
 
 CHAIR falls for free when captions get shorter, loop, or repeat a true object, so recall, length,
@@ -11,16 +12,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
+from eval import alarm
 from eval.coco import Vocabulary
 from eval.errors import EvalError
 from eval.intervals import Numbers, measure
 
-RULES = ("pattern",)
+LENGTHS = (40, 60, 100)
+"""CHAIR is also taken of the first so many words."""
+LOOPING = 0.7
+"""Captions of LLaVA-1.5 and InstructBLIP that do not loop have at least 0.8 of 4-grams distinct."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class CaptionScore:
     def tokens(self) -> int:
         return self.counts.tokens
 
+    @property
+    def loops(self) -> bool:
+        """Whether the text repeats itself: under LOOPING of its 4-grams are distinct."""
+        return self.distinct_four_grams < LOOPING * self.four_grams
+
 
 def judge(caption: str, truth: Collection[str], vocabulary: Vocabulary) -> CaptionScore:
     """Mentions of a caption, and which of them are not in `truth` (the objects of its image)."""
@@ -89,53 +99,90 @@ def score(
     captions: Sequence[tuple[int, str]],
     truth: Mapping[int, Collection[str]],
     vocabulary: Vocabulary,
-    rules: str = "pattern",
+    rules: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """CHAIR of (image id, caption) pairs, as one JSON-able dictionary. Shares lie in [0, 1].
 
-    Intervals (95 %) are bootstrapped over captions. A ratio whose denominator is 0 is 0 and is
-    named in `flags`. `EvalError` if there are no captions, an image is not in `truth`, or the rules
-    are unknown.
+    `rules` None: those of the vocabulary. Intervals (95 %) are bootstrapped over captions. A ratio
+    whose denominator is 0 is 0 and is named in `flags`. `EvalError` if there are no captions, an
+    image is not in `truth`, or the rules are unknown.
     """
-    if rules not in RULES:
-        raise EvalError(f"rules {rules!r}: only 'pattern' is offered in this version.")
+    vocabulary = replace(vocabulary, rules=rules or vocabulary.rules)
     if not captions:
         raise EvalError("CHAIR: there are no captions to score.")
     _require_truth([image for image, _ in captions], truth)
-    scores = [judge(caption, truth[image], vocabulary) for image, caption in captions]
-    counts = {f.name: np.array([getattr(s.counts, f.name) for s in scores]) for f in fields(Counts)}
-    grams = {
-        "four_grams": np.array([s.four_grams for s in scores]),
-        "distinct_four_grams": np.array([s.distinct_four_grams for s in scores]),
-    }
-    measured = measure(counts | grams, _ratios, seed)
+    columns = counts_by_caption(captions, truth, vocabulary)
+    measured = measure(columns, ratios, seed)
     return {
+        "n": len(captions),
         **measured["values"],
-        "counts": {name: int(column.sum()) for name, column in counts.items()},
+        "counts": {f.name: int(columns[f.name].sum()) for f in fields(Counts)},
         "intervals": measured["intervals"],
-        "rules": rules,
+        "rules": vocabulary.rules,
         "vocabulary": vocabulary.name,
+        "alarms": [*alarm.ringing(measured["values"]).values()],
         "flags": _flags(captions, truth, vocabulary, measured["undefined"]),
     }
 
 
-def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+def counts_by_caption(
+    captions: Sequence[tuple[int, str]],
+    truth: Mapping[int, Collection[str]],
+    vocabulary: Vocabulary,
+) -> dict[str, Numbers]:
+    """What each caption adds to the corpus, by name of the count: `[captions]` each.
+
+    `NAME_at_40` is the count of the caption's first 40 words: captions of equal length, so that
+    nothing is gained by stopping early.
+    """
+    whole = [judge(caption, truth[image], vocabulary) for image, caption in captions]
+    columns = _columns(whole)
+    columns["four_grams"] = np.array([s.four_grams for s in whole])
+    columns["distinct_four_grams"] = np.array([s.distinct_four_grams for s in whole])
+    columns["captions_looping"] = np.array([s.loops for s in whole])
+    for length in LENGTHS:
+        cut = [
+            said
+            if len(words := caption.split()) <= length
+            else judge(" ".join(words[:length]), truth[image], vocabulary)
+            for said, (image, caption) in zip(whole, captions, strict=True)
+        ]
+        columns |= {f"{name}_at_{length}": column for name, column in _columns(cut).items()}
+    return columns
+
+
+def _columns(scores: Sequence[CaptionScore]) -> dict[str, Numbers]:
+    return {f.name: np.array([getattr(s.counts, f.name) for s in scores]) for f in fields(Counts)}
+
+
+def ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
     """The formulas of CHAIR; over the corpus, not averaged over captions.
 
     `chair_i_distinct` takes each object once per caption, so repeating a true one gains nothing.
     """
     distinct, recalled = c["distinct_objects_mentioned"], c["gt_objects_recalled"]
-    return {
-        "chair_s": (c["captions_hallucinated"], c["captions"]),
-        "chair_i": (c["object_mentions_hallucinated"], c["object_mentions"]),
-        "recall": (recalled, c["gt_objects"]),
+    found = {
+        **_chair(c, ""),
         "precision": (recalled, distinct),
         "f1": (2 * recalled, distinct + c["gt_objects"]),
         "mean_tokens": (c["tokens"], c["captions"]),
         "chair_i_distinct": (distinct - recalled, distinct),
         "no_object_share": (c["captions_without_objects"], c["captions"]),
         "distinct_4gram_share": (c["distinct_four_grams"], c["four_grams"]),
+        "looping_share": (c["captions_looping"], c["captions"]),
+    }
+    for length in LENGTHS:
+        found |= _chair(c, f"_at_{length}")
+    return found
+
+
+def _chair(c: Mapping[str, Numbers], cut: str) -> dict[str, tuple[Numbers, Numbers]]:
+    """CHAIR_S, CHAIR_I and recall of whole captions, or of their first words."""
+    return {
+        f"chair_s{cut}": (c[f"captions_hallucinated{cut}"], c["captions"]),
+        f"chair_i{cut}": (c[f"object_mentions_hallucinated{cut}"], c[f"object_mentions{cut}"]),
+        f"recall{cut}": (c[f"gt_objects_recalled{cut}"], c["gt_objects"]),
     }
 
 
@@ -157,7 +204,9 @@ def _flags(
     undefined: Sequence[str],
 ) -> list[str]:
     """What a reader of the numbers should know about them."""
-    flags = [f"{name}: nothing to divide by, 0 by definition" for name in undefined]
+    flags = [
+        f"{name}: nothing to divide by, 0 by definition" for name in undefined if "_at_" not in name
+    ]
     repeated = sum(times > 1 for times in Counter(image for image, _ in captions).values())
     if repeated:
         flags.append(f"{repeated} images have more than one caption; each counts")

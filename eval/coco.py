@@ -1,9 +1,10 @@
 """COCO: which words name its 80 categories, and which objects an image truly shows.
 
 Caption to objects: lower-case, Treebank tokens, singular forms, two-word objects merged from left
-to right, then the words of the vocabulary in order, repeats kept (the `pattern` rules of CHAIR,
-Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156). The truth of an image is the categories of
-its instances together with the objects of its reference captions, found by the same rules.
+to right, then the words of the vocabulary in order, repeats kept (CHAIR, Rohrbach et al. 2018,
+https://arxiv.org/abs/1809.02156). What a singular form is depends on the rules: `pattern`, the
+original ones, or `wordnet`, those of OPERA's fork. The truth of an image is the categories of its
+instances together with the objects of its reference captions, found by the same rules.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any
 import yaml
 from pycocotools.coco import COCO
 
+from eval import wordnet
 from eval.errors import EvalError
 from eval.records import read_json, read_text
-from eval.words import rule_data, singular, tokens
+from eval.words import rule_data, singulars
 
 SHIPPED = Path(__file__).parent / "vocabulary" / "coco.yaml"
 _FOLDERS = (
@@ -31,6 +33,12 @@ _FOLDERS = (
     "images",
     *(f"{split}{year}" for year in (2014, 2017) for split in ("val", "train")),
 )
+
+# what the words of a caption are read as
+RULES: Mapping[str, Callable[[str], list[str]]] = {
+    "pattern": singulars,
+    "wordnet": wordnet.lemmas,
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,14 @@ class Vocabulary:
 
     name: str
     words: Mapping[str, str]
+    rules: str = "pattern"
+
+    def __post_init__(self) -> None:
+        if self.rules not in RULES:
+            raise EvalError(f"rules {self.rules!r}: expected {' or '.join(RULES)}.")
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Vocabulary:
+    def load(cls, path: Path | None = None, rules: str = "pattern") -> Vocabulary:
         """The shipped list, or a file: `.yaml` like the shipped one, else a CHAIR synonym list.
 
         A synonym list holds one category a line, items separated by a comma and a blank, and is
@@ -62,7 +75,7 @@ class Vocabulary:
         lines = _yaml_lines(path, text) if yaml_file else _synonym_lines(text)
         words = {word: line[0] for line in lines for word in line if word}
         checksum = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return cls(f"{path.name} (sha256 {checksum})", words)
+        return cls(f"{path.name} (sha256 {checksum})", words, rules)
 
     @property
     def objects(self) -> frozenset[str]:
@@ -70,7 +83,7 @@ class Vocabulary:
 
     def read(self, caption: str) -> Reading:
         """Tokens after merging (what CHAIR counts as length), and mentions in order."""
-        merged = _merged([singular(token) for token in tokens(caption)])
+        merged = _merged(RULES[self.rules](caption))
         ignored = {"seat"} if "toilet" in merged else frozenset[str]()
         found = [(w, self.words[w]) for w in merged if w in self.words and w not in ignored]
         return Reading(tuple(merged), tuple(found))
@@ -150,6 +163,16 @@ def read_truth(
             raise EvalError(f"{path}, image {key!r}: expected a list of object names.")
     truth = {image_id(key): list(dict.fromkeys(objects)) for key, objects in data.items()}
     return truth if images is None else {k: v for k, v in truth.items() if k in images}
+
+
+def named_truth(path: Path, vocabulary: Vocabulary) -> dict[str, list[str]]:
+    """Like `read_truth`, by file name: the annotations' own, or the 2014 release's."""
+    truth = read_truth(path, vocabulary)
+    names: dict[int, str] = {}
+    for file in _annotation_files(path, "instances") if path.is_dir() else ():
+        images = _load(file, "image_id").imgs
+        names |= {number: record["file_name"] for number, record in images.items()}
+    return {names.get(n, f"COCO_val2014_{n:012d}.jpg"): found for n, found in truth.items()}
 
 
 def _folder_truth(

@@ -20,6 +20,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -38,6 +39,8 @@ from eval.values import (
 from vlm_patch import GIFT, VAR, VHR
 
 METHODS: Mapping[str, Any] = {"var": VAR, "gift": GIFT, "vhr": VHR}
+PARTS = ("tune", "report")
+BROKEN_IMAGES = ("skip", "error")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -95,7 +98,12 @@ TASKS: Mapping[str, Any] = {"chair": ChairTask, "pope": PopeTask}
 class Config:
     """One model with its methods on one data set; `options` holds the section of each method.
 
-    `limit` keeps only so many images of each split and task. `layers` and `heads` go to `wrap`.
+    From `revision` to `attn_implementation` the settings go to from_pretrained; `quantization` is
+    its quantization_config, as in {load_in_4bit: true}. Where none of `device_map`, `tp_plan` and
+    `quantization` places the model, it goes to `device` as a whole. `part`: of all images only the
+    half to tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each
+    split and task. `broken_images: error` stops at an image that cannot be read
+    rather than list it as skipped. `layers` and `heads` go to `wrap`.
     """
 
     model: str = "pocket"
@@ -103,14 +111,18 @@ class Config:
     trust_remote_code: bool = False
     dtype: str = "auto"
     device: str | None = None
-    device_map: str | None = None
+    device_map: str | Mapping[str, Any] | None = None
+    tp_plan: str | Mapping[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None
     attn_implementation: str | None = None
     data: str = "pocket"
     splits: tuple[str, ...] = ()
+    part: str | None = None
     tasks: tuple[str, ...] = ("chair", "pope")
     limit: int | None = None
     batch_size: int = 8
     seed: int = 0
+    broken_images: str = "skip"
     methods: tuple[str, ...] = ()
     layers: Any = None
     heads: Any = None
@@ -125,8 +137,22 @@ class Config:
         check_names("dtype", (self.dtype,), DTYPES)
         if not self.tasks:
             raise EvalError(f"tasks is empty: name at least one of {', '.join(TASKS)}")
-        if self.device and self.device_map:
-            raise EvalError("device and device_map are both set: keep one")
+        check_names("part", (self.part,) if self.part else (), PARTS)
+        check_names("broken_images", (self.broken_images,), BROKEN_IMAGES)
+        placing = [key for key in ("device", "device_map", "tp_plan") if getattr(self, key)]
+        if len(placing) > 1:
+            raise EvalError(f"{' and '.join(placing)} are both set: keep one")
+        if self.tp_plan and self.methods:
+            raise EvalError(
+                "tp_plan and methods are both set: with tensor parallelism each process sees only "
+                "its own heads, and methods that weigh heads against each other would differ; "
+                "spread the model with device_map instead"
+            )
+        if not isinstance(self.quantization, (Mapping, NoneType)):
+            raise EvalError(
+                f"quantization: expected a section such as {{load_in_4bit: true}}, "
+                f"found {describe(self.quantization)}"
+            )
         for name in {*self.options} - {*self.methods}:
             raise EvalError(
                 f"section {name}: the run does not use {name} (methods: {[*self.methods]}); "

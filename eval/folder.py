@@ -6,7 +6,6 @@ Answers are appended and flushed batch by batch, so that a run goes on after any
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from eval.dataset import notice
+from eval import log
 from eval.errors import EvalError
 
 KEY = ("task", "split", "id")
 # Settings that say how fast answers come, not which: they may change when a run goes on.
-FREE = ("batch_size", "device", "device_map")
+FREE = ("batch_size", "device", "device_map", "tp_plan")
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,17 @@ class RunFolder:
         return self.path / "answers.jsonl"
 
     @property
+    def skip_list(self) -> Path:
+        return self.path / "skipped.jsonl"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.json"
+
+    @property
+    def work(self) -> Path:
+        """What several processes leave here while they are at work; gone when all is done."""
+        return self.path / "work"
 
     def record(self) -> dict[str, Any]:
         """What config.yaml says; EvalError if this is no run folder."""
@@ -63,12 +71,12 @@ class RunFolder:
 
         EvalError if the folder holds answers of another run, or files that are no run.
         """
-        if self.config.exists() and self.answers.exists():
+        if self.config.exists() and self._begun():
             found = self.record()
             _check_same(self.path, found, record)
             return found
         self.path.mkdir(parents=True, exist_ok=True)
-        strange = [entry.name for entry in self.path.iterdir() if entry.name != "scenes"]
+        strange = [entry.name for entry in self.path.iterdir() if not _ours(entry.name)]
         if strange and not self.config.exists():
             raise EvalError(
                 f"{self.path} holds {min(strange)} but no config.yaml, so it is no run folder: "
@@ -80,52 +88,92 @@ class RunFolder:
         self.write_record(record)
         return dict(record)
 
+    def _begun(self) -> bool:
+        """Whether there are answers, or a process that is about to make some."""
+        logs = [*self.parts(self.answers), *self.parts(self.skip_list)]
+        logs += [file for file in (self.answers, self.skip_list) if file.exists()]
+        return any(file.stat().st_size for file in logs) or any(self.work.glob("*.alive"))
+
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace config.yaml."""
-        _write(self.config, yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True))
+        log.replace(self.config, yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True))
+
+    def finished(self) -> dict[str, Any] | None:
+        """What metrics.json says, if it tells of all samples of the run."""
+        try:
+            metrics: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        complete = metrics["answered"] + metrics.get("skipped", 0) == metrics["samples"]
+        return metrics if complete else None
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Replace metrics.json; equal metrics give equal bytes."""
-        _write(self.metrics, json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+        log.replace(self.metrics, json.dumps(metrics, indent=2, sort_keys=True) + "\n")
 
-    def rows(self, repair: bool = False) -> list[dict[str, Any]]:
-        """The answers so far, sorted by task, split and id.
+    def rows(self, repair: bool = False, quiet: bool = False) -> list[dict[str, Any]]:
+        """The answers so far, sorted by task, split and id; for the switches see `log.read`."""
+        return self._merged(self.answers, (*KEY, "answer"), repair, quiet)
 
-        A last line that a crash left broken is passed over with a notice; `repair` also cuts it off
-        the file, so that the next answer starts a line of its own.
+    def skipped(self, repair: bool = False, quiet: bool = False) -> list[dict[str, Any]]:
+        """The samples left out because their image is broken, each with its `reason`."""
+        return self._merged(self.skip_list, (*KEY, "reason"), repair, quiet)
+
+    def _merged(
+        self, path: Path, fields: Sequence[str], repair: bool, quiet: bool
+    ) -> list[dict[str, Any]]:
+        """Rows of a file and of its parts by single processes, each sample once.
+
+        Parts are read first: they only vanish when the file holds what was in them.
         """
-        text = self.answers.read_bytes() if self.answers.exists() else b""
-        *lines, torn = text.split(b"\n")
-        found = [_row(line) for line in lines]
-        if not torn and found and found[-1] is None:
-            found.pop()
-            torn = lines.pop() + b"\n"
-        if torn:
-            notice(f"{self.answers}: the last line is broken off; its sample is not answered yet")
-            if repair:
-                os.truncate(self.answers, len(text) - len(torn))
-        return self._checked(found)
-
-    def _checked(self, found: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
-        rows: dict[tuple[str, ...], dict[str, Any]] = {}
-        for number, row in enumerate(found, 1):
-            where = f"{self.answers}, line {number}"
-            if row is None:
-                raise EvalError(
-                    f"{where} is no answer (expected a JSON object with {', '.join(KEY)}, answer): "
-                    f"delete the line and run again, its sample is then done anew"
-                )
-            key = row_key(row)
-            if key in rows:
-                raise EvalError(f"{where} answers {' '.join(key)} a second time: delete one line")
-            rows[key] = row
+        parts = [_unique(part, log.read(part, fields, quiet=True)) for part in self.parts(path)]
+        rows = _unique(path, log.read(path, fields, repair, quiet))
+        for part in parts:
+            rows = part | rows
         return [rows[key] for key in sorted(rows)]
 
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add answers, one JSON object a line, and hand them to the operating system."""
-        text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
-        with self.answers.open("a", encoding="utf-8") as file:
-            file.write(text)
+    def parts(self, path: Path) -> list[Path]:
+        """What processes beside the one that writes `path` wrote of it."""
+        return sorted(self.work.glob(f"*.{path.name}"))
+
+    def part(self, path: Path, name: str) -> Path:
+        """Where the process `name` writes its part of `path`."""
+        return self.work / f"{name}.{path.name}"
+
+    def settled(self, repair: bool = False) -> set[tuple[str, ...]]:
+        """Keys of the samples that need not be asked any more, also while others write."""
+        found = [*self.rows(repair, not repair), *self.skipped(repair, not repair)]
+        return {row_key(row) for row in found}
+
+    def report(self, name: str, made: Mapping[str, Sequence[Any]]) -> None:
+        """Leave what process `name` found of its environments, patches and notes for `gather`."""
+        log.append(self.work / f"{name}.report", [made])
+
+    def gather(self) -> None:
+        """Bring what lies in parts and reports into the files of the run, and drop those."""
+        for path, rows in ((self.answers, self.rows()), (self.skip_list, self.skipped())):
+            there = _unique(path, log.read(path, KEY, repair=True))
+            if missing := [row for row in rows if row_key(row) not in there]:
+                log.append(path, missing)
+            for part in self.parts(path):
+                part.unlink(missing_ok=True)
+        self.gather_reports()
+
+    def gather_reports(self) -> None:
+        """What the processes found of themselves goes into config.yaml, each thing once."""
+        record, reports = self.record(), sorted(self.work.glob("*.report"))
+        for made in [made for report in reports for made in log.read(report, ())]:
+            for key, found in made.items():
+                record[key] += [item for item in found if item not in record[key]]
+        if reports:
+            self.write_record(record)
+        for report in reports:
+            report.unlink(missing_ok=True)
+
+
+def _ours(name: str) -> bool:
+    """Files that are there before config.yaml is."""
+    return name in ("scenes", "work") or name.startswith("config.yaml.")
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -133,12 +181,16 @@ def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[key]) for key in KEY)
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and {*KEY, "answer"} <= row.keys() else None
+def _unique(path: Path, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Rows by sample; EvalError if one file holds a sample twice."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for number, row in enumerate(rows, 1):
+        if (key := row_key(row)) in found:
+            raise EvalError(
+                f"{path}, line {number} answers {' '.join(key)} a second time: delete one line"
+            )
+        found[key] = row
+    return found
 
 
 def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -165,10 +217,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
         flat |= inner or {f"{prefix}{key}": value}
     return flat
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step: a crash leaves the old one or the new one, never half."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

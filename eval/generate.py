@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from eval import pocket
 from eval.config import Config
@@ -32,6 +34,14 @@ GREEDY: dict[str, Any] = {
 }
 
 
+class BrokenImageError(EvalError):
+    """An image that is missing or cannot be decoded, and the sample that needs it."""
+
+    def __init__(self, sample: Sample, reason: str) -> None:
+        super().__init__(f"{sample.name}: {reason}")
+        self.sample, self.reason = sample, reason
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the model said, its length in tokens (end mark included), and whether it ended."""
@@ -45,16 +55,11 @@ def load_model(config: Config) -> tuple[Any, Any]:
     """The model (in evaluation mode, on its device) and the processor that `config` names."""
     name = str(pocket.MODEL) if config.model == "pocket" else config.model
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    placing = {
-        key: value
-        for key in ("device_map", "attn_implementation")
-        if (value := getattr(config, key)) is not None
-    }
     try:
         processor = PROCESSORS.from_pretrained(name, **source)
-        model = MODELS.from_pretrained(name, dtype=config.dtype, **source, **placing)
-        if config.device_map is None:
-            model = model.to(config.device or best_device())
+        model = MODELS.from_pretrained(name, dtype=config.dtype, **source, **placing(config))
+        if config.device_map is None and config.tp_plan is None and config.quantization is None:
+            model = model.to(config.device or own_device())
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise EvalError(
             f"model {config.model} cannot be loaded (expected: pocket, a folder made by "
@@ -63,10 +68,30 @@ def load_model(config: Config) -> tuple[Any, Any]:
     return model.eval(), prepare(processor, config.model)
 
 
+def placing(config: Config) -> dict[str, Any]:
+    """How from_pretrained is to build the model and where to put it; only what is set."""
+    plan: Any = dict(config.tp_plan) if isinstance(config.tp_plan, Mapping) else config.tp_plan
+    wanted = {
+        "device_map": config.device_map,
+        "distributed_config": None if plan is None else DistributedConfig(tp_plan=plan),
+        "quantization_config": config.quantization and dict(config.quantization),
+        "attn_implementation": config.attn_implementation,
+    }
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
 def best_device() -> str:
     """The accelerator of this machine, or the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if found is None else str(found)
+
+
+def own_device() -> str:
+    """This process's own accelerator where a launcher started several, one for each."""
+    device, place = best_device(), os.environ.get("LOCAL_RANK", "")
+    if device == "cpu" or not place.isdigit():
+        return device
+    return f"{device}:{int(place) % torch.accelerator.device_count()}"
 
 
 def prepare(processor: Any, name: str) -> Any:
@@ -86,42 +111,6 @@ def prepare(processor: Any, name: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
-
-
-def answers(
-    model: Any, processor: Any, samples: Sequence[Sample], config: Config
-) -> Iterator[list[tuple[Sample, Answer]]]:
-    """The answers batch by batch, short prompts first.
-
-    Equal prompts on one image (POPE's three strategies share the objects that are there) are asked
-    once, and the answer goes to all of them.
-    """
-    same: dict[tuple[str, str, str], list[Sample]] = {}
-    for sample in samples:
-        same.setdefault((sample.task, str(sample.image), sample.prompt), []).append(sample)
-    groups = sorted(same.values(), key=lambda group: (group[0].task, len(group[0].prompt)))
-    for task in config.tasks:
-        of_task = [group for group in groups if group[0].task == task]
-        max_new_tokens = getattr(config, task).max_new_tokens
-        for start in range(0, len(of_task), config.batch_size):
-            batch = of_task[start : start + config.batch_size]
-            found = _ask(model, processor, [group[0] for group in batch], max_new_tokens)
-            yield [
-                (sample, answer)
-                for group, answer in zip(batch, found, strict=True)
-                for sample in group
-            ]
-
-
-def _ask(model: Any, processor: Any, batch: Sequence[Sample], max_new_tokens: int) -> list[Answer]:
-    try:
-        return ask(model, processor, batch, max_new_tokens)
-    except torch.OutOfMemoryError as error:
-        half = max(1, len(batch) // 2)
-        raise EvalError(
-            f"out of memory with {len(batch)} samples at once ({error}); the answers so far are "
-            f"kept: run again with --set batch_size={half}"
-        ) from error
 
 
 @torch.inference_mode()
@@ -164,15 +153,15 @@ def encode(processor: Any, batch: Sequence[Sample]) -> Any:
 
 
 def open_image(sample: Sample) -> Image.Image:
-    """The sample's image in RGB; EvalError names the file that is missing or broken."""
+    """The sample's image in RGB; BrokenImageError names the file that is missing or broken."""
     try:
         with Image.open(sample.image) as image:
             picture: Image.Image = image.convert("RGB")
     except FileNotFoundError:
-        raise EvalError(f"{sample.name}: no such image: {sample.image}") from None
+        raise BrokenImageError(sample, f"no such image: {sample.image}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise EvalError(
-            f"{sample.name}: {sample.image} is not a readable image: {error}"
+        raise BrokenImageError(
+            sample, f"{sample.image} is not a readable image: {error}"
         ) from error
     return picture
 

@@ -73,3 +73,31 @@ def measure(counts: Mapping[str, Numbers], ratios: Ratios, seed: int = 0) -> dic
         "intervals": {name: list(interval(ratio(*parts))) for name, parts in draws.items()},
         "undefined": [name for name, (_, bottom) in totals.items() if bottom == 0],
     }
+
+
+def paired(
+    before: Mapping[str, Numbers], after: Mapping[str, Numbers], ratios: Ratios, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """What changed between two sets of counts `{name: [samples]}` of the same samples.
+
+    By measure: the two values, their difference, and its 95 % interval; each draw of samples gives
+    one difference.
+    """
+    rows = np.stack([*before.values(), *after.values()], axis=1).astype(np.float64)
+    names, half = list(before), len(before)
+
+    def both(sums: Numbers) -> list[dict[str, Numbers]]:
+        parts = (sums[..., :half], sums[..., half:])
+        found = (ratios(dict(zip(names, np.moveaxis(p, -1, 0), strict=True))) for p in parts)
+        return [{name: ratio(*pair) for name, pair in one.items()} for one in found]
+
+    values, draws = both(rows.sum(axis=0)), both(resample(rows, seed=seed))
+    return {
+        name: {
+            "before": float(values[0][name]),
+            "after": float(values[1][name]),
+            "difference": float(values[1][name] - values[0][name]),
+            "interval": list(interval(draws[1][name] - draws[0][name])),
+        }
+        for name in values[0]
+    }

@@ -19,6 +19,7 @@ import numpy as np
 
 from eval.errors import EvalError
 from eval.intervals import Numbers, measure
+from eval.parsers import parser_named, readable
 from eval.records import Row, read_rows
 
 Strategy: TypeAlias = Literal["random", "popular", "adversarial"]
@@ -165,61 +166,62 @@ def _text(thing: str) -> str:
     return f"Is there {article} {thing} in the image?"
 
 
-def says_no(answer: str) -> bool:
-    """The official parser: "No", "no" or "not" is a word of the first sentence; all else is yes."""
-    words = answer.partition(".")[0].replace(",", "").split(" ")
-    return not {"No", "no", "not"}.isdisjoint(words)
-
-
-def readable(answer: str) -> bool:
-    """Whether a strict reader finds the answer: it starts with yes or no, or has only one of them.
-
-    The official parser takes an empty answer, "Maybe" or "I cannot see one" for a yes.
-    """
-    words = re.findall(r"[a-z]+", answer.lower())
-    return words[:1] in (["yes"], ["no"]) or ("yes" in words) != ("no" in words)
-
-
 def score(
     answers: Sequence[str],
     labels: Sequence[str],
     images: Sequence[str] | None = None,
     seed: int = 0,
+    parser: str = "official",
 ) -> dict[str, Any]:
     """Counts, accuracy, precision, recall, F1 and yes-ratio of paired answers; "yes" is positive.
 
-    `unreadable` is the share of answers that only the official parser can read. Shares lie in
-    [0, 1]. The 95 % intervals are drawn over questions, or over `images` where they are given (the
-    questions about one image stand or fall together). `EvalError` on unpaired or unknown labels.
+    An answer that the parser (see `eval.parsers`) leaves unread is wrong: neither a yes nor a no.
+    `unreadable` is the share of answers that the strict parser cannot read, whichever is used.
+    Shares lie in [0, 1]. The 95 % intervals are drawn over questions, or over `images` where they
+    are given (the questions about one image stand or fall together). `EvalError` on unpaired or
+    unknown labels.
     """
     if not answers or len(answers) != len(labels):
         raise EvalError(f"POPE: {len(answers)} answers for {len(labels)} labels; expected pairs.")
     if unknown := sorted({label for label in labels if label not in ("yes", "no")}):
         raise EvalError(f"POPE: label {unknown[0]!r}; expected 'yes' or 'no'.")
-    no = np.array([says_no(answer) for answer in answers])
-    absent = np.array([label == "no" for label in labels])
-    counts = {
-        "tp": ~no & ~absent,
-        "fp": ~no & absent,
-        "tn": no & absent,
-        "fn": no & ~absent,
-        "unreadable": np.array([not readable(answer) for answer in answers]),
-    }
-    grouped = {name: _by_image(column, images) for name, column in counts.items()}
-    measured = measure(grouped, _ratios, seed)
+    counts = counts_by_question(answers, labels, parser)
+    grouped = {name: by_image(column, images) for name, column in counts.items()}
+    measured = measure(grouped, ratios, seed)
     return {
+        "n": len(answers),
         **{name: int(counts[name].sum()) for name in ("tp", "fp", "tn", "fn")},
         **measured["values"],
         "questions": len(answers),
         "intervals": measured["intervals"],
-        "parser": "official",
+        "parser": parser,
         "flags": [
             f"{name}: nothing to divide by, 0 by definition" for name in measured["undefined"]
         ],
     }
 
 
-def _by_image(column: Any, images: Sequence[str] | None) -> Numbers:
+def counts_by_question(
+    answers: Sequence[str], labels: Sequence[str], parser: str = "official"
+) -> dict[str, Numbers]:
+    """What each answer adds, by name of the count: `[questions]` each."""
+    read = parser_named(parser)
+    said = np.array([read(answer) or "" for answer in answers])
+    yes, no, absent = said == "yes", said == "no", np.array([label == "no" for label in labels])
+    counts = {
+        "tp": yes & ~absent,
+        "fp": yes & absent,
+        "tn": no & absent,
+        "fn": no & ~absent,
+        "present": ~absent,
+        "asked": np.ones(len(answers)),
+        "unreadable": np.array([not readable(answer) for answer in answers]),
+    }
+    return {name: np.asarray(column, dtype=np.float64) for name, column in counts.items()}
+
+
+def by_image(column: Any, images: Sequence[str] | None) -> Numbers:
+    """Sums of a column `[questions]` over the questions of each image, `[images]` by name."""
     values = np.asarray(column, dtype=np.float64)
     if images is None:
         return values
@@ -227,9 +229,9 @@ def _by_image(column: Any, images: Sequence[str] | None) -> Numbers:
     return np.bincount(index, weights=values).astype(np.float64)
 
 
-def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
-    asked = c["tp"] + c["fp"] + c["tn"] + c["fn"]
-    said_yes, present = c["tp"] + c["fp"], c["tp"] + c["fn"]
+def ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+    """The formulas of POPE."""
+    asked, said_yes, present = c["asked"], c["tp"] + c["fp"], c["present"]
     return {
         "accuracy": (c["tp"] + c["tn"], asked),
         "precision": (c["tp"], said_yes),

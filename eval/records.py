@@ -40,6 +40,24 @@ class Row:
             )
         return value
 
+    def texts(self, name: str) -> list[str]:
+        """A field that must be a list of strings."""
+        value = self.first(name)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise EvalError(f"{self.where}: the field {name!r} is {value!r}; expected strings.")
+        return value
+
+    def number(self, *names: str) -> int:
+        """Like `first`, for a whole number, also where it is written as a string."""
+        value = self.first(*names)
+        if isinstance(value, str) and value.isdecimal():
+            return int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise EvalError(
+                f"{self.where}: the field {_either(names)} is {value!r}; expected a whole number."
+            )
+        return value
+
 
 def read_text(path: Path) -> str:
     """Content of a UTF-8 file; `EvalError` where there is none or it cannot be read."""

@@ -1,8 +1,8 @@
 """Scores of answers that lie in files, whoever produced them. Needs no model.
 
 Captions: a JSON list, JSON lines, or `{"imgToEval": {...}}`, with the image under `image_id` (or
-`image`, or `question_id`) and the caption under `caption` (or `text`). POPE answers: official
-(`question`, `answer`) or LLaVA's (`question_id`, `prompt`, `text`).
+`image`, or `question_id`) and the caption under `caption` (or `text`, or `answer`). POPE answers:
+official (`question`, `answer`) or LLaVA's (`question_id`, `prompt`, `text`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,17 @@ def score_chair(
 
     `synonyms` is the standard CHAIR list (or a YAML of the shipped form); None is the shipped one.
     """
-    if rules not in chair.RULES:
-        raise EvalError(f"--rules {rules}: only 'pattern' is offered in this version.")
-    vocabulary = Vocabulary.load(synonyms)
+    vocabulary = Vocabulary.load(synonyms, rules)
+    pairs, objects = read_captions(captions, truth, vocabulary)
+    return chair.score(pairs, objects, vocabulary)
+
+
+def read_captions(
+    captions: Path, truth: Path, vocabulary: Vocabulary
+) -> tuple[list[tuple[int, str]], dict[int, list[str]]]:
+    """(image id, caption) pairs of a file, and the true objects of each of their images."""
     rows = read_rows(captions)
-    pairs = [(_image(row), row.text("caption", "text")) for row in rows]
+    pairs = [(_image(row), row.text("caption", "text", "answer")) for row in rows]
     objects = read_truth(truth, vocabulary, {image for image, _ in pairs})
     for row, (image, _) in zip(rows, pairs, strict=True):
         if image not in objects:
@@ -37,7 +43,7 @@ def score_chair(
                 f"{row.where}: image {image} is not in the truth {truth}. Score against the "
                 "annotations of the images that were captioned."
             )
-    return chair.score(pairs, objects, vocabulary, rules)
+    return pairs, objects
 
 
 def _image(row: Row) -> int:
@@ -48,7 +54,7 @@ def _image(row: Row) -> int:
         raise EvalError(f"{row.where}: {error}") from None
 
 
-def score_pope(answers: Path, questions: Path) -> dict[str, Any]:
+def score_pope(answers: Path, questions: Path, parser: str = "official") -> dict[str, Any]:
     """POPE scores of an answer file, paired with the question file by position; see `pope.score`.
 
     The files must have equally many rows, and where both name the image or the object asked for,
@@ -65,10 +71,10 @@ def score_pope(answers: Path, questions: Path) -> dict[str, Any]:
     for question, row in zip(asked, given, strict=True):
         _require_same(question, row)
     texts = [row.text("answer", "text", "ans") for row in given]
-    result = _score(asked, texts)
+    result = _score(asked, texts, parser)
     names = list(dict.fromkeys(question.split for question in asked))
     if len(names) > 1:
-        result["splits"] = {name: _score(*_select(asked, texts, name)) for name in names}
+        result["splits"] = {name: _score(*_select(asked, texts, name), parser) for name in names}
     return result
 
 
@@ -79,9 +85,9 @@ def _select(
     return [questions[number] for number in kept], [answers[number] for number in kept]
 
 
-def _score(questions: list[pope.Question], answers: list[str]) -> dict[str, Any]:
+def _score(questions: list[pope.Question], answers: list[str], parser: str) -> dict[str, Any]:
     labels, images = [q.label for q in questions], [q.image for q in questions]
-    return pope.score(answers, labels, images)
+    return pope.score(answers, labels, images, parser=parser)
 
 
 def _require_same(question: pope.Question, row: Row) -> None:

@@ -1,4 +1,4 @@
-"""Runs side by side as one Markdown table: a column a run, a row a split and measure.
+"""Runs side by side: what is compared, in which rows, and what a reader must know of it.
 
 CHAIR never stands alone: recall, length, repetition and silence are the rows below it, since
 shorter, looping or empty captions lower CHAIR for free.
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval import alarm
+from eval.chair import LENGTHS
+from eval.dataset import notice
 from eval.errors import EvalError
 from eval.folder import RunFolder
 
@@ -19,12 +22,38 @@ CHAIR_ROWS = {
     "chair_s": "CHAIR_S %",
     "chair_i": "CHAIR_I %",
     "chair_i_distinct": "CHAIR_I %, each object once",
+    **{f"chair_s_at_{n}": f"CHAIR_S %, first {n} words" for n in LENGTHS},
+    **{f"chair_i_at_{n}": f"CHAIR_I %, first {n} words" for n in LENGTHS},
     "recall": "recall %",
+    "precision": "precision %",
+    "f1": "F1 %",
     "mean_tokens": "length in tokens",
     "distinct_4gram_share": "distinct 4-grams %",
+    "looping_share": "looping %",
     "no_object_share": "naming no object %",
 }
 POPE_ROWS = {"accuracy": "accuracy %", "f1": "F1 %", "yes_ratio": "answered yes %"}
+ALARM = "degeneration alarm"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One measured number (shares in [0, 1], lengths in tokens) with its interval, of n samples."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure of all runs; None where a run does not have it."""
+
+    split: str
+    key: str
+    label: str
+    values: Sequence[Value | None]
 
 
 @dataclass(frozen=True)
@@ -39,16 +68,56 @@ class Column:
 def markdown(folders: Sequence[Path]) -> str:
     """The table of these run folders with what a reader must know written below it."""
     columns = read(folders)
-    rows = list(_rows(columns))
     header = ["split", "measure", *(column.name for column in columns)]
-    below = "".join(f"\n- {note}" for note in _notes(columns))
-    return f"{_heading(columns)}\n\n{layout(header, rows)}\n{below}\n"
+    below = "".join(f"\n- {note}" for note in notes(columns))
+    return f"{heading(columns)}\n\n{layout(header, lines(columns))}\n{below}\n"
+
+
+def lines(columns: Sequence[Column]) -> list[list[str]]:
+    """The cells of the table, one row of numbers a line, each split headed by its alarms."""
+    found: list[list[str]] = []
+    shown: set[str] = set()
+    for row in rows(columns):
+        if row.key in CHAIR_ROWS and row.split not in shown:
+            found.append(
+                [
+                    row.split,
+                    ALARM,
+                    *(
+                        alarm_cell(column.metrics.get("chair", {}).get(row.split))
+                        for column in columns
+                    ),
+                ]
+            )
+            shown.add(row.split)
+        found.append([row.split, row.label, *(cell(row.key, value) for value in row.values)])
+    return found
+
+
+def alarm_cell(score: Mapping[str, Any] | None) -> str:
+    """What rings in a split whose captions were scored."""
+    return "-" if score is None else ", ".join(alarm.ringing(score)).upper() or "no"
+
+
+def cell(key: str, found: Value | None) -> str:
+    """A value with its interval: shares in percent, lengths as they are."""
+    if found is None:
+        return "-"
+    unit = 1 if key == "mean_tokens" else 100
+    return f"{unit * found.value:.1f} [{unit * found.low:.1f}, {unit * found.high:.1f}]"
 
 
 def read(folders: Sequence[Path]) -> list[Column]:
-    """The runs, named by their folders (by whole paths where two folders share a name)."""
+    """The runs, named by their folders (by whole paths where two folders share a name).
+
+    What lies beside runs without being one (`runs/*` also names pictures) is left out and named.
+    """
     if not folders:
         raise EvalError("no run folder given, for example: python -m eval table runs/*")
+    beside = [path for path in folders if path.exists() and not RunFolder(path).config.exists()]
+    if 0 < len(beside) < len(folders):
+        notice(f"no run folders, left out: {', '.join(map(str, beside))}")
+        folders = [path for path in folders if path not in beside]
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -63,47 +132,56 @@ def _column(name: str, folder: RunFolder) -> Column:
         raise EvalError(
             f"{folder.path} has no readable metrics.json: python -m eval score {folder.path}"
         ) from None
+    for score in metrics.get("chair", {}).values():
+        if not {*CHAIR_ROWS, "alarms"} <= score.keys():
+            raise EvalError(
+                f"{folder.metrics} was written by an older version and lacks measures: "
+                f"python -m eval score {folder.path}"
+            )
     return Column(name, record, metrics)
 
 
-def _rows(columns: Sequence[Column]) -> Iterator[list[str]]:
+def rows(columns: Sequence[Column]) -> Iterator[Row]:
     """One row a split and measure that at least one run has."""
-    for split in _splits(columns):
+    for split in splits(columns):
         scores = [column.metrics.get("chair", {}).get(split) for column in columns]
         if any(scores):
             for key, label in CHAIR_ROWS.items():
-                yield [split, label, *(_cell(score, key) for score in scores)]
-        for strategy in _strategies(columns, split):
+                yield Row(split, key, label, [value(score, key) for score in scores])
+        for strategy in strategies(columns, split):
             scores = [
                 column.metrics.get("pope", {}).get(split, {}).get(strategy) for column in columns
             ]
             for key, label in POPE_ROWS.items():
-                yield [split, f"POPE {strategy}, {label}", *(_cell(score, key) for score in scores)]
+                name, shown = f"pope_{strategy}_{key}", f"POPE {strategy}, {label}"
+                yield Row(split, name, shown, [value(score, key) for score in scores])
 
 
-def _splits(columns: Sequence[Column]) -> list[str]:
+def value(score: Mapping[str, Any] | None, key: str) -> Value | None:
+    """A measure of one scored split; None where it was not scored."""
+    if score is None:
+        return None
+    low, high = score["intervals"][key]
+    return Value(score[key], low, high, score["n"])
+
+
+def splits(columns: Sequence[Column]) -> list[str]:
+    """The splits of these runs, in their order."""
     return list(
         dict.fromkeys(split for column in columns for split in column.record["data"]["images"])
     )
 
 
-def _strategies(columns: Sequence[Column], split: str) -> list[str]:
+def strategies(columns: Sequence[Column], split: str) -> list[str]:
+    """The POPE strategies that were scored on a split, in the order asked for."""
     asked = [column.record["settings"]["pope"]["strategies"] for column in columns]
     found = [column.metrics.get("pope", {}).get(split, {}) for column in columns]
     pairs = zip(asked, found, strict=True)
     return list(dict.fromkeys(name for names, scores in pairs for name in names if name in scores))
 
 
-def _cell(score: Mapping[str, Any] | None, key: str) -> str:
-    """A value with its interval: shares in percent, lengths as they are."""
-    if score is None:
-        return "-"
-    unit = 1 if key == "mean_tokens" else 100
-    low, high = (unit * bound for bound in score["intervals"][key])
-    return f"{unit * score[key]:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _heading(columns: Sequence[Column]) -> str:
+def heading(columns: Sequence[Column]) -> str:
+    """What the table shows, and which way is better."""
     models, data = (
         ", ".join(dict.fromkeys(str(column.record["settings"][key]) for column in columns))
         for key in ("model", "data")
@@ -114,9 +192,9 @@ def _heading(columns: Sequence[Column]) -> str:
     )
 
 
-def _notes(columns: Sequence[Column]) -> Iterator[str]:
+def notes(columns: Sequence[Column]) -> Iterator[str]:
     """How large the samples are, and whatever makes a number mean less than it seems to."""
-    for split in _splits(columns):
+    for split in splits(columns):
         sizes = dict.fromkeys(_size(column, split) for column in columns)
         yield f"{split}: {' or '.join(sizes)}"
         images = [column.record["data"]["images"].get(split) for column in columns]
@@ -143,7 +221,9 @@ def _size(column: Column, split: str) -> str:
 
 def _column_notes(column: Column) -> Iterator[str]:
     answered, samples = column.metrics["answered"], column.metrics["samples"]
-    if answered < samples:
+    if skipped := column.metrics.get("skipped", 0):
+        yield f"{skipped} of {samples} samples skipped, see skipped.jsonl"
+    if answered + skipped < samples:
         yield f"incomplete, {answered} of {samples} samples are answered"
     yield from column.record["notes"]
     if len(column.record["environments"]) > 1:
@@ -151,7 +231,7 @@ def _column_notes(column: Column) -> Iterator[str]:
     if len(column.record["patches"]) > 1:
         yield "the patch described itself differently when the run went on, see config.yaml"
     for split, score in column.metrics.get("chair", {}).items():
-        yield from (f"{split}, {flag}" for flag in score["flags"])
+        yield from (f"{split}, {text}" for text in [*score["alarms"], *score["flags"]])
         if (cut := 1 - score["ended_share"]) > 0:
             yield f"{split}: {100 * cut:.1f} % of the captions were cut by the token limit"
     for split, scores in column.metrics.get("pope", {}).items():

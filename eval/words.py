@@ -76,7 +76,12 @@ def sentences(text: str) -> list[str]:
 
 def tokens(text: str) -> list[str]:
     """Lower-cased Treebank tokens of a text, punctuation included, sentence by sentence."""
-    return [token for sentence in sentences(text.lower().strip()) for token in _split(sentence)]
+    return cased_tokens(text.lower())
+
+
+def cased_tokens(text: str) -> list[str]:
+    """Like `tokens`, with capitals as they are."""
+    return [token for sentence in sentences(text.strip()) for token in _split(sentence)]
 
 
 def _split(sentence: str) -> list[str]:
@@ -176,3 +181,8 @@ def singular(word: str) -> str:
         if pattern.search(word):
             return pattern.sub(rf"\g<1>{ending}", word)
     return word
+
+
+def singulars(text: str) -> list[str]:
+    """Singular form of every token, each by itself."""
+    return [singular(token) for token in tokens(text)]

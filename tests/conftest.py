@@ -1,8 +1,11 @@
 """What holds for every test."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from transformers import GenerationMixin, __version__
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
@@ -14,6 +17,19 @@ settings.register_profile(
 )
 settings.register_profile("long", max_examples=5000, deadline=None, suppress_health_check=SLOW)
 settings.load_profile("suite")
+
+# read when Triton is first imported; the kernels' tests run on the CPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+FAMILIES = ("test_families.py", "test_special_models.py", "eval/test_families.py")
+FEATURES = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
+"""Whether models take image features, which the tests of 60 families give them."""
+collect_ignore = [] if FEATURES else list(FAMILIES)
+
+
+def pytest_report_header() -> str:
+    left_out = "" if FEATURES else f"; takes no image features, so left out: {', '.join(FAMILIES)}"
+    return f"transformers {__version__}{left_out}"
 
 
 @pytest.fixture(scope="session", autouse=True)

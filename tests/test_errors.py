@@ -567,8 +567,8 @@ UNCHUNKED = [
     "read at once from its beginning. Run such a prompt first (no prefill_chunk_size, an empty "
     "cache), or pass VAR(dims=...).",
     "gift watches a layer that is not below those it edits, which behind a cache needs one "
-    "that can be cut: use a DynamicCache of a model without sliding window, or watch a lower "
-    "layer",
+    "that can be cut: use a DynamicCache of a model without sliding window and linear "
+    "attention, or watch a lower layer",
 ]
 
 if IN_CHUNKS:

@@ -62,9 +62,7 @@ class Call:
         packed = query.to(dtype).reshape(batch * groups, -1, size)
         key = self.key.to(dtype).reshape(batch * groups, keys, size).transpose(1, 2)
         # baddbmm scales as it multiplies; with beta=0 its first argument is not read
-        scores = torch.baddbmm(
-            packed.new_empty(1, 1, 1), packed, key, beta=0, alpha=self._scaling(size)
-        )
+        scores = torch.baddbmm(packed.new_empty(1, 1, 1), packed, key, beta=0, alpha=self.scaling)
         scores = scores.view(batch, heads, -1, keys)
         softcap = self.options.get("softcap")
         if softcap is not None:
@@ -84,9 +82,11 @@ class Call:
         output = packed @ self.value.to(weights.dtype)
         return output.view(batch, heads, rows, -1).transpose(1, 2).to(self.query.dtype)
 
-    def _scaling(self, size: int) -> float:
+    @property
+    def scaling(self) -> float:
+        """What scores are multiplied by."""
         scaling = self.options.get("scaling")
-        return size**-0.5 if scaling is None else float(scaling)
+        return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
 
     def _hidden(self, rows: Tensor) -> Tensor | None:
         """Where a row must not look, broadcastable to `[B, H, R, K]`; None without a mask, or with

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm_patch import heads
+from vlm_patch.errors import UnsupportedModelError
 from vlm_patch.method import Facts, Method
 from vlm_patch.methods.gift import GIFT
 from vlm_patch.methods.var import VAR
@@ -53,11 +54,21 @@ def unknown(name: str, known: Sequence[str]) -> str:
 
 
 def fit(methods: Sequence[Method], decoder: Decoder) -> list[Method]:
-    """The methods with every default filled in; what had to be scaled is said in one warning."""
+    """The methods with every default filled in; what had to be scaled is said in one warning.
+
+    Raises UnsupportedModelError for a method that would be wrong on this model.
+    """
     fitted, notes = [], []
     for method in methods:
+        if method.name in decoder.special.refused:
+            raise UnsupportedModelError(
+                f"{method.name} is not supported on this model: "
+                f"{decoder.special.refused[method.name]}"
+            )
         profile = decoder.profile.get(method.name, {})
-        ready, scaled = method.fit(Facts(decoder.depth, decoder.width, decoder.heads, profile))
+        ready, scaled = method.fit(
+            Facts(decoder.depth, decoder.width, decoder.heads, profile, decoder.softmax)
+        )
         fitted.append(ready)
         notes += scaled
     if notes:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from vlm_patch import fused
 from vlm_patch.attention import Call, check
-from vlm_patch.method import Forward, Memory, Method, Watcher
+from vlm_patch.method import Forward, Memory, Method, Regrouping, Watcher
 
 WEIGHTS_BUDGET = 64 * 2**20
 """Bytes of explicit attention weights held at once; more rows are done in chunks."""
@@ -80,12 +81,14 @@ Plan: TypeAlias = list[tuple[Tensor, list[Part]]]
 @dataclass
 class Work:
     """What is done in one layer. loud: the methods that may scale its head outputs. direct: every
-    row and head is edited, so that the stock kernel need not run."""
+    row and head is edited, so that the stock kernel need not run. fused: whether that is one edit
+    by groups of keys and nothing else, which kernels of our own can do."""
 
     tasks: list[Task]
     loud: list[Active]
     plan: Plan
     direct: bool
+    fused: bool
 
 
 class Editing:
@@ -140,14 +143,16 @@ class Editing:
         loud = [active for active in self.actives if call.layer in active.heads]
         if not tasks and not loud:
             return None
-        check(call)
+        if tasks:
+            check(call)
         plan = self._plan(call, tasks)
         direct = call.query.shape[2] == 1 and any(
             tasks[part.task].edits and tasks[part.task].heads is None and part.mask is None
             for _, parts in plan
             for part in parts
         )
-        return Work(tasks, loud, plan, direct)
+        alone = direct and len(tasks) == 1 and isinstance(tasks[0].active.method, Regrouping)
+        return Work(tasks, loud, plan, direct, alone and fused.serves(call))
 
     def _gain(self, layer: int, output: Tensor, active: Active) -> Tensor | None:
         gain = active.method.output_gain(layer, output, self.forward, active.memory)
@@ -172,6 +177,8 @@ class Editing:
 
     def _rows(self, call: Call, work: Work) -> Tensor:
         """The head outputs `[B, S, H, Dv]`: stock, with the edited rows in their place."""
+        if work.fused and fused.serves(call):
+            return self._fused(call, work.tasks[0].active)
         output: Tensor | None = None
         for rows, parts in work.plan:
             weights = call.weights(rows)
@@ -206,6 +213,11 @@ class Editing:
             before = shown[:, :, rows, :keys]
             shown[:, :, rows, :keys] = torch.where(keep, weights.to(shown.dtype), before)
         return shown
+
+    def _fused(self, call: Call, active: Active) -> Tensor:
+        method: Any = active.method
+        keys = call.key.shape[2]
+        return fused.attend(call, *method.parts(keys, call.layer, self.forward, active.memory))
 
     def _apply(self, layer: int, weights: Tensor, rows: Tensor, part: Part, task: Task) -> Tensor:
         mine = weights if part.index is None else weights[:, :, part.index]

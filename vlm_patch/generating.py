@@ -115,10 +115,13 @@ def _cached(given: Mapping[str, Any]) -> int:
     return max((int(one.get_seq_length()) for one in caches if one is not None), default=0)
 
 
-def told(given: Mapping[str, Any], default: Any) -> Told | None:
+def told(
+    given: Mapping[str, Any], default: Any, inner: bool = False, mask_name: str | None = None
+) -> Told | None:
     """What the arguments of `generate` tell of its prompt; None where they hold none.
 
     An assistant goes on with what it and the model it drafts for have written: no new prompt.
+    inner: see `Told`. mask_name: the argument that says which tokens are image, if there is one.
     """
     ids, mask = given.get("input_ids", given.get("inputs")), given.get("attention_mask")
     ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
@@ -131,8 +134,10 @@ def told(given: Mapping[str, Any], default: Any) -> Told | None:
         return Told(0)
     return Told(
         end=(tokens if mask is None else mask).shape[1],
-        ids=None if embeds is not None else ids,
+        ids=ids if embeds is None or inner else None,
         mask=mask,
-        images=carries_images(given),
+        where=None if mask_name is None else given.get(mask_name),
+        images=inner or carries_images(given),
         chunk=option("prefill_chunk_size", given, default),
+        inner=inner,
     )

@@ -21,39 +21,70 @@ from vlm_patch.prompt import Given, Prompt, Reader, expand
 from vlm_patch.question import QuestionReader
 from vlm_patch.shard import Shard
 
+IMAGE_INPUTS = ("mm_encoder_outputs", "image_pixel_values", "image_patches", "image_embeds")
+"""Inputs that carry images, beside those whose name starts with pixel_values."""
+
 
 @dataclass
 class Told:
     """What `generate` was given: a prompt that ends at token `end` of its conversation, so that
     what stands behind it in a forward is known to be generated or drafted.
 
-    ids, mask `[b, N]`: its tokens and its padding, before they are repeated for beams. images:
-    whether it came with images. chunk: how many tokens of it are read in a forward; None for all.
+    ids, mask, where `[b, N]`: its tokens, its padding, and its image tokens if the model takes a
+    mask of them, before they are repeated for beams. images: whether it came with images. chunk:
+    how many tokens of it are read in a forward; None for all. inner: a language model inside the
+    wrapped one generates by itself, so that the forward of the whole is not called.
     """
 
     end: int
     ids: Tensor | None = None
     mask: Tensor | None = None
+    where: Tensor | None = None
     images: bool = False
     chunk: int | None = None
+    inner: bool = False
+
+    def prompt(self, past: int, length: int, valid: Tensor) -> Prompt:
+        """Its `length` last tokens, of which rows `valid` `[B, S]` are about to be read."""
+        batch = len(valid)
+
+        def part(tokens: Tensor | None) -> Tensor | None:
+            return None if tokens is None else expand(tokens, batch)[:, -length:]
+
+        if length <= valid.shape[1]:
+            valid = valid[:, :length]
+        else:
+            mask = part(self.mask)
+            valid = torch.ones(batch, length, dtype=torch.bool, device=valid.device)
+            valid = valid if mask is None else valid & mask.to(valid.device).bool()
+        return Prompt(past, part(self.ids), self.images, valid, part(self.where))
 
 
 @dataclass
 class _Pending:
-    """What the hook on the whole model saw of the forward that is about to reach the decoder."""
+    """What the hook on the whole model saw of the forward that is about to reach the decoder.
+
+    where: a mask of the image tokens `[B, S]`, from models that take one.
+    """
 
     ids: Tensor | None
     images: bool
     mask: Tensor | None
+    where: Tensor | None = None
 
 
 class Layout(threading.local):
     """Turns the inputs of the model and of its decoder into a `Forward`; one state per thread."""
 
     def __init__(
-        self, owner: int, image_ids: Sequence[int], reader: QuestionReader | None, shard: Shard
+        self,
+        owner: int,
+        image_ids: Sequence[int],
+        reader: QuestionReader | None,
+        mask_name: str | None,
+        shard: Shard,
     ) -> None:
-        self.owner, self.shard = owner, shard
+        self.owner, self.mask_name, self.shard = owner, mask_name, shard
         self.given: Given | None = None
         self.told: Told | None = None
         self.pending: _Pending | None = None
@@ -63,7 +94,7 @@ class Layout(threading.local):
     @contextmanager
     def generating(self, told: Told | None) -> Iterator[None]:
         """While `generate` runs on such a prompt, which it may do inside another `generate`."""
-        before, self.told = self.told, told
+        before, self.told, self.pending = self.told, told, None
         try:
             yield
         finally:
@@ -73,9 +104,10 @@ class Layout(threading.local):
         """Called before the whole model runs: the only place where token ids and images are
         seen.
         """
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self.pending = _Pending(ids, carries_images(kwargs), mask)
+        where = None if self.mask_name is None else kwargs.get(self.mask_name)
+        self.pending = _Pending(kwargs.get("input_ids"), carries_images(kwargs), mask, where)
 
     def see_decoder(
         self, kwargs: dict[str, Any], cache: Any, question: bool, words: str | Tensor
@@ -136,17 +168,12 @@ class Layout(threading.local):
     def _prompt(self, generation: Generation, pending: _Pending | None, valid: Tensor) -> Prompt:
         """The prompt whose reading starts in this forward with rows `valid` `[B, S]`."""
         past, length = generation.start, generation.end - generation.start
-        ids = pending.ids if pending is not None else None
-        images = pending is not None and pending.images
-        if length <= valid.shape[1]:
-            return Prompt(past, None if ids is None else ids[:, :length], images, valid[:, :length])
-        assert self.told is not None, "only generate reads a prompt in several forwards"
-        batch = len(valid)
-        ids = None if self.told.ids is None else expand(self.told.ids, batch)[:, -length:]
-        valid = torch.ones(batch, length, dtype=torch.bool, device=valid.device)
-        if self.told.mask is not None:
-            valid &= expand(self.told.mask, batch)[:, -length:].to(valid.device).bool()
-        return Prompt(past, ids, self.told.images, valid)
+        chunked = length > valid.shape[1]
+        if self.told is not None and (chunked or (pending is None and self.told.inner)):
+            return self.told.prompt(past, length, valid)
+        seen = pending or _Pending(None, False, None)
+        ids, where = (None if of is None else of[:, :length] for of in (seen.ids, seen.where))
+        return Prompt(past, ids, seen.images, valid[:, :length], where)
 
     def _read(
         self, generation: Generation, prompt: Prompt, question: bool, words: str | Tensor
@@ -279,6 +306,8 @@ class Layout(threading.local):
 
 def carries_images(inputs: Mapping[str, Any]) -> bool:
     """Whether the inputs of a model hold images or videos, encoded or not."""
-    return bool(inputs.get("mm_encoder_outputs")) or any(
-        value is not None for name, value in inputs.items() if name.startswith("pixel_values")
+    return any(
+        value is not None and value != {}
+        for name, value in inputs.items()
+        if name in IMAGE_INPUTS or name.startswith("pixel_values")
     )

@@ -43,12 +43,30 @@ class Facts:
     """What a method may know of the model when it fills in its defaults.
 
     profile: the published defaults of this method for this model, empty where none are known.
+    softmax: the layers with softmax attention, which are the only ones to act in; None for all.
     """
 
     depth: int
     width: int
     heads: int
     profile: Mapping[str, Any]
+    softmax: Sequence[int] | None = None
+
+    def acting(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Those of `layers` (a default) with softmax attention, or else the nearest one to them."""
+        own = range(self.depth) if self.softmax is None else self.softmax
+        found = tuple(layer for layer in own if layer in layers)
+        return found or (min(own, key=lambda layer: abs(2 * layer - layers[0] - layers[-1])),)
+
+    def check_layers(self, name: str, layers: Sequence[int] | None) -> None:
+        """Raises ValueError for a layer that this model lacks, or that has no softmax attention."""
+        check_wholes(name, layers, self.depth)
+        for layer in layers or ():
+            if self.softmax is not None and layer not in self.softmax:
+                raise ValueError(
+                    f"{name}: found {layer}, a layer without softmax attention; this model has it "
+                    f"in {list(self.softmax)}"
+                )
 
 
 @dataclass
@@ -219,18 +237,23 @@ class Regrouping(Method, ABC):
         groups: of all keys so far; masses lie on those that a sliding window has left.
         """
 
-    def newest(self, keys: int, layer: int, forward: Forward, memory: Memory) -> Tensor:
-        """The groups `[B, G, keys]` of the newest keys: a sliding window drops older ones."""
+    def parts(
+        self, keys: int, layer: int, forward: Forward, memory: Memory
+    ) -> tuple[Tensor, Shares]:
+        """The groups `[B, G, keys]` of the newest keys, which are those that a sliding window has
+        left, and the shares by masses on them.
+        """
         total = forward.image.shape[1]
-        return self.groups(layer, forward, memory)[..., total - keys : total]
+        every = self.groups(layer, forward, memory)[..., :total]
+        shares = self._shares_in(forward)
+        if keys == total:
+            return every, shares
+        return every[..., total - keys :], lambda masses, _: shares(masses, every)
 
     def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
-        newest = self.newest(weights.shape[-1], layer, forward, memory)
-        every = self.groups(layer, forward, memory)[..., : forward.image.shape[1]]
-        shares = self.shares_in(forward)
-        return reweigh(weights, newest, lambda masses, _: shares(masses, every))
+        return reweigh(weights, *self.parts(weights.shape[-1], layer, forward, memory))
 
-    def shares_in(self, forward: Forward) -> Shares:
+    def _shares_in(self, forward: Forward) -> Shares:
         """`shares`, shown all heads where other processes compute some of them."""
         shard = forward.shard
         if shard.ranks == 1 or not self.compares_heads:

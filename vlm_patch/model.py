@@ -4,15 +4,74 @@ published defaults.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_patch.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Special:
+    """What a kind of model does in another way than most.
+
+    ids: where its config names visual tokens, beside image_token_id and video_token_id. mask: the
+    input that says where the image stands, instead of token ids. speaker: the part whose `generate`
+    the model's own calls, with embeddings. decoder: the text decoder, where `get_decoder` gives
+    something around it. counts: the decoder counts its positions itself, by the padding tokens.
+    refused: methods that would be wrong, and why. unsupported: why none can be right.
+    """
+
+    ids: tuple[str, ...] = ()
+    mask: str | None = None
+    speaker: str | None = None
+    decoder: str | None = None
+    counts: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+    unsupported: str | None = None
+
+
+PIXELS = frozenset(("pixel_values", "flattened_patches"))
+_ALONE = "its cross-attention holds image keys alone"
+SPECIAL: Mapping[str, Special] = {
+    **dict.fromkeys(
+        ("blip-2", "instructblip", "instructblipvideo"), Special(speaker="language_model")
+    ),
+    "kosmos-2": Special(
+        mask="image_embeds_position_mask",
+        speaker="text_model",
+        decoder="text_model.model",
+        counts=True,
+    ),
+    "kosmos-2.5": Special(
+        mask="image_embeds_position_mask", decoder="text_model.model", counts=True
+    ),
+    "phi4_multimodal": Special(ids=("vision_config.image_token_id",)),
+    # its separators inside an image come from the vision side, as LLaVA-NeXT's newlines do
+    "ovis2": Special(ids=("visual_indicator_token_ids",)),
+    "mllama": Special(
+        refused={
+            "var": f"{_ALONE}, which have no residual stream to find sinks in",
+            "gift": f"{_ALONE}, so no question could keep pace with them",
+        }
+    ),
+    "muse_spark": Special(
+        refused={"vhr": "it normalises each head's output, so that no gain reaches what follows"}
+    ),
+    "idefics": Special(
+        unsupported=f"{_ALONE}, and its config does not name the tokens that stand for images"
+    ),
+    "blip": Special(unsupported="its attention does not go through transformers' interface"),
+    "git": Special(unsupported="its attention does not go through transformers' interface"),
+}
+"""By model type. All others follow one rule: the placeholders are the config's image_token_id and
+video_token_id, the decoder is that of `get_decoder()`, and `generate` is the model's own."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +87,9 @@ class Layer:
 class Decoder:
     """The text decoder of a vision-language model.
 
-    kind: its model type. heads: query heads. image_ids: placeholder token ids.
+    kind: its model type. layers: those with softmax attention over the text's own tokens. heads:
+    query heads. image_ids: placeholder token ids. speaker: the part whose `generate` makes the
+    tokens. special: what is different about this model.
     """
 
     module: nn.Module
@@ -39,6 +100,13 @@ class Decoder:
     width: int
     image_ids: tuple[int, ...]
     profile: Mapping[str, Mapping[str, Any]]
+    speaker: Any
+    special: Special
+
+    @property
+    def softmax(self) -> tuple[int, ...]:
+        """The layers that can be patched, by number."""
+        return tuple(layer.index for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -102,34 +170,18 @@ def read(model: Any) -> Decoder:
             f"{name} is no transformers model: expected a vision-language model such as "
             "AutoModelForImageTextToText.from_pretrained(...) gives"
         )
-    image_ids = _image_ids(model.config)
-    if not image_ids:
-        raise UnsupportedModelError(
-            f"{name} is no vision-language model: its config names no image_token_id. "
-            "Load it with AutoModelForImageTextToText."
-        )
-    if not callable(getattr(model, "generate", None)):
-        raise UnsupportedModelError(
-            f"{name} cannot generate, so it is only a part of a model: wrap the whole one, such as "
-            "AutoModelForImageTextToText.from_pretrained(...) gives"
-        )
-    if hasattr(model, "qformer"):
-        raise UnsupportedModelError(
-            f"{name} runs its language model through a generate of its own, which hides the image "
-            "tokens; it is not supported by this version"
-        )
+    special = SPECIAL.get(model.config.model_type, Special())
+    image_ids = _image_ids(model.config, special)
+    _check(model, name, special, image_ids)
     config = model.config.get_text_config()
-    if model.config.is_encoder_decoder or getattr(config, "cross_attention_layers", None):
-        raise UnsupportedModelError(
-            f"{name} looks at the image through cross-attention; this version edits decoders that "
-            "hold the image among their own tokens"
-        )
-    module = _innermost(model.get_decoder())
-    layers = tuple(_layers(module))
+    module = _decoder(model, special)
+    cross = getattr(config, "cross_attention_layers", None) or ()
+    layers = tuple(layer for layer in _layers(module) if layer.index not in cross)
     if not layers:
         raise UnsupportedModelError(
             f"the attention of {name} cannot be reached: no layer of {type(module).__name__} goes "
-            "through transformers' attention interface (remote code, or an old implementation)"
+            "through transformers' attention interface (remote code, an old implementation, or "
+            "sparse attention that picks its keys by an index)"
         )
     return Decoder(
         module=module,
@@ -140,12 +192,57 @@ def read(model: Any) -> Decoder:
         width=config.hidden_size,
         image_ids=image_ids,
         profile=_profile(config, model.config.model_type),
+        speaker=getattr(model, special.speaker) if special.speaker else model,
+        special=special,
     )
 
 
-def _image_ids(config: Any) -> tuple[int, ...]:
-    found = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
-    return tuple(token for token in found if isinstance(token, int))
+def _check(model: Any, name: str, special: Special, image_ids: tuple[int, ...]) -> None:
+    """Raises UnsupportedModelError for models on which no method is right."""
+    if special.unsupported:
+        raise UnsupportedModelError(f"{name} is not supported: {special.unsupported}")
+    pictured = not PIXELS.isdisjoint(inspect.signature(type(model).forward).parameters)
+    if pictured and _encodes(model.config):
+        raise UnsupportedModelError(
+            f"{name} looks at the image through cross-attention; this version edits decoders that "
+            "hold the image among their own tokens"
+        )
+    if not image_ids and not special.mask:
+        raise UnsupportedModelError(
+            f"{name} is no vision-language model: its config names no image_token_id. "
+            "Load it with AutoModelForImageTextToText."
+        )
+    if not callable(getattr(model, "generate", None)):
+        raise UnsupportedModelError(
+            f"{name} cannot generate, so it is only a part of a model: wrap the whole one, such as "
+            "AutoModelForImageTextToText.from_pretrained(...) gives"
+        )
+
+
+def _encodes(config: Any) -> bool:
+    """Whether a model has an encoder that its decoder looks at through cross-attention."""
+    return any(part.is_encoder_decoder for part in (config, config.get_text_config()))
+
+
+def _image_ids(config: Any, special: Special) -> tuple[int, ...]:
+    found: list[Any] = []
+    for path in ("image_token_id", "video_token_id", *special.ids):
+        token = functools.reduce(
+            lambda part, name: getattr(part, name, None), path.split("."), config
+        )
+        found += token if isinstance(token, list | tuple) else [token]
+    return tuple(dict.fromkeys(token for token in found if isinstance(token, int)))
+
+
+def _decoder(model: Any, special: Special) -> nn.Module:
+    """The innermost text decoder: a language model around it would hide its layers' own output."""
+    if special.decoder:
+        module: nn.Module = operator.attrgetter(special.decoder)(model)
+        return module
+    outer, inner = None, model.get_decoder()
+    while inner is not outer and hasattr(inner, "get_decoder"):
+        outer, inner = inner, inner.get_decoder()
+    return _innermost(inner)
 
 
 def _innermost(decoder: nn.Module) -> nn.Module:
@@ -168,8 +265,15 @@ def _layers(decoder: nn.Module) -> list[Layer]:
 
 
 def _dispatches(module: nn.Module) -> bool:
-    """Whether this is a decoder attention that asks transformers for its attention function."""
+    """Whether this is a decoder attention that asks transformers for its attention function, and
+    for nothing else.
+
+    Attention that picks its keys by an index (DeepSeek's sparse attention) looks at the function's
+    name too, and computes something else under another one.
+    """
     if not all(hasattr(module, name) for name in ("layer_idx", "config")):
+        return False
+    if hasattr(module, "skip_topk") or getattr(module, "indexer", None) is not None:
         return False
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", forward).co_names

@@ -22,6 +22,10 @@ from vlm_patch.method import Forward, Method, Watcher
 OLD_CACHE_NAME = "past_key_values"
 
 
+OF_IMAGES = ("image", "pixel", "vis", "deepstack", "mm_encoder")
+"""Parts of the names of decoder inputs that belong to image tokens; a row of text needs none."""
+
+
 class Hook:
     """A hook that does nothing in a deep copy or a pickle of the model."""
 
@@ -69,13 +73,15 @@ class Passes:
     """The hooks of a patched model.
 
     switched: the methods that are on, each with its layers and their heads; asked at every forward.
-    learned: told of a method that found out something about the model.
+    learned: told of a method that found out something about the model. padding: the padding token,
+    where the decoder counts its positions by it and takes none.
     """
 
     decoder: nn.Module
     layout: Layout
     switched: Callable[[], list[tuple[Method, dict[int, Tensor | None]]]]
     learned: Callable[[Method, Method], None]
+    padding: int | None = None
     now: Now = field(default_factory=Now)
 
     def __post_init__(self) -> None:
@@ -184,6 +190,8 @@ class Passes:
         """Runs a method's own passes of the stock model, and keeps what it learned of the model."""
 
         def run(inputs: dict[str, Any], watcher: Watcher) -> None:
+            if self.padding is not None:
+                inputs = _counted(inputs, self.padding)
             self._run(Watching(watcher), self._without_cache(inputs))
 
         before = active.method
@@ -218,12 +226,13 @@ class Passes:
         first = [replace(a, heads={}) if a in late else a for a in actives]
         cache: Any = kwargs.get(self.cache_name)
         again = any(a.method.settles(forward) for a in actives if a not in late)
+        again |= bool(forward.image[:, -1].any()) or _last_is_seen(forward, kwargs)
         if again or not _can_be_cut(cache):
             if forward.past:
                 raise PatchError(
                     f"{late[0].method.name} watches a layer that is not below those it edits, "
                     "which behind a cache needs one that can be cut: use a DynamicCache of a "
-                    "model without sliding window, or watch a lower layer"
+                    "model without sliding window and linear attention, or watch a lower layer"
                 )
             with torch.no_grad():
                 self._run(Editing(forward, first, False), self._without_cache(kwargs))
@@ -238,7 +247,8 @@ class Passes:
         """The inputs of a prompt for a pass that leaves no trace; masks for a static cache are
         cut.
         """
-        rows = kwargs["inputs_embeds"].shape[1]
+        embeds = kwargs.get("inputs_embeds")
+        rows = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
 
         def cut(mask: Any) -> Any:
             if isinstance(mask, Mapping):
@@ -257,8 +267,32 @@ def cache_name(decoder: nn.Module) -> str:
 
 
 def _can_be_cut(cache: Any) -> bool:
-    """Whether the last token can be taken out of a cache again."""
-    return type(cache) is DynamicCache and not any(cache.is_sliding)
+    """Whether the last token can be taken out of a cache again: not out of a sliding window, nor
+    out of the state of linear attention.
+    """
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
+    return type(cache) is DynamicCache and kinds <= {"DynamicLayer", "DummyLayer"}
+
+
+def _last_is_seen(forward: Forward, kwargs: Mapping[str, Any]) -> bool:
+    """Whether other rows of the prompt look at its last token, as in PaliGemma's prefix."""
+    given = kwargs.get("attention_mask")
+    masks = list(given.values()) if isinstance(given, Mapping) else [given]
+    last = forward.past + forward.valid.shape[1] - 1
+    for mask in masks:
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            seen = mask[:, 0, :-1, min(last, mask.shape[-1] - 1)]
+            seen = seen if seen.dtype == torch.bool else seen == 0
+            if (seen & forward.valid[:, :-1]).any():
+                return True
+    return False
+
+
+def _counted(kwargs: Mapping[str, Any], padding: int) -> dict[str, Any]:
+    """The inputs for a decoder that counts positions by its padding tokens."""
+    hidden = kwargs["attention_mask"] == 0
+    ids = kwargs["input_ids"].masked_fill(hidden, padding)
+    return {**kwargs, "input_ids": ids, "position_ids": None}
 
 
 def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -314,7 +348,11 @@ def _last_rows(
         per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
         return value[:, -left:] if per_row else value
 
-    inputs = {name: cut(name, value) for name, value in kwargs.items()}
+    inputs = {
+        name: cut(name, value)
+        for name, value in kwargs.items()
+        if not any(part in name for part in OF_IMAGES)
+    }
     step = replace(
         forward,
         past=forward.past + rows - left,

@@ -76,7 +76,8 @@ class Patch:
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
         reader = None if processor is None else QuestionReader(processor, decoder.image_ids)
         self._shard = shard_of(model, decoder.layers[0].attention)
-        self._layout = Layout(next(_owners), decoder.image_ids, reader, self._shard)
+        mask = decoder.special.mask
+        self._layout = Layout(next(_owners), decoder.image_ids, reader, mask, self._shard)
         self._removed = False
         with ExitStack() as undo:
             self._put_on(undo)
@@ -84,7 +85,9 @@ class Patch:
 
     def _put_on(self, undo: ExitStack) -> None:
         model, decoder = self.model, self._decoder.module
-        passes = Passes(decoder, self._layout, self._switched, self._learned)
+        config: Any = decoder.config
+        padding = config.pad_token_id if self._decoder.special.counts else None
+        passes = Passes(decoder, self._layout, self._switched, self._learned, padding)
         for layer in self._decoder.layers:
             attention.install(layer, lambda: passes.now.run, undo)
             if any(method.reads_blocks for method in self._methods):
@@ -96,11 +99,11 @@ class Patch:
             undo.callback(handle.remove)
         handle = decoder.register_forward_hook(Hook(passes.after_decoder), always_call=True)
         undo.callback(handle.remove)
-        before = {name: call for name, call in model.__dict__.items() if name == "generate"}
-        generate = Generate(model, model.generate, self._generating)
-        model.__dict__["generate"] = generate
-        undo.callback(model.__dict__.update, before)
-        undo.callback(model.__dict__.pop, "generate", None)
+        speaker = self._decoder.speaker
+        before = {name: call for name, call in speaker.__dict__.items() if name == "generate"}
+        speaker.__dict__["generate"] = Generate(speaker, speaker.generate, self._generating)
+        undo.callback(speaker.__dict__.update, before)
+        undo.callback(speaker.__dict__.pop, "generate", None)
 
     def remove(self) -> None:
         """Takes the patch off; the model is exactly as before. Harmless when called again."""
@@ -133,9 +136,11 @@ class Patch:
         if not self._switched():
             yield
             return
-        default = self.model.generation_config
-        check_options(arguments, default)
-        with self._layout.generating(told(arguments, default)):
+        speaker = self._decoder.speaker
+        check_options(arguments, speaker.generation_config)
+        inner, mask_name = speaker is not self.model, self._decoder.special.mask
+        prompt = told(arguments, speaker.generation_config, inner, mask_name)
+        with self._layout.generating(prompt):
             yield
 
     @contextmanager
@@ -228,11 +233,20 @@ def _tables(
     chosen = heads.by_method(specs, names)
     allowed = torch.zeros(decoder.depth, 1, dtype=torch.bool)
     allowed[heads.numbers("*" if layers is None else layers, decoder.depth, "layer")] = True
+    softmax = torch.zeros_like(allowed)
+    softmax[list(decoder.softmax)] = True
     for method in methods:
-        own = method.own_layers(decoder.depth)
+        own = [layer for layer in method.own_layers(decoder.depth) if softmax[layer]]
         spec = chosen[method.name]
         tables[method.name] = dict.fromkeys(own, "*") if spec is None else spec
-        tables[method.name] &= allowed
+        lost = (tables[method.name] & ~softmax).any(1).nonzero().flatten().tolist()
+        if lost:
+            warnings.warn(
+                f"{method.name} is off in layers {heads.text(lost)}, which have no softmax "
+                f"attention on this model; layers {heads.text(list(decoder.softmax))} have it",
+                stacklevel=4,
+            )
+        tables[method.name] &= allowed & softmax
         if not tables[method.name].any():
             warnings.warn(
                 f"{method.name} is off in every layer: its layers {heads.text(own)} and the layers "

@@ -27,13 +27,15 @@ class Prompt:
     """The N tokens of a prompt that stand behind `past` cached ones, padding included.
 
     ids `[B, N]`: None where embeddings were given instead. images: whether they come with images;
-    only then are placeholder ids images. valid `[B, N]`: no padding.
+    only then are placeholder ids images. valid `[B, N]`: no padding. where `[B, N]`: the image
+    tokens, from models that take a mask of them.
     """
 
     past: int
     ids: Tensor | None
     images: bool
     valid: Tensor
+    where: Tensor | None = None
 
     @property
     def nothing(self) -> Tensor:
@@ -57,6 +59,8 @@ class Reader:
         """The image tokens `[B, N]`. Raises PatchError where they cannot be told."""
         if given is not None and given.image is not None:
             return by_hand(given.image, "image", prompt)
+        if prompt.where is not None:
+            return prompt.where.to(prompt.valid.device).bool()
         if prompt.ids is None:
             raise PatchError(
                 "the image tokens of this prompt cannot be told: the model was called with "

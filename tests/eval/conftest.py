@@ -1,6 +1,6 @@
 """Stand-ins for real models and data: a tiny random LLaVA on disk, and a small COCO folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from eval.config import Config, from_settings
 from eval.pocket import world
 from tests import tiny
+from tests.eval.local_server import Chat, serving
 
 Settings = Callable[..., Config]
 
@@ -46,3 +47,12 @@ def settings(checkpoint: Path, coco: Path) -> Settings:
         return from_settings(small | changes)
 
     return make
+
+
+@pytest.fixture
+def chat() -> Iterator[Chat]:
+    """A chat endpoint on the loopback address."""
+    judge = Chat()
+    with serving(judge.respond) as url:
+        judge.url = url + "/v1"
+        yield judge

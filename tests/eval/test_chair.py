@@ -128,7 +128,7 @@ def test_repeated_images_and_unknown_objects_are_flagged(vocabulary: Vocabulary)
     [
         ([], "pattern", "no captions to score"),
         ([(1, "a"), (9, "a"), (8, "a")], "pattern", r"no image 8, 9 \(2 of 3 images are missing"),
-        (CAPTIONS, "wordnet", "only 'pattern' is offered"),
+        (CAPTIONS, "lemma", "rules .lemma.: expected pattern or wordnet"),
     ],
 )
 def test_bad_input(
@@ -203,3 +203,50 @@ def test_the_shipped_words_score_within_0_3_points_of_the_standard_list(name: st
     assert abs(result["chair_i"] - expected["CHAIRi"]) <= 0.003
     assert abs(result["recall"] - expected["Recall"]) <= 0.003
     assert result["vocabulary"].startswith("coco.yaml")
+
+
+WORDS = "there is a long wall and then some more of it "
+
+
+def test_chair_of_the_first_words_is_that_of_captions_cut_there(vocabulary: Vocabulary) -> None:
+    """An invented cat behind 44 words counts at 60 and 100 words, not at 40."""
+    captions = [(1, f"A dog. {WORDS * 4}A cat."), (2, "A person and a bench.")]
+    result = score(captions, TRUTH, vocabulary)
+    assert (result["chair_s"], result["chair_s_at_40"], result["chair_s_at_60"]) == (1.0, 0.5, 1.0)
+    assert result["chair_i_at_40"] == pytest.approx(1 / 3)
+    assert result["chair_i_at_60"] == result["chair_i_at_100"] == result["chair_i"] == 0.5
+    assert result["recall_at_40"] == result["recall"] == 0.5
+    cut = [(image, " ".join(text.split()[:40])) for image, text in captions]
+    again = score(cut, TRUTH, vocabulary)
+    for name in ("chair_s", "chair_i", "recall"):
+        assert result[f"{name}_at_40"] == again[name]
+        assert result["intervals"][f"{name}_at_40"] == again["intervals"][name]
+
+
+def test_captions_that_loop_are_counted(vocabulary: Vocabulary) -> None:
+    loop = (1, "a dog on a wall " + "and a red ball " * 9)
+    result = score([loop, (1, "A dog on a wall and a red ball."), (2, "")], TRUTH, vocabulary)
+    assert result["looping_share"] == pytest.approx(1 / 3)
+    assert result["distinct_4gram_share"] < 0.5
+
+
+def test_the_alarm_rings_when_chair_is_low_because_nothing_is_said(
+    vocabulary: Vocabulary,
+) -> None:
+    """CHAIR_S 1 % while 84 of 100 captions name nothing."""
+    said = ["It is a nice day."] * 84 + ["A dog."] * 15 + ["A cat."]
+    result = score([(1, text) for text in said], TRUTH, vocabulary)
+    assert (result["chair_s"], result["no_object_share"]) == (0.01, 0.84)
+    (alarm,) = result["alarms"]
+    assert alarm.startswith("degeneration alarm, silence: 84.0 % of the captions name no object")
+    looping = score([(1, "a dog and " * 20)] * 4 + [(1, "A dog.")] * 6, TRUTH, vocabulary)
+    (alarm,) = looping["alarms"]
+    assert alarm.startswith("degeneration alarm, looping: 40.0 % of the captions repeat themselves")
+
+
+@shared
+@pytest.mark.parametrize("name", CAPTION_FILES)
+def test_the_alarm_does_not_ring_for_published_captions(name: str) -> None:
+    result = score_chair(CHAIR / "captions" / name, CHAIR / "objects_pattern.json")
+    assert result["alarms"] == []
+    assert result["looping_share"] < 0.001

@@ -1,5 +1,7 @@
 """Answers of a tiny random LLaVA: batches, greedy search, and inputs that cannot be used."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,42 +109,6 @@ def test_search_is_greedy_whatever_the_checkpoint_asks_for(
     assert generate.ask(model, processor, samples, LONG) == plain
 
 
-def test_an_equal_prompt_on_an_image_is_asked_once(
-    monkeypatch: pytest.MonkeyPatch, settings: Settings, samples: list[Sample]
-) -> None:
-    asked: list[list[str]] = []
-
-    def ask(_model: Any, _processor: Any, batch: list[Sample], limit: int) -> list[Any]:
-        asked.append([sample.id for sample in batch])
-        return [generate.Answer(f"{sample.prompt} {limit}", 1, True) for sample in batch]
-
-    monkeypatch.setattr(generate, "ask", ask)
-    first, second, *_ = samples
-    again = replace(first, id="again")
-    question = replace(first, task="pope", id="question")
-    config = settings(batch_size=1)
-    found = list(generate.answers(None, None, [second, first, again, question], config))
-    assert asked == [["0"], ["1"], ["question"]]
-    told = {sample.id: answer.text for batch in found for sample, answer in batch}
-    assert told == {
-        "0": f"{PROMPTS[0]} 6",
-        "again": f"{PROMPTS[0]} 6",
-        "1": f"{PROMPTS[1]} 6",
-        "question": f"{PROMPTS[0]} 2",
-    }
-
-
-def test_a_batch_that_does_not_fit_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, settings: Settings, samples: list[Sample]
-) -> None:
-    def ask(*_: Any) -> list[Any]:
-        raise torch.OutOfMemoryError("tried to allocate 1 GiB")
-
-    monkeypatch.setattr(generate, "ask", ask)
-    with pytest.raises(EvalError, match=r"out of memory with 4 samples .* --set batch_size=2"):
-        list(generate.answers(None, None, samples, settings()))
-
-
 def test_a_missing_and_a_broken_image_are_named(
     processor: Any, samples: list[Sample], tmp_path: Path
 ) -> None:
@@ -205,6 +171,101 @@ def test_a_model_is_loaded_from_its_folder(checkpoint: Path, settings: Settings)
     eager, _ = generate.load_model(settings(attn_implementation="eager", device=None))
     assert eager.config._attn_implementation == "eager"
     assert eager.dtype == torch.float32
+
+
+def test_what_the_config_says_of_a_large_model_reaches_from_pretrained(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording stand-in: placing over several devices and quantisation cannot run here."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    placed: list[str] = []
+
+    class Model:
+        def eval(self) -> "Model":
+            return self
+
+        def to(self, device: str) -> "Model":
+            placed.append(device)
+            return self
+
+    def model(name: str, **given: Any) -> Model:
+        calls.append((name, given))
+        return Model()
+
+    def processor(name: str, **given: Any) -> Any:
+        calls.append((name, given))
+        return tiny.processor()
+
+    monkeypatch.setattr(generate.MODELS, "from_pretrained", model)
+    monkeypatch.setattr(generate.PROCESSORS, "from_pretrained", processor)
+    four_bit = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    source = {"revision": "v1.2", "trust_remote_code": True}
+    spread = {"device_map": {"": 0}, "quantization": four_bit, "attn_implementation": "sdpa"}
+    generate.load_model(
+        settings(model="org/large", dtype="bfloat16", device=None, **source, **spread)
+    )
+    more = {"quantization_config": four_bit, "device_map": {"": 0}, "attn_implementation": "sdpa"}
+    assert calls == [("org/large", source), ("org/large", {"dtype": "bfloat16", **source, **more})]
+    calls.clear()
+    generate.load_model(settings(model="org/large", device=None, tp_plan="auto"))
+    plain = {"revision": None, "trust_remote_code": False}
+    (_, first), (_, second) = calls
+    assert first == plain
+    assert second.pop("distributed_config").tp_plan == "auto"
+    assert second == {"dtype": "float32", **plain}
+    assert placed == [], "what from_pretrained placed is not moved"
+    generate.load_model(settings(model="org/large", device="cpu"))
+    assert placed == ["cpu"]
+
+
+def test_a_quantisation_section_is_read_by_transformers_itself(
+    settings: Settings, checkpoint: Path
+) -> None:
+    """The plain section becomes transformers' own config; its library is missing, and says so."""
+    config = settings(quantization={"quant_method": "hqq", "nbits": 4}, device=None)
+    with pytest.raises(EvalError, match=r"cannot be loaded .*HQQ"):
+        generate.load_model(config)
+
+
+def test_a_device_map_and_an_attention_implementation_act(settings: Settings) -> None:
+    config = settings(device=None, device_map={"": "cpu"}, attn_implementation="eager")
+    model, _ = generate.load_model(config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert model.config._attn_implementation == "eager"
+
+
+def test_code_of_a_model_folder_runs_only_where_it_is_asked_for(
+    settings: Settings, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(checkpoint, folder)
+    about = json.loads((folder / "config.json").read_text())
+    about |= {"model_type": "own_llava", "architectures": ["OwnModel"]}
+    about["auto_map"] = {
+        "AutoConfig": "own.OwnConfig",
+        "AutoModelForImageTextToText": "own.OwnModel",
+    }
+    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "own.py").write_text(
+        "from transformers import LlavaConfig, LlavaForConditionalGeneration\n"
+        "class OwnConfig(LlavaConfig):\n    model_type = 'own_llava'\n"
+        "class OwnModel(LlavaForConditionalGeneration):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(EvalError, match=r"(?s)cannot be loaded .*trust_remote_code"):
+        generate.load_model(settings(model=str(folder)))
+    model, _ = generate.load_model(settings(model=str(folder), trust_remote_code=True))
+    assert type(model).__name__ == "OwnModel"
+
+
+def test_each_process_of_a_launch_has_its_own_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setattr(generate, "best_device", lambda: "cpu")
+    assert generate.own_device() == "cpu"
+    monkeypatch.setattr(generate, "best_device", lambda: "cuda")
+    assert generate.own_device() == "cuda:1"
+    monkeypatch.delenv("LOCAL_RANK")
+    assert generate.own_device() == "cuda"
 
 
 def test_a_model_that_is_not_there_is_explained(settings: Settings, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def test_run_score_and_table(
 ) -> None:
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert main(["run", str(config), "--out", one, "--limit", "3"]) == 0
-    shown = capsys.readouterr().out
+    shown, bar = capsys.readouterr()
+    assert re.search(r"one: 100%.* 21/21 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ answers/s\]", bar)
     assert "| split | measure" in shown
     assert "- test: 3 captions, 6 questions a POPE strategy" in shown
     gift = ["--set", "methods=[gift]", "--set", "gift.alpha=2", "--set", "tasks=[chair]"]
@@ -55,7 +57,7 @@ def test_captions_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["score", "chair", *files, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["chair_s"], result["chair_i"], result["recall"]) == (1.0, 0.5, 0.5)
-    assert main(["score", "chair", *files, "--rules", "wordnet"]) == 1
+    assert main(["score", "chair", *files, "--rules", "lemma"]) == 1
     assert "error: " in capsys.readouterr().err
 
 
@@ -137,3 +139,41 @@ def test_real_photos_go_through_the_config_of_a_real_model(
     assert counts["gt_objects"] == sum(len(truth[photo]) for photo in photos)
     assert metrics["pope"]["mini"]["popular"]["questions"] == 4 * 2 * 2
     assert "| mini  | CHAIR_S %" in capsys.readouterr().out
+
+
+def test_pope_questions_of_a_coco_folder(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "questions"
+    command = ["questions", "--truth", str(coco), "--to", str(to), "--images", "4"]
+    assert main([*command, "--per-image", "1", "--seed", "3"]) == 0
+    assert "coco_pope_adversarial.json: 8 questions on 4 images" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (to / "coco_pope_popular.json").read_text().splitlines()]
+    assert [row["label"] for row in rows] == ["yes", "no"] * 4
+    known = json.loads((coco / "annotations" / "instances_test.json").read_text())["images"]
+    assert {row["image"] for row in rows} <= {record["file_name"] for record in known}
+    before = (to / "coco_pope_random.json").read_bytes()
+    assert main([*command, "--per-image", "1", "--seed", "3"]) == 0
+    assert (to / "coco_pope_random.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chair", "pope", "amber", "mme", "hallusionbench", "mmvp", "object-halbench", "mmhal"],
+)
+def test_every_scorer_names_a_missing_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = str(tmp_path / "gone")
+    flags = {
+        "chair": ["--captions", "--truth"],
+        "amber": ["--responses", "--data"],
+        "mme": ["--answers"],
+        "object-halbench": ["--responses", "--truth"],
+    }
+    given = [
+        word for flag in flags.get(name, ["--answers", "--questions"]) for word in (flag, gone)
+    ]
+    assert main(["score", name, *given, "--json"]) == 1
+    assert gone in (said := capsys.readouterr().err)
+    assert said.startswith("error: ")

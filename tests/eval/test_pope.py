@@ -15,45 +15,11 @@ from eval.pope import (
     build_questions,
     cooccurrence,
     read_questions,
-    readable,
-    says_no,
     score,
 )
 from tests.shared_data import SHARED, shared
 
 POPE = SHARED / "pope"
-
-
-@pytest.mark.parametrize(
-    ("answer", "no", "read"),
-    [
-        ("Yes", False, True),
-        ("No", True, True),
-        ("No.", True, True),
-        ("no, there is none", True, True),
-        ("Yes, there is no doubt.", True, True),
-        ("There is a car. No dog.", False, True),
-        ("There is not a car", True, False),
-        ("There is no car in the image.", True, True),
-        ("Yes, it is a snowboard.", False, True),
-        # what the official parser takes for a yes
-        ("NO", False, True),
-        ("no!", False, True),
-        ('"No"', False, True),
-        ("No\nThere is none", False, True),
-        ("There isn't a car", False, False),
-        ("I cannot see a car", False, False),
-        ("", False, False),
-        ("Maybe", False, False),
-        ("The image shows a car", False, False),
-        ("None", False, False),
-        ("yesno", False, False),
-        ("It could be yes or no", True, False),
-    ],
-)
-def test_parsers(answer: str, no: bool, read: bool) -> None:
-    assert says_no(answer) is no
-    assert readable(answer) is read
 
 
 def test_formulas() -> None:

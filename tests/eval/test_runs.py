@@ -1,25 +1,28 @@
 """Run folders: what they hold, how a run goes on, and what is refused."""
 
+import errno
+import itertools
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from eval import generate, runs
+from eval import answering, batches, dataset, generate, runs, table
 from eval.config import Config
 from eval.dataset import Sample
 from eval.errors import EvalError
-from eval.folder import RunFolder
-from eval.generate import Answer
+from eval.folder import RunFolder, row_key
 from tests.eval.conftest import Settings
 
 GIFT = {"methods": ["gift"], "gift": {"alpha": 3.0, "saliency_layer": 1, "layers": [2, 3]}}
 Models = tuple[Any, Any]
-Generator = Callable[..., Iterator[list[tuple[Sample, Answer]]]]
 
 
 @pytest.fixture(scope="session")
@@ -35,17 +38,16 @@ def finished(settings: Settings, loaded: Models, tmp_path: Path) -> Path:
     return tmp_path / "done"
 
 
-def stopping_after(batches: int) -> Generator:
-    """generate.answers that is interrupted by the user."""
-    whole = generate.answers
+def stopping_after(batches: int) -> Callable[..., Any]:
+    """generate.ask that is interrupted by the user."""
+    whole, asked = generate.ask, itertools.count()
 
-    def answers(*arguments: Any) -> Iterator[list[tuple[Sample, Answer]]]:
-        for place, batch in enumerate(whole(*arguments)):
-            if place == batches:
-                raise KeyboardInterrupt
-            yield batch
+    def ask(*arguments: Any) -> Any:
+        if next(asked) == batches:
+            raise KeyboardInterrupt
+        return whole(*arguments)
 
-    return answers
+    return ask
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -100,7 +102,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
 ) -> None:
     out = tmp_path / "again"
     with monkeypatch.context() as patched:
-        patched.setattr(generate, "answers", stopping_after(2))
+        patched.setattr(generate, "ask", stopping_after(2))
         with pytest.raises(KeyboardInterrupt):
             runs.run(settings(), out, load=lambda _: loaded)
     assert 0 < len(lines(out)) < 23
@@ -109,6 +111,176 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     assert (out / "answers.jsonl").read_text().startswith(half)
     assert RunFolder(out).rows() == RunFolder(finished).rows()
     assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+
+
+def test_the_batch_size_changes_no_answer(
+    finished: Path, settings: Settings, loaded: Models, tmp_path: Path
+) -> None:
+    """Batches of four and single samples say the same in float32, with and without a method."""
+    runs.run(settings(batch_size=1), tmp_path / "single", load=lambda _: loaded)
+    assert RunFolder(tmp_path / "single").rows() == RunFolder(finished).rows()
+    for size in (1, 5):
+        config = settings(**GIFT, batch_size=size)
+        runs.run(config, tmp_path / f"gift{size}", load=lambda _: loaded)
+    one, five = (RunFolder(tmp_path / f"gift{size}").rows() for size in (1, 5))
+    assert one == five != RunFolder(finished).rows()
+
+
+def test_memory_that_runs_out_changes_no_answer(
+    finished: Path,
+    settings: Settings,
+    loaded: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = generate.ask
+
+    def ask(model: Any, processor: Any, batch: list[Any], limit: int) -> Any:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+        return whole(model, processor, batch, limit)
+
+    monkeypatch.setattr(generate, "ask", ask)
+    runs.run(settings(), tmp_path / "narrow", load=lambda _: loaded)
+    assert (tmp_path / "narrow/metrics.json").read_bytes() == (
+        finished / "metrics.json"
+    ).read_bytes()
+
+
+def test_a_broken_image_is_listed_as_skipped_and_shown_in_the_table(
+    settings: Settings, loaded: Models, coco: Path, tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(coco, tmp_path / "coco")
+    rows = RunFolder(finished).rows()
+    broken = next(row["image"] for row in rows if row["task"] == "chair")
+    hurt = [row for row in rows if row["image"] == broken]
+    path = tmp_path / "coco" / "images" / broken
+    path.write_bytes(path.read_bytes()[:99])
+    config, out = settings(data=str(tmp_path / "coco")), tmp_path / "out"
+    metrics = runs.run(config, out, load=lambda _: loaded)
+    assert (metrics["answered"], metrics["skipped"]) == (23 - len(hurt), len(hurt))
+    left_out = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(map(row_key, left_out)) == [row_key(row) for row in hurt]
+    assert {*left_out[0]} == {"task", "split", "id", "image", "reason"}
+    assert f"{broken} is not a readable image" in left_out[0]["reason"]
+    assert RunFolder(out).rows() == [row for row in rows if row["image"] != broken]
+    assert f"{len(hurt)} of 23 samples skipped, see skipped.jsonl" in table.markdown([out])
+
+    def load(_: Config) -> Models:
+        raise AssertionError("the model was loaded")
+
+    assert runs.run(config, out, load=load) == metrics, "a run that skipped some is complete"
+    path.write_bytes((coco / "images" / broken).read_bytes())
+    (out / "skipped.jsonl").unlink()
+    runs.run(config, out, load=lambda _: loaded)
+    assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+
+
+def test_a_broken_image_is_an_error_where_the_settings_say_so(
+    settings: Settings, loaded: Models, coco: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(coco, tmp_path / "coco")
+    for path in (tmp_path / "coco" / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:99])
+    config = settings(data=str(tmp_path / "coco"), broken_images="error")
+    with pytest.raises(EvalError, match=r"sample chair test \d+: .* is not a readable image"):
+        runs.run(config, tmp_path / "out", load=lambda _: loaded)
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_afterwards(
+    finished: Path,
+    settings: Settings,
+    loaded: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls, sync = itertools.count(), os.fsync
+
+    def full(file: int) -> None:
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(EvalError, match=r"answers\.jsonl cannot be written: No space left"):
+            runs.run(settings(), out, load=lambda _: loaded)
+    before = (out / "answers.jsonl").read_text()
+    assert 0 < len(lines(out)) < 23
+    runs.run(settings(), out, load=lambda _: loaded)
+    assert (out / "answers.jsonl").read_text().startswith(before)
+    assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+
+
+def test_a_slow_process_holds_nobody_up(
+    finished: Path,
+    settings: Settings,
+    loaded: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two at work; the slow one's first batch lasts until the other has done all the rest."""
+    whole, out = generate.ask, tmp_path / "out"
+    slow_began, rest_done = threading.Event(), threading.Event()
+    asked: dict[str, int] = {"slow": 0, "fast": 0}
+    divided = len(batches.divide(dataset.samples(settings(), tmp_path), settings()))
+    assert divided > 3
+
+    def ask(*arguments: Any) -> Any:
+        name = threading.current_thread().name
+        asked[name] += 1
+        if name == "slow":
+            slow_began.set()
+            assert rest_done.wait(60)
+        else:
+            assert slow_began.wait(60)
+        if asked["fast"] == divided - 1:
+            rest_done.set()
+        return whole(*arguments)
+
+    monkeypatch.setattr(generate, "ask", ask)
+    monkeypatch.setattr(answering, "PAUSE", 0.01)
+    results: dict[str, Any] = {}
+
+    def work() -> None:
+        name = threading.current_thread().name
+        results[name] = runs.run(settings(), out, load=lambda _: loaded)
+
+    both = [threading.Thread(target=work, name=name) for name in ("slow", "fast")]
+    both[0].start()
+    assert slow_began.wait(60)
+    both[1].start()
+    for thread in both:
+        thread.join(60)
+    assert asked == {"slow": 1, "fast": divided - 1}
+    assert results["slow"] == results["fast"]
+    assert len(lines(out)) == 23
+    assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+    assert not (out / "work").exists()
+
+
+def test_what_a_killed_process_left_is_gathered(
+    finished: Path, settings: Settings, loaded: Models, tmp_path: Path
+) -> None:
+    """Its part of the answers, the last line torn, and its claims, on a folder of another one."""
+    out, parts = tmp_path / "out", tmp_path / "out" / "work"
+    shutil.copytree(finished, out)
+    whole = (out / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "answers.jsonl").write_bytes(b"".join(whole[:9]) + whole[9][:20])
+    parts.mkdir()
+    (parts / "a.answers.jsonl").write_bytes(b"".join(whole[5:14]) + whole[14][:20])
+    (parts / "a.report").write_text('{"environments": [], "patches": [], "notes": ["slow"]}\n')
+    for name in ("answers.jsonl.1", "other.1"):
+        (parts / "claims").mkdir(exist_ok=True)
+        (parts / "claims" / name).write_text("a")
+    assert runs.score(out)["answered"] == 14, "scoring reads the parts and changes none"
+    runs.run(settings(), out, load=lambda _: loaded)
+    assert RunFolder(out).rows() == RunFolder(finished).rows()
+    assert len(lines(out)) == 23
+    assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+    assert RunFolder(out).record()["notes"] == ["slow"]
+    assert not parts.exists()
 
 
 def test_a_finished_run_loads_no_model(finished: Path, settings: Settings) -> None:
@@ -129,7 +301,8 @@ def test_other_versions_are_said_and_kept_if_they_make_more(
 ) -> None:
     (first,) = RunFolder(finished).record()["environments"]
     newer = first | {"torch": "9.0"}
-    monkeypatch.setattr(runs, "_environment", lambda _: newer)
+    monkeypatch.setattr(runs, "environment", lambda _: newer)
+    monkeypatch.setattr(answering, "environment", lambda _: newer)
     runs.run(settings(), finished, load=lambda _: loaded)
     assert f"has answers of torch {first['torch']}: delete it" in capsys.readouterr().err
     assert RunFolder(finished).record()["environments"] == [first]

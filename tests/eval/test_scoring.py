@@ -68,7 +68,7 @@ def test_a_single_json_line(tmp_path: Path, truth: Path) -> None:
         ('[{"image_id": 1},\n {"image_id" 2}]', "captions.jsonl, line 2: broken JSON"),
         (
             '{"image_id": 1, "sentence": "a"}',
-            "line 1: no field 'caption' or 'text'; found image_id",
+            "line 1: no field 'caption' or 'text' or 'answer'; found image_id",
         ),
         ('[{"caption": "a", "id": 1}]', "entry 1: no field 'image_id' or .*; found caption, id"),
         ('{"image_id": 1, "caption": null}', "line 1: the field 'caption' .* is NoneType"),
@@ -99,9 +99,9 @@ def test_files_that_are_not_there(tmp_path: Path, truth: Path) -> None:
         score_chair(captions, truth, tmp_path / "words.txt")
 
 
-def test_rules_that_are_not_offered_yet(tmp_path: Path, truth: Path) -> None:
-    with pytest.raises(EvalError, match="--rules wordnet: only 'pattern' is offered"):
-        score_chair(lines(tmp_path / "captions.jsonl", *ROWS), truth, rules="wordnet")
+def test_unknown_rules(tmp_path: Path, truth: Path) -> None:
+    with pytest.raises(EvalError, match="rules 'lemma': expected pattern or wordnet"):
+        score_chair(lines(tmp_path / "captions.jsonl", *ROWS), truth, rules="lemma")
 
 
 def test_a_synonym_list_scores_and_is_named(tmp_path: Path, truth: Path) -> None:

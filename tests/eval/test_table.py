@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from eval import table
+from eval import alarm, table
 from eval.config import from_settings
 from eval.errors import EvalError
 from eval.folder import RunFolder
@@ -15,15 +15,17 @@ POPE = dict.fromkeys(table.POPE_ROWS, 0.75)
 
 
 def chair(**values: float) -> dict[str, Any]:
-    values = CHAIR | {"mean_tokens": 41.26} | values
+    healthy = {"mean_tokens": 41.26, "no_object_share": 0.0, "looping_share": 0.0}
+    values = CHAIR | healthy | values
     intervals = {key: [value - 0.1, value + 0.123] for key, value in values.items()}
-    more = {"counts": {"captions": 200}, "flags": [], "ended_share": 1.0}
+    more = {"n": 200, "counts": {"captions": 200}, "flags": [], "ended_share": 1.0}
+    more["alarms"] = [*alarm.ringing(values).values()]
     return {**values, "intervals": intervals, **more}
 
 
 def pope(unreadable: float = 0.0) -> dict[str, Any]:
     intervals = {key: [0.7, 0.8] for key in POPE}
-    more = {"questions": 360, "flags": [], "unreadable": unreadable}
+    more = {"n": 360, "questions": 360, "flags": [], "unreadable": unreadable}
     return {**POPE, "intervals": intervals, **more}
 
 
@@ -34,7 +36,7 @@ def folder(path: Path, metrics: dict[str, Any], sha256: str = "a", **record: Any
     settings = from_settings({"splits": ["test"]}).settings()
     about = {"settings": settings, "data": {"samples": 560, "images": images}}
     RunFolder(path).write_record({**about, "environments": [], "patches": [], "notes": []} | record)
-    RunFolder(path).write_metrics({"answered": 560, "samples": 560} | metrics)
+    RunFolder(path).write_metrics({"answered": 560, "skipped": 0, "samples": 560} | metrics)
     return path
 
 
@@ -51,13 +53,23 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert cells(text) == [
         ["split", "measure", "baseline", "gift"],
         [*("-" * width for width in (5, 27, 17, 17))],
+        ["test", "degeneration alarm", "no", "no"],
         ["test", "CHAIR_S %", "38.5 [28.5, 50.8]", "30.0 [20.0, 42.3]"],
         ["test", "CHAIR_I %", *["50.0 [40.0, 62.3]"] * 2],
         ["test", "CHAIR_I %, each object once", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "CHAIR_S %, first 40 words", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "CHAIR_S %, first 60 words", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "CHAIR_S %, first 100 words", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "CHAIR_I %, first 40 words", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "CHAIR_I %, first 60 words", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "CHAIR_I %, first 100 words", *["50.0 [40.0, 62.3]"] * 2],
         ["test", "recall %", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "precision %", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "F1 %", *["50.0 [40.0, 62.3]"] * 2],
         ["test", "length in tokens", *["41.3 [41.2, 41.4]"] * 2],
         ["test", "distinct 4-grams %", *["50.0 [40.0, 62.3]"] * 2],
-        ["test", "naming no object %", *["50.0 [40.0, 62.3]"] * 2],
+        ["test", "looping %", *["0.0 [-10.0, 12.3]"] * 2],
+        ["test", "naming no object %", *["0.0 [-10.0, 12.3]"] * 2],
         ["test", "POPE random, accuracy %", "75.0 [70.0, 80.0]", "-"],
         ["test", "POPE random, F1 %", "75.0 [70.0, 80.0]", "-"],
         ["test", "POPE random, answered yes %", "75.0 [70.0, 80.0]", "-"],
@@ -67,9 +79,35 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_no_chair_number_stands_without_recall_length_repetition_and_silence() -> None:
-    assert {"recall", "mean_tokens", "distinct_4gram_share", "no_object_share"} < {
-        *table.CHAIR_ROWS
+    beside = {"recall", "mean_tokens", "distinct_4gram_share", "looping_share", "no_object_share"}
+    assert beside < {*table.CHAIR_ROWS}
+
+
+def test_the_alarm_stands_in_the_table_and_says_why(tmp_path: Path) -> None:
+    silent = chair(chair_s=0.01, no_object_share=0.84)
+    loops = chair(chair_s=0.2, looping_share=0.4)
+    runs = {
+        "healthy": chair(),
+        "silent": silent,
+        "loops": loops,
+        "both": loops | {"no_object_share": 0.84},
     }
+    folders = [folder(tmp_path / name, {"chair": {"test": score}}) for name, score in runs.items()]
+    text = table.markdown([*folders, folder(tmp_path / "pope", {"pope": {"test": {}}})])
+    row = next(row for row in cells(text) if row[1] == "degeneration alarm")
+    assert row[2:] == ["no", "SILENCE", "LOOPING", "SILENCE, LOOPING", "-"]
+    assert (
+        "- silent: test, degeneration alarm, silence: 84.0 % of the captions name no object, so "
+        "CHAIR_S 1.0 %, CHAIR_I 50.0 % cannot be read as an improvement"
+    ) in text.splitlines()
+    assert "- loops, both: test, degeneration alarm, looping: 40.0 % of the captions repeat" in text
+    assert "- healthy: test, degeneration" not in text
+
+
+def test_metrics_without_the_measures_of_today_are_to_be_scored_again(tmp_path: Path) -> None:
+    old = {key: value for key, value in chair().items() if key != "looping_share"}
+    with pytest.raises(EvalError, match=r"lacks measures: python -m eval score .*old"):
+        table.markdown([folder(tmp_path / "old", {"chair": {"test": old}})])
 
 
 def test_what_weakens_a_number_is_written_below(tmp_path: Path) -> None:
@@ -110,3 +148,17 @@ def test_what_is_no_scored_run_is_explained(tmp_path: Path) -> None:
         table.markdown([run])
     with pytest.raises(EvalError, match="no run folder given"):
         table.markdown([])
+
+
+def test_what_lies_beside_the_runs_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folder(tmp_path / "run", {"chair": {"test": chair()}})
+    picture = tmp_path / "runs.png"
+    picture.touch()
+    (tmp_path / "speed").mkdir()
+    text = table.markdown([run, picture, tmp_path / "speed"])
+    assert text == table.markdown([run])
+    assert f"no run folders, left out: {picture}, {tmp_path / 'speed'}" in capsys.readouterr().err
+    with pytest.raises(EvalError, match="none is not a run folder"):
+        table.markdown([run, tmp_path / "none"])

@@ -7,12 +7,14 @@ beam are all compared with the same row of a single sample here.
 
 from .compose import Method, Trace, logits, sinks, trace
 from .gift import Gift
+from .hooked import Hooked
 from .sample import Sample, Turn, capture
 from .var import Var
 from .vhr import Vhr
 
 __all__ = [
     "Gift",
+    "Hooked",
     "Method",
     "Sample",
     "Trace",

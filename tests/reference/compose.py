@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import gift, var, vhr
-from .decoder import Run, forward
+from . import decoder, gift, var, vhr
+from .decoder import OutputsEdit, Run, WeightsEdit
 from .gift import Gift
+from .hooked import Hooked
 from .sample import Sample, Turn
 from .var import Var
 from .vhr import Vhr
@@ -84,6 +85,20 @@ def trace(
         for decision, distance in known.items():
             final.near(decision, torch.tensor(distance))
     return final
+
+
+def forward(
+    model: nn.Module | Hooked,
+    embeds: Tensor,
+    positions: Tensor,
+    edit_weights: WeightsEdit = lambda layer, block_input, weights: weights,
+    edit_outputs: OutputsEdit = lambda layer, outputs: outputs,
+    from_cache: decoder.FromCache = decoder.as_they_are,
+) -> Run:
+    """One pass of the literal decoder, or of a model's own layers (with a cache without loss)."""
+    if isinstance(model, Hooked):
+        return model.run(embeds, edit_weights, edit_outputs)
+    return decoder.forward(model, embeds, positions, edit_weights, edit_outputs, from_cache)
 
 
 def sinks(model: nn.Module, sample: Sample, dims: tuple[int, ...], tau: float) -> Tensor:

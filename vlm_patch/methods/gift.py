@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vlm_patch import gpu
 from vlm_patch.errors import PatchError
 from vlm_patch.method import (
     Facts,
@@ -30,6 +31,7 @@ from vlm_patch.method import (
     check_wholes,
     reweigh,
 )
+from vlm_patch.methods import launch
 
 MOST_ALPHA = 80.0
 
@@ -41,12 +43,17 @@ def positive_change(weights: Tensor) -> Tensor:
     return weights.diff(dim=-2).clamp_min(0)
 
 
+def how_many(heads: int, fraction: float) -> int:
+    """floor(fraction * H), at least one."""
+    return max(1, math.floor(fraction * heads))
+
+
 def top_heads(mass: Tensor, fraction: float = 0.5, dim: int = -1) -> Tensor:
     """The floor(fraction * H) heads with the largest mass, at least one; ties to the lowest index.
 
     mass: heads along `dim`. Returns a bool tensor of the same shape.
     """
-    count = max(1, math.floor(fraction * mass.shape[dim]))
+    count = how_many(mass.shape[dim], fraction)
     order = mass.argsort(dim=dim, descending=True, stable=True).narrow(dim, 0, count)
     return torch.zeros_like(mass, dtype=torch.bool).scatter_(dim, order, True)
 
@@ -167,16 +174,18 @@ class GIFT(Regrouping):
 
     def fit(self, facts: Facts) -> tuple[Method, list[str]]:
         third = max(1, facts.depth // 3)
+        layers = facts.acting(range(third, max(third + 1, 2 * third)))
+        below = [layer for layer in facts.acting(range(facts.depth)) if layer < layers[0]]
         scaled = {
             "alpha": 4.0,
-            "layers": tuple(range(third, max(third + 1, 2 * third))),
-            "saliency_layer": third - 1,
+            "layers": layers,
+            "saliency_layer": below[-1] if below else layers[0],
         }
         missing = [name for name in scaled if getattr(self, name) is None]
         notes = [f"GIFT {name}={scaled[name]}" for name in missing if name not in facts.profile]
         fitted = replace(self, **{n: facts.profile.get(n, scaled[n]) for n in missing})
-        check_whole("GIFT saliency_layer", fitted.saliency_layer or 0, facts.depth)
-        check_wholes("GIFT layers", fitted.layers, facts.depth)
+        facts.check_layers("GIFT saliency_layer", [fitted.saliency_layer or 0])
+        facts.check_layers("GIFT layers", fitted.layers)
         return fitted, notes
 
     def own_layers(self, depth: int) -> list[int]:
@@ -261,4 +270,11 @@ class GIFT(Regrouping):
         return memory["groups", 0]
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
-        return gaze_shares(masses, self.beta, self.head_fraction)
+        heads, beta, fraction = masses.shape[2], self.beta, self.head_fraction
+        if masses.shape[3] > 1 or not gpu.possible(masses.device.type):
+            return gaze_shares(masses, beta, fraction)
+        return gpu.tried(
+            ("gaze shares", str(masses.device), heads),
+            lambda: launch.gaze_shares(masses, beta, how_many(heads, fraction)),
+            lambda: gaze_shares(masses, beta, fraction),
+        )

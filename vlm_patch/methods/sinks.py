@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from vlm_patch.errors import UnsupportedModelError
 from vlm_patch.method import Forward, StockPass, Watcher
 
 CONTRAST = 3.0
@@ -30,6 +31,16 @@ class Found:
 
     dims: tuple[int, ...]
     reason: str = ""
+
+
+def one_stream(hidden: Tensor) -> Tensor:
+    """The residual stream `[B, S, D]`. Raises UnsupportedModelError where there are several."""
+    if hidden.ndim != 3:
+        raise UnsupportedModelError(
+            f"var looks for sinks in the residual stream [batch, tokens, width], but the layers of "
+            f"this model pass on several at once, of shape {list(hidden.shape)}: leave var out"
+        )
+    return hidden
 
 
 def scaled_tau(width: int) -> float:
@@ -87,7 +98,7 @@ class _Record:
         return self.blocks, self.attention, self.value_path
 
     def block(self, layer: int, hidden: Tensor) -> None:
-        self.blocks.append(hidden.float())
+        self.blocks.append(one_stream(hidden).float())
 
     def weights(self, layer: int, weights: Tensor, value: Tensor, attention: nn.Module) -> None:
         weights = weights.mean(2)
@@ -150,6 +161,8 @@ def judge(
     blocks `[B, L, S, D]`: block inputs. attention, value_path `[B, L, S]`: mean attention of
     post-image text to each key, and the norm of what it carries. valid, image `[B, S]` (bool).
     """
+    if blocks.shape[1] < 3:
+        return Found((), f"It has softmax attention in {blocks.shape[1]} layers, 3 are needed.")
     samples = torch.arange(len(blocks))
     first = valid.long().argmax(1)
     candidates = first[:, None] + torch.arange(3)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vlm_patch import gpu
 from vlm_patch.errors import PatchError
 from vlm_patch.method import (
     Facts,
@@ -30,7 +31,8 @@ from vlm_patch.method import (
     check_wholes,
     reweigh,
 )
-from vlm_patch.methods.sinks import discover, scaled_tau
+from vlm_patch.methods import launch
+from vlm_patch.methods.sinks import discover, one_stream, scaled_tau
 
 
 @lru_cache(maxsize=64)
@@ -194,21 +196,34 @@ class VAR(Regrouping):
         """Finds the sinks among the new tokens; the release looks at the first prompt only."""
         if not self.dims:
             return
+        hidden = one_stream(hidden)
+        if forward.generated and not self.release and gpu.possible(hidden.device.type):
+            dims, tau = _index(tuple(self.dims), hidden.device), self.tau or 0.0
+            groups = gpu.tried(
+                ("sink column", str(hidden.device), hidden.dtype, len(dims)),
+                lambda: launch.sink_column(hidden, dims, tau),
+                lambda: self._groups(hidden, forward),
+            )
+        else:
+            groups = self._groups(hidden, forward)
+        append(memory, ("groups", layer), groups, forward.past)
+
+    def _groups(self, hidden: Tensor, forward: Forward) -> Tensor:
+        """The key groups `[B, 4, S]` of new tokens."""
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if self.release and not (forward.first and forward.prompt):
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
-            score = sink_score(hidden, self.dims, 1e-6 if self.release else 0.0)
+            score = sink_score(hidden, self.dims or (), 1e-6 if self.release else 0.0)
             tau = math.inf if self.tau is None else self.tau
             sinks = score > tau if self.release else score >= tau
             if self.release:
                 sinks[:, forward.prompt :] = False
-        if forward.generated:
-            groups = hidden.new_zeros(len(hidden), 4, 1)
-            groups[:, 1], groups[:, 3] = sinks, 1
-        else:
-            groups = key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
-        append(memory, ("groups", layer), groups, forward.past)
+        if not forward.generated:
+            return key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
+        column = hidden.new_zeros(len(hidden), 4, 1)
+        column[:, 1], column[:, 3] = sinks, 1
+        return column
 
     def edited(self, forward: Forward) -> Tensor | None:
         return forward.text if self.dims else None
@@ -221,12 +236,12 @@ class VAR(Regrouping):
         return memory["groups", layer]
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
-        return sink_shares(
-            masses,
-            groups,
-            self.move_fraction,
-            self.rho_nonsink,
-            self.min_image_mass,
-            self.require_visual_sink or self.release,
-            self.release,
+        numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass
+        visual = self.require_visual_sink or self.release
+        if visual or masses.shape[3] > 1 or not gpu.possible(masses.device.type):
+            return sink_shares(masses, groups, *numbers, visual, self.release)
+        return gpu.tried(
+            ("sink shares", str(masses.device), masses.shape[2]),
+            lambda: launch.sink_shares(masses, *numbers),
+            lambda: sink_shares(masses, groups, *numbers),
         )

@@ -5,9 +5,9 @@ Heads whose output changes most when the image is taken away are made louder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,23 +58,58 @@ def above_median(scores: Tensor) -> Tensor:
     return scores > scores.median(-1, keepdim=True).values
 
 
-def without_image(forward: Forward) -> dict[str, Tensor]:
+PER_TOKEN = ("inputs_embeds", "input_ids", "per_layer_inputs")
+"""Decoder inputs `[B, S, ...]` that a prompt without its image keeps."""
+
+
+def without_image(forward: Forward) -> dict[str, Any]:
     """The decoder inputs of a prompt with its image tokens deleted, left-padded, positions
     re-packed from 0.
 
-    Returns inputs_embeds `[B, T, D]`, attention_mask `[B, T]`, position_ids `[B, T]`, T the longest
-    text of the batch.
+    Returns inputs_embeds `[B, T, D]` (or what else stands for the tokens), attention_mask `[B, T]`,
+    position_ids `[B, T]`, T the longest text of the batch. The mask is `[B, 1, T, T]` where text
+    looks ahead (PaliGemma's prefix), which the decoder would not do by itself.
     """
-    embeds: Tensor = forward.inputs["inputs_embeds"][:, : forward.prompt]
     keep = (forward.valid & ~forward.image[:, forward.new])[:, : forward.prompt]
     length = max(1, int(keep.sum(1).max()))
     order = keep.long().argsort(dim=1, stable=True)[:, -length:]
+    samples = torch.arange(len(order), device=order.device)[:, None]
     mask = keep.gather(1, order)
+    tokens = {name: forward.inputs.get(name) for name in PER_TOKEN}
     return {
-        "inputs_embeds": embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1])),
-        "attention_mask": mask.long(),
+        **{name: value[samples, order] for name, value in tokens.items() if value is not None},
+        "attention_mask": _text_mask(forward.inputs.get("attention_mask"), order, mask),
         "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
     }
+
+
+def _text_mask(given: Any, order: Tensor, valid: Tensor) -> Any:
+    """The mask of the text alone, made from the prompt's if text looks ahead in that.
+
+    order, valid `[B, T]`: the text tokens, and which of them are no padding.
+    """
+    masks = given if isinstance(given, Mapping) else {"": given}
+    cut = {kind: _text_rows(mask, order) for kind, mask in masks.items()}
+    both = valid[:, None, :] & valid[:, :, None]
+    if not any(seen is not None and (seen & both).triu(1).any() for seen in cut.values()):
+        return valid.long()
+    # padding sees everything, since a row that sees nothing would become NaN
+    own = {
+        kind: None if seen is None else (seen & valid[:, None] | ~valid[:, :, None])[:, None]
+        for kind, seen in cut.items()
+    }
+    return own if isinstance(given, Mapping) else own[""]
+
+
+def _text_rows(mask: Any, order: Tensor) -> Tensor | None:
+    """What the text sees of the text `[B, T, T]` in a ready mask `[B, 1, S, K]`."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return None
+    samples = torch.arange(len(order), device=order.device)[:, None, None]
+    seen = mask.expand(len(order), *mask.shape[1:])[
+        samples, 0, order[:, :, None], order[:, None, :]
+    ]
+    return seen if seen.dtype == torch.bool else seen == 0
 
 
 @dataclass(frozen=True)
@@ -105,12 +140,13 @@ class VHR(Method):
 
     def fit(self, facts: Facts) -> tuple[Method, list[str]]:
         if self.layers is not None:
-            check_wholes("VHR layers", self.layers, facts.depth)
+            facts.check_layers("VHR layers", self.layers)
             return self, []
         if "layers" in facts.profile:
             return replace(self, layers=tuple(facts.profile["layers"])), []
         last = max(1, round(facts.depth * 14 / 32))
-        layers = tuple(sorted({min(1, facts.depth - 1), *range(facts.depth - last, facts.depth)}))
+        second, ending = min(1, facts.depth - 1), range(facts.depth - last, facts.depth)
+        layers = facts.acting(sorted({second, *ending}))
         return replace(self, layers=layers), [f"VHR layers={list(layers)}"]
 
     def own_layers(self, depth: int) -> list[int]:
@@ -135,7 +171,7 @@ class VHR(Method):
             if layer in layers:
                 memory["text", layer] = output[:, -1].clone()
 
-        run(dict(without_image(forward)), Watcher(heads=keep))
+        run(without_image(forward), Watcher(heads=keep))
         return self
 
     def begin(self, forward: Forward, memory: Memory) -> None:

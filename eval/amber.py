@@ -1,0 +1,271 @@
+"""AMBER: what a description makes up and what it covers, and yes/no questions of five kinds.
+
+Wang et al. 2023, https://arxiv.org/abs/2311.07397; data and official script: junyangwang0410/AMBER.
+A row of each file: `{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this image."}`,
+`{"id": 1, "type": "generative", "truth": ["sky", "forest"], "hallu": ["cloud", "sun"]}`,
+`{"id": 1, "response": "The image features three people walking ..."}`; ids from 1005 on are
+questions with `truth` yes or no, to be answered by exactly "Yes" or "No".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval import amber_nouns
+from eval.amber_nouns import Lexicon, Similar
+from eval.errors import EvalError
+from eval.intervals import Numbers, measure, ratio
+from eval.records import Row, read_rows
+
+GENERATIVE = "generative"
+# what the script reports, and the question types that it pools for it
+DIMENSIONS: Mapping[str, tuple[str, ...]] = {
+    "existence": ("discriminative-hallucination",),
+    "attribute": tuple(
+        f"discriminative-attribute-{kind}" for kind in ("state", "number", "action")
+    ),
+    "state": ("discriminative-attribute-state",),
+    "number": ("discriminative-attribute-number",),
+    "action": ("discriminative-attribute-action",),
+    "relation": ("discriminative-relation", "relation"),
+}
+_TYPES = {GENERATIVE, *(kind for kinds in DIMENSIONS.values() for kind in kinds)}
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is known of one id: words of a description (`truth`, `hallu`), or "yes" or "no"."""
+
+    type: str
+    truth: Sequence[str]
+    hallu: Sequence[str] = ()
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one description adds; the names in the official script stand behind."""
+
+    descriptions: int  # non_hallu_num
+    descriptions_hallucinated: int  # non_hallu_num - non_hallu_score
+    nouns: int  # chair_num
+    nouns_hallucinated: int  # chair_score
+    truth_words: int  # safe_cover_num
+    truth_words_covered: int  # safe_cover_score
+    hallu_words: int  # hallu_cover_num
+    hallu_words_covered: int  # hallu_cover_score
+
+
+def judge(nouns: Sequence[str], item: Item, lexicon: Lexicon, similar: Similar) -> Counts:
+    """One description, of which `nouns` are those in the lexicon, in order, repeats kept."""
+    present, imagined = lexicon.chain(item.truth), lexicon.chain(item.hallu)
+    covered: set[int] = set()
+    marked: set[int] = set()
+    hallucinated = 0
+    for noun in nouns:
+        if noun in lexicon.safe:
+            continue
+        if (place := _place(noun, present)) is not None:
+            covered.add(place)
+            continue
+        place = _place(noun, imagined)
+        near = _place(noun, imagined, similar)
+        marked |= {spot for spot in (place, near) if spot is not None}
+        if (place := _place(noun, present, similar)) is not None:
+            covered.add(place)
+        else:
+            hallucinated += 1
+    return Counts(
+        1,
+        int(hallucinated > 0),
+        len(nouns),
+        hallucinated,
+        len(item.truth),
+        len(covered),
+        len(item.hallu),
+        len(marked),
+    )
+
+
+def _place(
+    noun: str, chain: Sequence[tuple[str, int]], similar: Similar = str.__eq__
+) -> int | None:
+    """Number of the word behind the first entry of a chain that is like the noun."""
+    return next((number for word, number in chain if similar(noun, word)), None)
+
+
+def score(
+    responses: Sequence[tuple[int, str]],
+    items: Mapping[int, Item],
+    lexicon: Lexicon,
+    nouns: str = "nltk",
+    similarity: str = "exact",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """AMBER's measures of (id, response) pairs, as shares in [0, 1] with 95 % intervals.
+
+    `nouns` names how descriptions are read and `similarity` when two nouns mean the same (see
+    `eval.amber_nouns`). Only the parts that there are responses for are reported. `official` holds
+    the percentages as the script prints them. `EvalError` if an id is unknown or answered twice.
+    """
+    _require_items([number for number, _ in responses], items)
+    described = [(items[n], text) for n, text in responses if items[n].type == GENERATIVE]
+    answered = [(items[n], text) for n, text in responses if items[n].type != GENERATIVE]
+    result: dict[str, Any] = {"responses": len(responses)}
+    if described:
+        result[GENERATIVE] = _generative(described, lexicon, nouns, similarity, seed)
+    if answered:
+        result["discriminative"] = _discriminative(answered, seed)
+    result["official"] = official(result)
+    if described and answered:
+        f1 = result["discriminative"]["all"]["f1"]
+        result["amber_score"] = (1 - result[GENERATIVE]["chair"] + f1) / 2
+    return result
+
+
+def _require_items(numbers: Sequence[int], items: Mapping[int, Item]) -> None:
+    if not numbers:
+        raise EvalError("AMBER: there are no responses to score.")
+    seen: set[int] = set()
+    for number in numbers:
+        if number not in items:
+            raise EvalError(f"AMBER: id {number} is not in the annotations ({len(items)} ids).")
+        if number in seen:
+            raise EvalError(f"AMBER: id {number} has more than one response; keep one of them.")
+        seen.add(number)
+
+
+def _generative(
+    described: Sequence[tuple[Item, str]],
+    lexicon: Lexicon,
+    nouns: str,
+    similarity: str,
+    seed: int,
+) -> dict[str, Any]:
+    read, similar = amber_nouns.reader(nouns), amber_nouns.similarity(similarity)
+    judged = [judge(read(text, lexicon), item, lexicon, similar) for item, text in described]
+    columns = {f.name: np.array([getattr(c, f.name) for c in judged]) for f in fields(Counts)}
+    measured = measure(columns, _generative_ratios, seed)
+    return {
+        **measured["values"],
+        "counts": {name: int(column.sum()) for name, column in columns.items()},
+        "intervals": measured["intervals"],
+        "nouns": nouns,
+        "similarity": similarity,
+    }
+
+
+def _generative_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+    """Over all descriptions. `cog` is a share of the annotated words, as in the script; the paper
+    divides by the mentioned ones."""
+    return {
+        "chair": (c["nouns_hallucinated"], c["nouns"]),
+        "cover": (c["truth_words_covered"], c["truth_words"]),
+        "hal": (c["descriptions_hallucinated"], c["descriptions"]),
+        "cog": (c["hallu_words_covered"], c["hallu_words"]),
+    }
+
+
+def _discriminative(answered: Sequence[tuple[Item, str]], seed: int) -> dict[str, Any]:
+    """Every dimension that has answers, after "all" of them."""
+    parts = {"all": answered}
+    for name, kinds in DIMENSIONS.items():
+        parts[name] = [pair for pair in answered if pair[0].type in kinds]
+    return {name: _questions(part, seed) for name, part in parts.items() if part}
+
+
+def _questions(answered: Sequence[tuple[Item, str]], seed: int) -> dict[str, Any]:
+    """ "No" is the positive class; what is neither "Yes" nor "No" to the letter is wrong."""
+    absent = np.array([item.answer == "no" for item, _ in answered])
+    no = np.array([text == "No" for _, text in answered])
+    yes = np.array([text == "Yes" for _, text in answered])
+    columns = {
+        "asked": np.ones(len(answered)),
+        "right": (no & absent) | (yes & ~absent),
+        "right_no": no & absent,
+        "said_no": no,
+        "labelled_no": absent,
+        "unreadable": ~no & ~yes,
+    }
+    measured = measure(columns, _question_ratios, seed)
+    return {
+        **measured["values"],
+        "counts": {name: int(column.sum()) for name, column in columns.items()},
+        "intervals": measured["intervals"],
+    }
+
+
+def _question_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+    return {
+        "accuracy": (c["right"], c["asked"]),
+        "precision": (c["right_no"], c["said_no"]),
+        "recall": (c["right_no"], c["labelled_no"]),
+        "f1": (2 * c["right_no"], c["said_no"] + c["labelled_no"]),
+        "unreadable": (c["unreadable"], c["asked"]),
+    }
+
+
+def official(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What the published script prints: percent with one decimal; F1 from the rounded two."""
+    printed: dict[str, dict[str, float]] = {}
+    if GENERATIVE in result:
+        names = {"chair": "CHAIR", "cover": "Cover", "hal": "Hal", "cog": "Cog"}
+        shares = {shown: result[GENERATIVE][name] for name, shown in names.items()}
+        printed[GENERATIVE] = {name: round(100 * share, 1) for name, share in shares.items()}
+    for name, part in result.get("discriminative", {}).items():
+        printed["discriminative" if name == "all" else name] = _printed(part, name)
+    return printed
+
+
+def _printed(part: Mapping[str, Any], dimension: str) -> dict[str, float]:
+    percent = {
+        shown: round(100 * part[name], 1)
+        for name, shown in (
+            ("accuracy", "Accuracy"),
+            ("precision", "Precision"),
+            ("recall", "Recall"),
+        )
+    }
+    precision, recall = percent["Precision"] / 100, percent["Recall"] / 100
+    # the script keeps from dividing by zero so
+    bottom = precision + recall + (0.001 if dimension == "existence" else 0.0001)
+    return {**percent, "F1": round(100 * float(ratio(2 * precision * recall, bottom)), 1)}
+
+
+def score_files(
+    responses: Path, data: Path, nouns: str = "nltk", similarity: str = "exact"
+) -> dict[str, Any]:
+    """AMBER of a response file in the official form; `data` holds the benchmark's own files."""
+    items = read_items(data / "annotations.json")
+    given = [(row, _id(row), row.text("response")) for row in read_rows(responses)]
+    for row, number, _ in given:
+        if number not in items:
+            raise EvalError(f"{row.where}: id {number} is not in {data / 'annotations.json'}.")
+    pairs = [(number, text) for _, number, text in given]
+    return score(pairs, items, amber_nouns.read_lexicon(data), nouns, similarity)
+
+
+def read_items(path: Path) -> dict[int, Item]:
+    """`annotations.json`, by id."""
+    return {_id(row): _item(row) for row in read_rows(path)}
+
+
+def _item(row: Row) -> Item:
+    kind = row.text("type")
+    if kind not in _TYPES:
+        raise EvalError(f"{row.where}: type {kind!r}; expected one of {', '.join(sorted(_TYPES))}.")
+    if kind == GENERATIVE:
+        return Item(kind, row.texts("truth"), row.texts("hallu"))
+    answer = row.text("truth")
+    if answer not in ("yes", "no"):
+        raise EvalError(f"{row.where}: the field 'truth' is {answer!r}; expected 'yes' or 'no'.")
+    return Item(kind, (), answer=answer)
+
+
+def _id(row: Row) -> int:
+    return row.number("id")

@@ -1,0 +1,88 @@
+"""Whether two runs can be compared: they must have been asked the same and be read alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from eval import runs
+from eval.errors import EvalError
+from eval.folder import RunFolder, row_key
+
+Lines: TypeAlias = Mapping[tuple[str, ...], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what config.yaml says, its answers by sample, and what it left out."""
+
+    path: Path
+    record: Mapping[str, Any]
+    rows: Lines
+    skipped: Lines
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """The run in a folder; EvalError if it is not complete."""
+        folder = RunFolder(path)
+        record, rows, skipped = folder.record(), folder.rows(), folder.skipped()
+        samples = record["data"]["samples"]
+        if len(rows) + len(skipped) < samples:
+            raise EvalError(
+                f"{path} is not complete ({len(rows)} of {samples} samples are answered): "
+                f"run it again to go on, then compare"
+            )
+        by_key = ({row_key(row): row for row in part} for part in (rows, skipped))
+        return cls(path, record, *by_key)
+
+    def asked(self, task: str) -> Lines:
+        """All samples of a task, answered or not."""
+        both = {**self.rows, **self.skipped}
+        return {key: row for key, row in both.items() if key[0] == task}
+
+
+def obstacles(one: Run, two: Run, tasks: Sequence[str]) -> Iterator[str]:
+    """Everything that was asked differently of the two runs."""
+    if not tasks:
+        yield "they have no task in common"
+    if one.record.get("decoding") != two.record.get("decoding"):
+        yield f"decoding is {one.record.get('decoding')} and {two.record.get('decoding')}"
+    for task in tasks:
+        mine, others = (run.record["settings"][task] for run in (one, two))
+        if mine["max_new_tokens"] != others["max_new_tokens"]:
+            limits = f"{mine['max_new_tokens']} and {others['max_new_tokens']} tokens"
+            yield f"the token limit of {task} is {limits}"
+        yield from _other_samples(one.asked(task), two.asked(task), task)
+    if "chair" in tasks:
+        names = [_scorer(run) for run in (one, two)]
+        if names[0] != names[1]:
+            yield f"CHAIR is read by {names[0]} and by {names[1]}"
+
+
+def _other_samples(mine: Lines, others: Lines, task: str) -> Iterator[str]:
+    images = [{(key[1], row["image"]) for key, row in rows.items()} for rows in (mine, others)]
+    if images[0] != images[1]:
+        sizes = f"{len(images[0])} and {len(images[1])}"
+        yield f"the images of {task} differ ({sizes}, {len(images[0] & images[1])} in common)"
+        return
+    answered = [key for key in mine.keys() & others.keys() if "prompt" in mine[key]]
+    answered = [key for key in answered if "prompt" in others[key]]
+    prompts = [(mine[key]["prompt"], others[key]["prompt"]) for key in sorted(answered)]
+    differing = next((pair for pair in prompts if pair[0] != pair[1]), None)
+    if mine.keys() != others.keys() or differing:
+        yield f"the prompts of {task} differ" + (
+            f", for example {differing[0]!r} and {differing[1]!r}" if differing else ""
+        )
+    elif any(_truth(mine[key]) != _truth(others[key]) for key in answered):
+        yield f"the annotations behind {task} differ"
+
+
+def _truth(row: Mapping[str, Any]) -> Any:
+    return row.get("truth", row.get("label"))
+
+
+def _scorer(run: Run) -> str:
+    vocabulary = runs.vocabulary(run.path, run.record)
+    return f"{vocabulary.rules} rules with {vocabulary.name}"

@@ -1,0 +1,224 @@
+"""HallusionBench: yes/no questions about figures, edited figures, and none at all.
+
+Guan et al. 2023, https://arxiv.org/abs/2310.14566. One row, shortened: `{"category": "VS",
+"subcategory": "chart", "visual_input": "1", "set_id": "0", "figure_id": "1", "question_id": "0",
+"question": "Is China ... in 2018?", "gt_answer_details": "Switzerland is ...", "gt_answer": "0",
+"filename": "./hallusion_bench/VS/chart/0_1.png"}`, and `model_prediction` where it is answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from eval.errors import EvalError
+from eval.intervals import Numbers, measure
+from eval.judge import Judge, Template, judge_of, shipped
+from eval.parsers import parser_named
+from eval.records import Row, read_rows
+
+Key: TypeAlias = tuple[str, ...]
+WRONG, RIGHT, UNCLEAR = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. `visual_input`: "0" no image, "1" the original, "2" an edited one."""
+
+    category: str
+    subcategory: str
+    set_id: str
+    figure_id: str
+    question_id: str
+    visual_input: str
+    text: str
+    reference: str
+    label: str
+
+    @property
+    def set(self) -> Key:
+        return self.category, self.subcategory, self.set_id
+
+    @property
+    def pair(self) -> Key:
+        """The same question on all figures of a set stands or falls together (qAcc)."""
+        return *self.set, "question", self.question_id
+
+    @property
+    def figure(self) -> Key:
+        """All questions about one figure stand or fall together (fAcc)."""
+        return *self.set, "figure", self.figure_id
+
+    @property
+    def key(self) -> Key:
+        return *self.set, self.figure_id, self.question_id
+
+    @property
+    def blind(self) -> bool:
+        """Asked without an image; to be unsure is right then."""
+        return self.category == "VS" and self.figure_id == "0"
+
+
+def verdict(answer: str, label: str, parser: str = "strict") -> int:
+    """RIGHT, WRONG or UNCLEAR without a judge: what the parser reads against the label."""
+    reading = parser_named(parser)(answer)
+    return UNCLEAR if reading is None else RIGHT if reading == label else WRONG
+
+
+def verdict_of(reply: str) -> int:
+    """RIGHT, WRONG or UNCLEAR from a judge's reply, by the published rule."""
+    said = reply.lower()
+    return WRONG if "incorrect" in said else RIGHT if "correct" in said else UNCLEAR
+
+
+def score(questions: Sequence[Question], verdicts: Sequence[int], seed: int = 0) -> dict[str, Any]:
+    """aAcc, qAcc, fAcc and their kin, as shares with 95 % intervals over sets of questions.
+
+    Easy are the questions without an image or on the original one, hard those on an edited one;
+    `*_q_acc` takes the same question on several figures for one. `yes_bias` is the share of yes
+    among the answers less that among the labels, `false_yes` the share of wrong answers whose label
+    is no. An unclear answer is wrong, but to a question without an image it is right.
+    """
+    if not questions or len(questions) != len(verdicts):
+        raise EvalError(f"HallusionBench: {len(verdicts)} verdicts for {len(questions)} questions.")
+    judged = list(zip(questions, verdicts, strict=True))
+    right = {q.key: v == RIGHT or (q.blind and v == UNCLEAR) for q, v in judged}
+    if len(right) < len(questions):
+        raise EvalError("HallusionBench: a question is answered more than once.")
+    sets: dict[Key, list[tuple[Question, int]]] = {}
+    for question, value in judged:
+        sets.setdefault(question.set, []).append((question, value))
+    rows = [_counts(part, right) for part in sets.values()]
+    columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
+    measured = measure(columns, _ratios, seed)
+    return {
+        **measured["values"],
+        "counts": {name: int(column.sum()) for name, column in columns.items()},
+        "intervals": measured["intervals"],
+    }
+
+
+def _counts(part: Sequence[tuple[Question, int]], right: Mapping[Key, bool]) -> dict[str, int]:
+    """Counts of one set."""
+    questions = [question for question, _ in part]
+    easy = [question for question in questions if question.visual_input != "2"]
+    hard = [question for question in questions if question.visual_input == "2"]
+    counts: dict[str, int] = {}
+    for name, group in (("", questions), ("easy_", easy), ("hard_", hard)):
+        counts[f"{name}questions"] = len(group)
+        counts[f"{name}right"] = sum(right[question.key] for question in group)
+        pairs = _groups((question.pair, right[question.key]) for question in group)
+        counts[f"{name}pairs"] = len(pairs)
+        counts[f"{name}pairs_right"] = sum(all(marks) for marks in pairs)
+    seen = ((question.figure, right[question.key]) for question in questions if not question.blind)
+    figures = _groups(seen)
+    counts["figures"] = len(figures)
+    counts["figures_right"] = sum(all(marks) for marks in figures)
+    counts["figures_wrong"] = sum(not any(marks) for marks in figures)
+    counts["unclear"] = sum(value == UNCLEAR for _, value in part)
+    counts["labelled_yes"] = sum(question.label == "yes" for question in questions)
+    # as the published script has it: what is not wrong repeats the label
+    counts["said_yes"] = sum(right[q.key] == (q.label == "yes") for q in questions)
+    wrong = [question for question in questions if not right[question.key]]
+    counts["wrong"] = len(wrong)
+    counts["wrong_labelled_no"] = sum(question.label == "no" for question in wrong)
+    return counts
+
+
+def _groups(marks: Iterable[tuple[Key, bool]]) -> list[list[bool]]:
+    groups: dict[Key, list[bool]] = {}
+    for key, mark in marks:
+        groups.setdefault(key, []).append(mark)
+    return list(groups.values())
+
+
+def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+    torn = c["figures"] - c["figures_right"] - c["figures_wrong"]
+    return {
+        "a_acc": (c["right"], c["questions"]),
+        "q_acc": (c["pairs_right"], c["pairs"]),
+        "f_acc": (c["figures_right"], c["figures"]),
+        "easy_a_acc": (c["easy_right"], c["easy_questions"]),
+        "hard_a_acc": (c["hard_right"], c["hard_questions"]),
+        "easy_q_acc": (c["easy_pairs_right"], c["easy_pairs"]),
+        "hard_q_acc": (c["hard_pairs_right"], c["hard_pairs"]),
+        "figures_inconsistent": (torn, c["figures"]),
+        "figures_wrong": (c["figures_wrong"], c["figures"]),
+        "yes_bias": (c["said_yes"] - c["labelled_yes"], c["questions"]),
+        "false_yes": (c["wrong_labelled_no"], c["wrong"]),
+        "unclear": (c["unclear"], c["questions"]),
+    }
+
+
+def score_files(
+    answers: Path,
+    questions: Path,
+    parser: str = "strict",
+    judge: str | None = None,
+    judge_model: str | None = None,
+    verdicts: Path | None = None,
+    template: Path | None = None,
+) -> dict[str, Any]:
+    """HallusionBench of a file with `model_prediction` against `HallusionBench.json`.
+
+    Without a judge an answer is read by the parser. Only answered questions count: 951 of the 1129
+    have an image, and many evaluations ask no others, so the two kinds of run do not compare.
+    """
+    known = {question.key: question for question in map(_question, read_rows(questions))}
+    rows = read_rows(answers)
+    asked = [_asked(row, known, questions) for row in rows]
+    texts = [row.text("model_prediction", "answer") for row in rows]
+    chosen = judge_of(judge, judge_model, verdicts)
+    if chosen is None:
+        pairs = zip(asked, texts, strict=True)
+        values = [verdict(text, question.label, parser) for question, text in pairs]
+        how = {"judge": None, "parser": parser}
+    else:
+        prompt = Template.load(template or shipped("hallusionbench"))
+        values = _judged(chosen, prompt, asked, texts)
+        how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
+    return {**score(asked, values), "answered": len(asked), "all_questions": len(known), **how}
+
+
+def _judged(
+    judge: Judge, template: Template, questions: Sequence[Question], texts: Sequence[str]
+) -> list[int]:
+    prompts = {
+        "/".join(q.key): template.fill(question=q.text, reference=q.reference, answer=text)
+        for q, text in zip(questions, texts, strict=True)
+    }
+    return [verdict_of(reply) for reply in judge.replies(prompts).values()]
+
+
+def _key(row: Row) -> Key:
+    names = ("category", "subcategory", "set_id", "figure_id", "question_id")
+    return tuple(str(row.first(name)) for name in names)
+
+
+def _question(row: Row) -> Question:
+    category, subcategory, set_id, figure_id, question_id = _key(row)
+    label = str(row.first("gt_answer"))
+    if label not in ("0", "1"):
+        raise EvalError(f"{row.where}: the field 'gt_answer' is {label!r}; expected 0 or 1.")
+    return Question(
+        category,
+        subcategory,
+        set_id,
+        figure_id,
+        question_id,
+        str(row.first("visual_input")),
+        row.text("question"),
+        row.text("gt_answer_details"),
+        "yes" if label == "1" else "no",
+    )
+
+
+def _asked(row: Row, known: Mapping[Key, Question], path: Path) -> Question:
+    key = _key(row)
+    if key not in known:
+        raise EvalError(f"{row.where}: question {'/'.join(key)} is not in {path}.")
+    return known[key]

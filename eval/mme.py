@@ -1,0 +1,141 @@
+"""MME: yes/no questions in pairs, one yes and one no an image; a pair counts when both are right.
+
+Fu et al. 2023, https://arxiv.org/abs/2306.13394. One line of an answer file, `existence.txt`, with
+tabs between: `000000006040.jpg  Is there a refrigerator in this image? Please answer yes or no.
+Yes  Yes`. The hallucination subset is existence, count, position and color.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.errors import EvalError
+from eval.intervals import Numbers, measure
+from eval.parsers import Reading
+from eval.records import read_text
+
+HALLUCINATION = ("existence", "count", "position", "color")
+PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
+TOTALS = {"hallucination": HALLUCINATION, "perception": PERCEPTION, "cognition": COGNITION}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One line of an answer file; `label` is "yes" or "no"."""
+
+    image: str
+    label: str
+    text: str
+
+
+def read_answer(text: str) -> Reading:
+    """The official rule: the first four characters hold "yes", else "no"; "Nope" is a no."""
+    start = text.lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else None
+
+
+def score(subtasks: Mapping[str, Sequence[Answer]], seed: int = 0) -> dict[str, Any]:
+    """Accuracy and acc+ of every subtask, as shares with 95 % intervals over images.
+
+    `score` of a subtask is 100 (accuracy + acc+), 200 at most; the totals are there as far as all
+    their subtasks are. Answers of one image follow each other, two an image (see `read_folder`).
+    """
+    if not subtasks:
+        raise EvalError("MME: there are no answers to score.")
+    parts = {name: _subtask(answers, seed) for name, answers in subtasks.items()}
+    totals = {
+        total: sum(parts[name]["score"] for name in names)
+        for total, names in TOTALS.items()
+        if parts.keys() >= set(names)
+    }
+    return {"subtasks": parts, "totals": totals}
+
+
+def _subtask(answers: Sequence[Answer], seed: int) -> dict[str, Any]:
+    said = np.array([read_answer(answer.text) or "" for answer in answers]).reshape(-1, 2)
+    labels = np.array([answer.label for answer in answers]).reshape(-1, 2)
+    right = said == labels
+    columns = {
+        "questions": np.full(len(right), 2),
+        "right": right.sum(axis=1),
+        "images": np.ones(len(right)),
+        "images_right": right.all(axis=1),
+        "unreadable": (said == "").sum(axis=1),
+        "said_yes": (said == "yes").sum(axis=1),
+    }
+    measured = measure(columns, _ratios, seed)
+    values = measured["values"]
+    return {
+        "score": 100 * (values["accuracy"] + values["accuracy_plus"]),
+        **values,
+        "counts": {name: int(column.sum()) for name, column in columns.items()},
+        "intervals": measured["intervals"],
+    }
+
+
+def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+    return {
+        "accuracy": (c["right"], c["questions"]),
+        "accuracy_plus": (c["images_right"], c["images"]),
+        "yes_ratio": (c["said_yes"], c["questions"]),
+        "unreadable": (c["unreadable"], c["questions"]),
+    }
+
+
+def score_folder(answers: Path) -> dict[str, Any]:
+    """MME of a folder of official answer files, `SUBTASK.txt` with four columns."""
+    return score(read_folder(answers))
+
+
+def read_folder(folder: Path) -> dict[str, list[Answer]]:
+    """Answers of every known subtask that the folder has a file of."""
+    files = {name: folder / f"{name}.txt" for name in (*PERCEPTION, *COGNITION)}
+    found = {name: _read(path) for name, path in files.items() if path.is_file()}
+    if not found:
+        raise EvalError(
+            f"{folder}: no answer file of MME in it. Expected SUBTASK.txt, for example "
+            f"{', '.join(f'{name}.txt' for name in HALLUCINATION)}."
+        )
+    return found
+
+
+def _read(path: Path) -> list[Answer]:
+    lines = [
+        (f"{path}, line {number}", line)
+        for number, line in enumerate(read_text(path).split("\n"), 1)
+        if line.strip()
+    ]
+    answers = [_answer(where, line) for where, line in lines]
+    for (where, _), one, two in zip(lines[1::2], answers[::2], answers[1::2], strict=False):
+        if one.image != two.image:
+            raise EvalError(
+                f"{where}: {two.image} does not pair with {one.image} above it. Two lines that "
+                "follow each other must ask about one image: keep the order of the question file."
+            )
+    if len(answers) % 2:
+        raise EvalError(f"{path}: {len(answers)} lines; expected pairs, two an image.")
+    return answers
+
+
+def _answer(where: str, line: str) -> Answer:
+    columns = line.rstrip("\r\n").split("\t")
+    if len(columns) != 4:
+        raise EvalError(
+            f"{where}: {len(columns)} columns; expected image, question, Yes or No, and the answer "
+            "with tabs between (a line break or a tab in an answer must be taken out)."
+        )
+    image, _, label, text = columns
+    if label.lower() not in ("yes", "no"):
+        raise EvalError(f"{where}: the third column is {label!r}; expected Yes or No.")
+    return Answer(image, label.lower(), text)

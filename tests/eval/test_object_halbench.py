@@ -1,0 +1,72 @@
+"""Object HalBench by rules: response level and mention level."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.coco import Vocabulary
+from eval.errors import EvalError
+from eval.object_halbench import score, score_files
+from eval.scoring import score_chair
+from tests.shared_data import SHARED, shared
+
+TRUTH = {1: ["dog"], 2: ["cup", "person"], 3: ["car"], 4: ["car"]}
+
+
+def test_formulas() -> None:
+    responses = [
+        (1, "A dog, another dog and a cat, a cat."),
+        (2, "There is a man with a cup."),
+        (3, "Nothing can be said here."),
+        (4, "A red bench."),  # three words name nothing
+    ]
+    result = score(responses, TRUTH, Vocabulary.load())
+    assert result["counts"] == {
+        "responses": 4,
+        "responses_with_objects": 2,
+        "responses_hallucinated": 1,
+        "objects": 4,
+        "objects_hallucinated": 1,
+        "gt_objects": 5,
+        "gt_objects_recalled": 3,
+        "words": 9 + 7 + 5 + 3,
+    }
+    assert (result["response_level"], result["mention_level"]) == (0.5, 0.25)
+    assert (result["recall"], result["no_object_share"]) == (0.6, 0.5)
+    assert result["flags"] == []
+    silent = score([(1, "No.")], TRUTH, Vocabulary.load())
+    assert (silent["response_level"], silent["mention_level"]) == (0.0, 0.0)
+    assert [flag.split(":")[0] for flag in silent["flags"]] == ["response_level", "mention_level"]
+    with pytest.raises(EvalError, match="no responses"):
+        score([], TRUTH, Vocabulary.load())
+
+
+def test_files(tmp_path: Path) -> None:
+    responses, truth = tmp_path / "responses.jsonl", tmp_path / "objects.json"
+    responses.write_text('{"image_id": 1, "answer": "This is a dog and a cat."}\n')
+    truth.write_text(json.dumps({"1": ["dog"]}))
+    result = score_files(responses, truth)
+    assert (result["response_level"], result["mention_level"]) == (1.0, 0.5)
+    responses.write_text('{"image_id": 7, "answer": "This is a dog."}\n')
+    with pytest.raises(EvalError, match=r"responses\.jsonl, line 1: image 7 is not in the truth"):
+        score_files(responses, truth)
+
+
+@shared
+def test_the_refined_list_on_published_captions() -> None:
+    captions = SHARED / "chair" / "captions" / "opera_llava-1.5_greedy.jsonl"
+    truth, refined = SHARED / "chair" / "objects_pattern.json", SHARED / "obj_halbench"
+    result = score_files(captions, truth, refined / "synonyms_refine.txt")
+    same = score_chair(captions, truth, refined / "synonyms_refine.txt")
+    assert result["vocabulary"].startswith("synonyms_refine.txt (sha256")
+    assert result["mention_level"] == same["chair_i_distinct"]
+    assert result["recall"] == same["recall"]
+    # the refined list has "brother" and "pedestrian", "motor bike" and "cheesecake"
+    words = Vocabulary.load(refined / "synonyms_refine.txt").mentions
+    assert words("A pedestrian on a motor bike eats cheesecake on a coffee table.") == [
+        ("pedestrian", "person"),
+        ("motor bike", "motorcycle"),
+        ("cheesecake", "cake"),
+        ("table", "dining table"),
+    ]

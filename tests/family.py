@@ -1,0 +1,114 @@
+"""A tiny model of any family with its prompts, and each prompt alone for the literal reference."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.families_build import build
+from eval.families_prompts import FORMS, Inputs, around, image_id, prompt
+from eval.families_sizes import BOS, EOS, IMAGE, PAD, VIDEO, VISION_START
+from tests.reference import Hooked, Sample, Turn
+
+STEPS = 3
+INDICATORS = [11, 21]  # of Ovis2, in `eval.families_sizes`
+NOT_GENERATED = [PAD, BOS, EOS, VISION_START, VIDEO, IMAGE, *INDICATORS]
+"""The reference would read them as padding or image."""
+TEXT_PART = {
+    "blip-2": "language_model",
+    "instructblip": "language_model",
+    "instructblipvideo": "language_model",
+    "kosmos-2": "text_model",
+    "kosmos-2.5": "text_model",
+}
+"""What answers to text alone, in models that insist on an image."""
+
+
+class Family:
+    """A batch of two prompts of different lengths, with an image each."""
+
+    def __init__(self, kind: str, **changes: Any) -> None:
+        self.kind, self.model = kind, build(kind, **changes)
+        self.form = next(form for form in FORMS if self._takes(form))
+        self.batch = self.prompt()
+        ids = [image_id(kind, self.model), *(INDICATORS if kind == "ovis2" else ())]
+        self.image_ids = torch.tensor(ids)
+        self.depth: int = self.model.config.get_text_config().num_hidden_layers
+
+    def _takes(self, form: str) -> bool:
+        try:
+            self.model.generate(**prompt(self.kind, self.model, 0, form), max_new_tokens=1)
+        except Exception:  # of any kind: not its form
+            return False
+        return True
+
+    def prompt(self) -> Inputs:
+        return prompt(self.kind, self.model, 0, self.form)
+
+    def generate(self) -> tuple[Tensor, Tensor]:
+        """Logits `[2, STEPS, V]` and tokens `[2, STEPS]` of a greedy generation."""
+        output = self.model.generate(
+            **self.prompt(),
+            max_new_tokens=STEPS,
+            min_new_tokens=STEPS,
+            do_sample=False,
+            suppress_tokens=NOT_GENERATED,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(output.logits, 1), output.sequences[:, -STEPS:]
+
+    def row(self, index: int) -> Tensor:
+        """Token ids of one prompt, without padding."""
+        kept: Tensor = self.batch["attention_mask"][index].bool()
+        return self.batch["input_ids"][index][kept]
+
+    def sample(self, index: int, new: Tensor) -> Sample:
+        """One prompt with its generated tokens, as the reference sees it."""
+        ids = self.row(index)
+        image = torch.isin(ids, self.image_ids)
+        after = image.flip(0).cumsum(0).flip(0) == 0
+        whole = torch.cat([ids, new])
+        image = torch.cat([image, torch.zeros(len(new), dtype=torch.bool)])
+        return Sample(whole, torch.arange(len(whole)), image, (Turn(0, len(ids), after, after),))
+
+    def alone(self, index: int) -> Hooked:
+        """The model for the reference, with the image of one prompt."""
+
+        def run(ids: Tensor) -> Tensor:
+            inputs = around(self.kind, self.model, ids[None])
+            if not (ids == image_id(self.kind, self.model)).any():
+                return self.text(inputs)
+            if self.kind == "paligemma":  # what follows the prompt does not belong to its prefix
+                inputs["token_type_ids"][:, len(self.row(index)) :] = 1
+            images = {name: value for name, value in self.batch.items() if name not in inputs}
+            logits: Tensor = self.model(**inputs, **_pick(images, index)).logits[0]
+            return logits
+
+        return Hooked(self.model, run, self.depth)
+
+    def text(self, inputs: Inputs) -> Tensor:
+        """Logits `[S, V]` of a prompt without an image."""
+        part = TEXT_PART.get(self.kind)
+        if part is not None:
+            kept = ("input_ids", "attention_mask")
+            inputs = {name: value for name, value in inputs.items() if name in kept}
+        asked = self.model if part is None else getattr(self.model, part)
+        logits: Tensor = asked(**inputs).logits[0]
+        return logits
+
+
+def _pick(value: Any, index: int) -> Any:
+    """What belongs to one image, out of what belongs to two."""
+    if isinstance(value, Tensor):
+        return value[index : index + 1]
+    if isinstance(value, dict):
+        picked = type(value)()
+        for key, part in value.items():
+            picked[key] = part if key == "visual_indicator_features" else _pick(part, index)
+        return picked
+    if isinstance(value, list) and all(isinstance(part, Tensor) for part in value):
+        return [value[index]]
+    if isinstance(value, list | tuple):
+        return [_pick(part, index) for part in value]
+    return value
