@@ -5,7 +5,9 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from transformers import GenerationMixin, __version__
+from transformers import __version__
+
+from tests import tiny
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
@@ -22,13 +24,14 @@ settings.load_profile("suite")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 FAMILIES = ("test_families.py", "test_special_models.py", "eval/test_families.py")
-FEATURES = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
-"""Whether models take image features, which the tests of 60 families give them."""
-collect_ignore = [] if FEATURES else list(FAMILIES)
+"""They give their models image features."""
+collect_ignore = [] if tiny.FEATURES else list(FAMILIES)
 
 
 def pytest_report_header() -> str:
-    left_out = "" if FEATURES else f"; takes no image features, so left out: {', '.join(FAMILIES)}"
+    left_out = (
+        "" if tiny.FEATURES else f"; takes no image features, so left out: {', '.join(FAMILIES)}"
+    )
     return f"transformers {__version__}{left_out}"
 
 

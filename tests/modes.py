@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, cache_utils
+from transformers import DynamicCache, cache_utils
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import vlm_patch
@@ -27,8 +27,6 @@ from tests.tensor_parallel import errors
 from vlm_patch import PatchError
 
 CLOSE = 1e-5
-IN_CHUNKS = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
-"""Whether transformers encodes images before the prompt runs, so that it can run in chunks."""
 SIDES: dict[str, tuple[str, ...]] = {
     "var": ("var",),
     "gift": ("gift",),
@@ -193,7 +191,7 @@ def half_right(answer: Tensor, start: int) -> Callable[..., Any]:
     a wrong one.
     """
 
-    def candidates(drafter: object, ids: Tensor) -> tuple[Tensor, None]:
+    def candidates(drafter: object, ids: Tensor, *rest: object) -> tuple[Tensor, None]:
         draft = answer[ids.shape[1] - start :][:3].clone()
         draft[2:] = draft[2:] % 50 + 30
         return torch.cat([ids, draft[None]], 1), None
@@ -383,7 +381,7 @@ def no_cache(names: Names) -> float:
     return answered(names, use_cache=False)
 
 
-@mode("chunked prefill", "chunks of 8 and of 5 tokens", known=IN_CHUNKS)
+@mode("chunked prefill", "chunks of 8 and of 5 tokens", known=tiny.FEATURES)
 def chunked(names: Names) -> float:
     return max(answered(names, tiny.MIXED_BATCH, prefill_chunk_size=size) for size in (8, 5))
 

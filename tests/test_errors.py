@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from tests import tiny
-from tests.modes import IN_CHUNKS
 from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError, attention, wrap
 from vlm_patch.generating import REFUSED
 from vlm_patch.passes import Lost
@@ -571,7 +570,7 @@ UNCHUNKED = [
     "attention, or watch a lower layer",
 ]
 
-if IN_CHUNKS:
+if tiny.FEATURES:
 
     def test_a_prompt_in_chunks() -> None:
         """VHR needs all of it at once; GIFT too, where it watches a layer that it edits."""

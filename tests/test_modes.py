@@ -14,7 +14,6 @@ from tests import tiny
 from tests.compare import NO_PROCESSOR, generated, ours, planted
 from tests.modes import (
     CLOSE,
-    IN_CHUNKS,
     MODES,
     SIDES,
     drafting,
@@ -40,7 +39,7 @@ def test_all_methods_together(name: str) -> None:
     assert (row.max_error is None) == ((name, MIXED) in REFUSED)
 
 
-if IN_CHUNKS:
+if tiny.FEATURES:
 
     @pytest.mark.parametrize("side", ["var", "gift", "gift, map from an edited layer"])
     def test_chunks_of_a_prompt(side: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    GenerationMixin,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -41,6 +42,7 @@ __all__ = [
     "BATCH_OF_3",
     "BOS",
     "EOS",
+    "FEATURES",
     "IMAGE",
     "MARKS",
     "MIXED_BATCH",
@@ -67,6 +69,9 @@ WIDTH = 64
 # of the random weights; the head's keeps float32 rounding of the logits near 1e-6
 GAINS = {"q_proj": 1.6, "k_proj": 1.6, "lm_head": 0.4, "out_proj": 0.3, "attn.proj": 0.3}
 SINK_DIMS = (3, 10)
+FEATURES = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
+"""Whether transformers encodes images before a prompt runs. Where it does not, a prompt cannot run
+in chunks, nor prompts of several images be repeated, and no image features can be given."""
 EXACT_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen2VLRMSNorm")
 # image token -> the activation that `plant` gives it; its pixels are the same in every image
 MARKS = {2: 20.0, 5: 6.0, 6: 20.0}
