@@ -150,11 +150,13 @@ def _generative(
     read, similar = amber_nouns.reader(nouns), amber_nouns.similarity(similarity)
     judged = [judge(read(text, lexicon), item, lexicon, similar) for item, text in described]
     columns = {f.name: np.array([getattr(c, f.name) for c in judged]) for f in fields(Counts)}
+    columns["words"] = np.array([len(text.split()) for _, text in described])
     measured = measure(columns, _generative_ratios, seed)
     return {
         **measured["values"],
         "counts": {name: int(column.sum()) for name, column in columns.items()},
         "intervals": measured["intervals"],
+        "n": len(judged),
         "nouns": nouns,
         "similarity": similarity,
     }
@@ -162,12 +164,14 @@ def _generative(
 
 def _generative_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
     """Over all descriptions. `cog` is a share of the annotated words, as in the script; the paper
-    divides by the mentioned ones."""
+    divides by the mentioned ones. `mean_words` stands beside, as longer texts cover and err more.
+    """
     return {
         "chair": (c["nouns_hallucinated"], c["nouns"]),
         "cover": (c["truth_words_covered"], c["truth_words"]),
         "hal": (c["descriptions_hallucinated"], c["descriptions"]),
         "cog": (c["hallu_words_covered"], c["hallu_words"]),
+        "mean_words": (c["words"], c["descriptions"]),
     }
 
 
@@ -197,6 +201,7 @@ def _questions(answered: Sequence[tuple[Item, str]], seed: int) -> dict[str, Any
         **measured["values"],
         "counts": {name: int(column.sum()) for name, column in columns.items()},
         "intervals": measured["intervals"],
+        "n": len(answered),
     }
 
 

@@ -17,6 +17,7 @@ from eval.errors import EvalError
 from eval.records import read_json, read_text
 from eval.words import cased_tokens
 
+LEXICON = ("relation.json", "safe_words.txt")
 SPACY_MODEL = "en_core_web_lg"
 # noun endings as WordNet takes them off; the shortest form that is a known word is the lemma
 _ENDINGS = (
@@ -67,7 +68,16 @@ def read_lexicon(folder: Path) -> Lexicon:
 
 def official(text: str, lexicon: Lexicon) -> list[str]:
     """Lemmas of what NLTK tags as a noun, if the benchmark knows them."""
+    require_nltk()
     return [word for word in wordnet.nouns(text) if word in lexicon.words]
+
+
+def require_nltk() -> None:
+    """`EvalError` with both cures where NLTK or its data is missing."""
+    try:
+        wordnet.nltk_tools()
+    except EvalError as error:
+        raise EvalError(f"{error} Without them: nouns approximate, a little off.") from None
 
 
 def approximate(text: str, lexicon: Lexicon) -> list[str]:

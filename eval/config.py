@@ -91,7 +91,62 @@ class PopeTask:
             )
 
 
-TASKS: Mapping[str, Any] = {"chair": ChairTask, "pope": PopeTask}
+@dataclass(frozen=True)
+class FolderTask:
+    """A benchmark that lies in a folder of its own (`python -m eval data NAME`, and its images).
+
+    `prompt` holds {question}, which stands for the benchmark's own wording.
+    """
+
+    data: str | None = None
+    prompt: str = "{question}"
+    max_new_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        check_positive(type(self).__name__.removesuffix("Task").lower(), self, "max_new_tokens")
+        if "{question}" not in self.prompt:
+            raise EvalError(f"prompt {self.prompt!r}: it must hold {{question}}")
+
+
+@dataclass(frozen=True)
+class AmberTask(FolderTask):
+    """AMBER (arXiv 2311.07397): `parts` generative and discriminative; `nouns` nltk (official) or
+    approximate, see `eval.amber_nouns`."""
+
+    max_new_tokens: int = 512
+    parts: tuple[str, ...] = ("generative", "discriminative")
+    nouns: str = "nltk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("amber.parts", self.parts, ("generative", "discriminative"))
+        check_names("amber.nouns", (self.nouns,), ("nltk", "approximate"))
+
+
+@dataclass(frozen=True)
+class MmeTask(FolderTask):
+    """MME (arXiv 2306.13394): SUBTASK.txt with the questions, and the images in SUBTASK/."""
+
+
+@dataclass(frozen=True)
+class MmvpTask(FolderTask):
+    """MMVP (arXiv 2401.06209): Questions.csv, and the images in "MMVP Images/"."""
+
+
+@dataclass(frozen=True)
+class HallusionBenchTask(FolderTask):
+    """HallusionBench (arXiv 2310.14566): HallusionBench.json, and the figures by category."""
+
+    max_new_tokens: int = 128
+
+
+OWN_FOLDER: Mapping[str, Any] = {
+    "amber": AmberTask,
+    "mme": MmeTask,
+    "mmvp": MmvpTask,
+    "hallusionbench": HallusionBenchTask,
+}
+TASKS: Mapping[str, Any] = {"chair": ChairTask, "pope": PopeTask, **OWN_FOLDER}
 
 
 @dataclass(frozen=True)
@@ -128,6 +183,10 @@ class Config:
     heads: Any = None
     chair: ChairTask = field(default_factory=ChairTask)
     pope: PopeTask = field(default_factory=PopeTask)
+    amber: AmberTask = field(default_factory=AmberTask)
+    mme: MmeTask = field(default_factory=MmeTask)
+    mmvp: MmvpTask = field(default_factory=MmvpTask)
+    hallusionbench: HallusionBenchTask = field(default_factory=HallusionBenchTask)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -137,6 +196,12 @@ class Config:
         check_names("dtype", (self.dtype,), DTYPES)
         if not self.tasks:
             raise EvalError(f"tasks is empty: name at least one of {', '.join(TASKS)}")
+        for name in (task for task in self.tasks if task in OWN_FOLDER):
+            if getattr(self, name).data is None:
+                raise EvalError(
+                    f"{name}.data: name the folder of {name}, for example --set {name}.data=DIR; "
+                    f"python -m eval data {name} --to DIR fetches it or says how to get it"
+                )
         check_names("part", (self.part,) if self.part else (), PARTS)
         check_names("broken_images", (self.broken_images,), BROKEN_IMAGES)
         placing = [key for key in ("device", "device_map", "tp_plan") if getattr(self, key)]

@@ -60,14 +60,14 @@ class Source:
 
 
 def samples(config: Config, scenes: Path) -> list[Sample]:
-    """All samples of a run in order. Pocket scenes are drawn below `scenes`, one folder a split."""
+    """Samples of COCO or the pocket world in order; pocket scenes are drawn below `scenes`."""
     synonyms = None if config.chair.synonyms is None else Path(config.chair.synonyms)
     vocabulary = Vocabulary.load(synonyms, config.chair.rules)
     makers = {"chair": _chair, "pope": _pope}
     found: list[Sample] = []
     for split in _splits(config):
         source = _source(config, split, scenes, vocabulary)
-        for task in config.tasks:
+        for task in (task for task in config.tasks if task in makers):
             found += makers[task](config, source)
     return [s for s in found if config.part is None or part(s.image) == config.part]
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from eval import log
+from eval.amber_nouns import LEXICON
 from eval.errors import EvalError
 
 KEY = ("task", "split", "id")
@@ -82,9 +83,8 @@ class RunFolder:
                 f"{self.path} holds {min(strange)} but no config.yaml, so it is no run folder: "
                 f"choose another --out"
             )
-        synonyms = record["settings"]["chair"]["synonyms"]
-        if synonyms is not None:
-            shutil.copyfile(synonyms, self.path / Path(synonyms).name)
+        for file in _for_scoring(record["settings"]):
+            shutil.copyfile(file, self.path / file.name)
         self.write_record(record)
         return dict(record)
 
@@ -174,6 +174,15 @@ class RunFolder:
 def _ours(name: str) -> bool:
     """Files that are there before config.yaml is."""
     return name in ("scenes", "work") or name.startswith("config.yaml.")
+
+
+def _for_scoring(settings: Mapping[str, Any]) -> list[Path]:
+    """Word lists that scoring needs, which a run keeps a copy of."""
+    synonyms = settings["chair"]["synonyms"]
+    kept = [] if synonyms is None else [Path(synonyms)]
+    if "amber" in settings["tasks"]:
+        kept += [Path(settings["amber"]["data"]) / name for name in LEXICON]
+    return kept
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:

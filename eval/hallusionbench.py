@@ -99,6 +99,7 @@ def score(questions: Sequence[Question], verdicts: Sequence[int], seed: int = 0)
         **measured["values"],
         "counts": {name: int(column.sum()) for name, column in columns.items()},
         "intervals": measured["intervals"],
+        "n": len(sets),
     }
 
 
@@ -168,7 +169,7 @@ def score_files(
     Without a judge an answer is read by the parser. Only answered questions count: 951 of the 1129
     have an image, and many evaluations ask no others, so the two kinds of run do not compare.
     """
-    known = {question.key: question for question in map(_question, read_rows(questions))}
+    known = {question.key: question for question in read_questions(questions)}
     rows = read_rows(answers)
     asked = [_asked(row, known, questions) for row in rows]
     texts = [row.text("model_prediction", "answer") for row in rows]
@@ -192,6 +193,11 @@ def _judged(
         for q, text in zip(questions, texts, strict=True)
     }
     return [verdict_of(reply) for reply in judge.replies(prompts).values()]
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of `HallusionBench.json`, in its order."""
+    return [_question(row) for row in read_rows(path)]
 
 
 def _key(row: Row) -> Key:

@@ -31,6 +31,15 @@ TOTALS = {"hallucination": HALLUCINATION, "perception": PERCEPTION, "cognition":
 
 
 @dataclass(frozen=True)
+class Question:
+    """One line of a question file; `label` is "yes" or "no"."""
+
+    image: str
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
 class Answer:
     """One line of an answer file; `label` is "yes" or "no"."""
 
@@ -81,6 +90,7 @@ def _subtask(answers: Sequence[Answer], seed: int) -> dict[str, Any]:
         **values,
         "counts": {name: int(column.sum()) for name, column in columns.items()},
         "intervals": measured["intervals"],
+        "n": len(right),
     }
 
 
@@ -100,42 +110,61 @@ def score_folder(answers: Path) -> dict[str, Any]:
 
 def read_folder(folder: Path) -> dict[str, list[Answer]]:
     """Answers of every known subtask that the folder has a file of."""
+    lines = {name: _lines(path, 4) for name, path in _files(folder).items()}
+    return {
+        name: [Answer(image, label, text) for image, _, label, text in rows]
+        for name, rows in lines.items()
+    }
+
+
+def read_questions(folder: Path) -> dict[str, list[Question]]:
+    """Questions of every known subtask that the folder has a file of; three columns."""
+    lines = {name: _lines(path, 3) for name, path in _files(folder).items()}
+    return {
+        name: [Question(image, text, label) for image, text, label in rows]
+        for name, rows in lines.items()
+    }
+
+
+def _files(folder: Path) -> dict[str, Path]:
     files = {name: folder / f"{name}.txt" for name in (*PERCEPTION, *COGNITION)}
-    found = {name: _read(path) for name, path in files.items() if path.is_file()}
+    found = {name: path for name, path in files.items() if path.is_file()}
     if not found:
         raise EvalError(
-            f"{folder}: no answer file of MME in it. Expected SUBTASK.txt, for example "
+            f"{folder}: no file of MME in it. Expected SUBTASK.txt, for example "
             f"{', '.join(f'{name}.txt' for name in HALLUCINATION)}."
         )
     return found
 
 
-def _read(path: Path) -> list[Answer]:
+def _lines(path: Path, columns: int) -> list[list[str]]:
+    """The columns of every line, the label in small letters; two lines an image."""
     lines = [
         (f"{path}, line {number}", line)
         for number, line in enumerate(read_text(path).split("\n"), 1)
         if line.strip()
     ]
-    answers = [_answer(where, line) for where, line in lines]
-    for (where, _), one, two in zip(lines[1::2], answers[::2], answers[1::2], strict=False):
-        if one.image != two.image:
+    rows = [_columns(where, line, columns) for where, line in lines]
+    for (where, _), one, two in zip(lines[1::2], rows[::2], rows[1::2], strict=False):
+        if one[0] != two[0]:
             raise EvalError(
-                f"{where}: {two.image} does not pair with {one.image} above it. Two lines that "
-                "follow each other must ask about one image: keep the order of the question file."
+                f"{where}: {two[0]} does not pair with {one[0]} above it. Two lines that follow "
+                "each other must ask about one image: keep the order of the question file."
             )
-    if len(answers) % 2:
-        raise EvalError(f"{path}: {len(answers)} lines; expected pairs, two an image.")
-    return answers
+    if len(rows) % 2:
+        raise EvalError(f"{path}: {len(rows)} lines; expected pairs, two an image.")
+    return rows
 
 
-def _answer(where: str, line: str) -> Answer:
+def _columns(where: str, line: str, count: int) -> list[str]:
     columns = line.rstrip("\r\n").split("\t")
-    if len(columns) != 4:
+    if len(columns) != count:
+        answer = ", and the answer (take line breaks and tabs out of it)" if count == 4 else ""
         raise EvalError(
-            f"{where}: {len(columns)} columns; expected image, question, Yes or No, and the answer "
-            "with tabs between (a line break or a tab in an answer must be taken out)."
+            f"{where}: {len(columns)} columns; expected image, question, Yes or No{answer}, with "
+            "tabs between."
         )
-    image, _, label, text = columns
-    if label.lower() not in ("yes", "no"):
-        raise EvalError(f"{where}: the third column is {label!r}; expected Yes or No.")
-    return Answer(image, label.lower(), text)
+    label = columns[2].lower()
+    if label not in ("yes", "no"):
+        raise EvalError(f"{where}: the third column is {columns[2]!r}; expected Yes or No.")
+    return [*columns[:2], label, *columns[3:]]

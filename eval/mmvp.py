@@ -72,6 +72,7 @@ def score(right: Sequence[bool | None], seed: int = 0) -> dict[str, Any]:
         **measured["values"],
         "counts": {name: int(column.sum()) for name, column in columns.items()},
         "intervals": measured["intervals"],
+        "n": len(marks),
     }
 
 

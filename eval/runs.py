@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import answering, chair, crew, dataset, generate, pope
+from eval import answering, chair, crew, dataset, generate, pope, tasks
 from eval.answering import Desk, Load
 from eval.coco import Vocabulary
 from eval.config import Config
@@ -37,7 +37,7 @@ def run(
     """
     folder = RunFolder(out)
     if samples is None:
-        samples = dataset.samples(config, scenes or out / "scenes")
+        samples = tasks.samples(config, scenes or out / "scenes")
     record = folder.open(describe(config, samples))
     _check_environment(out, record, environment(config))
     with crew.join(folder.work) as member:
@@ -106,10 +106,17 @@ def score(out: Path) -> dict[str, Any]:
     }
     for task, split in sorted({(row["task"], row["split"]) for row in rows}):
         part = [row for row in rows if (row["task"], row["split"]) == (task, split)]
-        scores = _chair(out, record, part) if task == "chair" else _pope(part)
-        metrics.setdefault(task, {})[split] = scores
+        metrics.setdefault(task, {})[split] = _scored(out, record, task, part)
     folder.write_metrics(metrics)
     return metrics
+
+
+def _scored(
+    out: Path, record: Mapping[str, Any], task: str, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    if task in tasks.TASKS:
+        return tasks.TASKS[task].score(rows, out, record["settings"][task])
+    return _chair(out, record, rows) if task == "chair" else _pope(rows)
 
 
 def _chair(

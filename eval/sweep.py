@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from eval import alarm, answering, compare, config, dataset, generate, grid, log, runs, table
+from eval import alarm, answering, compare, config, generate, grid, log, runs, table, tasks
 from eval.answering import Load
 from eval.config import Config
 from eval.dataset import Sample
@@ -103,7 +103,7 @@ def _samples(wanted: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
             f"--tune-split {wanted.tune_split} leaves no split to report: name more, "
             f"as in --set splits=[{wanted.tune_split},test]"
         )
-    both = [dataset.samples(wanted.config(held_out=part), scenes) for part in (False, True)]
+    both = [tasks.samples(wanted.config(held_out=part), scenes) for part in (False, True)]
     tune, report = ({sample.image.name for sample in part} for part in both)
     if not tune or not report:
         raise EvalError(

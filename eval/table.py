@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval import alarm
+from eval import alarm, tasks
 from eval.chair import LENGTHS
 from eval.dataset import notice
 from eval.errors import EvalError
@@ -103,7 +103,7 @@ def cell(key: str, found: Value | None) -> str:
     """A value with its interval: shares in percent, lengths as they are."""
     if found is None:
         return "-"
-    unit = 1 if key == "mean_tokens" else 100
+    unit = 1 if key.endswith(("mean_tokens", "mean_words")) else 100
     return f"{unit * found.value:.1f} [{unit * found.low:.1f}, {unit * found.high:.1f}]"
 
 
@@ -155,6 +155,23 @@ def rows(columns: Sequence[Column]) -> Iterator[Row]:
             for key, label in POPE_ROWS.items():
                 name, shown = f"pope_{strategy}_{key}", f"POPE {strategy}, {label}"
                 yield Row(split, name, shown, [value(score, key) for score in scores])
+    yield from _other_rows(columns)
+
+
+def _other_rows(columns: Sequence[Column]) -> Iterator[Row]:
+    """One row a measure with an interval of every other benchmark."""
+    found = [dict(_other_scores(column)) for column in columns]
+    for name in dict.fromkeys(name for scores in found for name in scores):
+        scores = [each.get(name) for each in found]
+        keys = [key for score in scores if score for key in score["intervals"]]
+        for key in dict.fromkeys(keys):
+            label = f"{name}, {key}" + ("" if key.startswith("mean_") else " %")
+            yield Row(tasks.SPLIT, f"{name} {key}", label, [value(score, key) for score in scores])
+
+
+def _other_scores(column: Column) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for task in tasks.TASKS:
+        yield from tasks.measures(column.metrics.get(task, {}).get(tasks.SPLIT, {}), task)
 
 
 def value(score: Mapping[str, Any] | None, key: str) -> Value | None:
@@ -216,7 +233,8 @@ def _size(column: Column, split: str) -> str:
         f"{count} questions a POPE strategy"
         for count in dict.fromkeys(score["questions"] for score in questions.values())
     ]
-    return ", ".join(parts) or "nothing answered"
+    others = [task for task in tasks.TASKS if split in column.metrics.get(task, {})]
+    return ", ".join([*parts, *others]) or "nothing answered"
 
 
 def _column_notes(column: Column) -> Iterator[str]:

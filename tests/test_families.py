@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vlm_patch
 from eval.families import quietly
@@ -22,6 +22,7 @@ from tests.reference import Gift, Var, Vhr, trace
 from tests.reference.decoder import Run
 from vlm_patch import GIFT, VAR, VHR
 from vlm_patch.method import Forward, Memory, Method
+from vlm_patch.methods import sinks
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR, "ignore:no published settings")
 CLOSE = 1e-5
@@ -187,6 +188,60 @@ def test_a_model_without_massive_activations_is_reported(named: tuple[str, Famil
     ):
         after, _ = tiny.generate()
     assert torch.equal(before, after)
+
+
+OUTPUT = ("o_proj", "out_proj", "dense")
+
+
+def carried(attention: nn.Module, values: Tensor, weights: Tensor) -> Tensor:
+    """Mean over heads of the mean weight of a key times |v W_O| `[S]`, step by step.
+
+    values `[H, S, d]`, weights `[H, R, S]`.
+    """
+    matrix = next(module for name, module in attention.named_children() if name in OUTPUT).weight
+    total = torch.zeros(values.shape[1], dtype=values.dtype)
+    for head, own in enumerate(values):
+        columns = matrix[:, head * own.shape[1] : (head + 1) * own.shape[1]].double()
+        total += weights[head].mean(0) * (own @ columns.T).norm(dim=-1)
+    return total / len(values)
+
+
+def test_what_sinks_are_looked_for_in(
+    named: tuple[str, Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams, attention of the text behind the image, and what keys carry, for GQA, MQA, MLA and
+    hybrid decoders alike.
+    """
+    kind, tiny = named
+    if "var" in WITHOUT.get(kind, ()):
+        return
+    calls: list[tuple[Tensor, ...]] = []
+
+    def catch(*args: Tensor) -> sinks.Found:
+        calls.append(args)
+        return sinks.Found((3,))
+
+    monkeypatch.setattr(sinks, "judge", catch)
+    with vlm_patch.wrap(tiny.model, VAR()) as patch:
+        _, new = tiny.generate()
+        assert "dims=(3,)" in patch.describe()
+    blocks, attention, values, valid, image = calls[0]
+    near: dict[str, Any] = {"rtol": CLOSE, "atol": CLOSE}
+    modules = {module.layer_idx: module for module in tiny.alone(0).blocks}
+    for index in () if kind in BREAKS_PADDING else (0, 1):
+        sample, alone = tiny.sample(index, new[index][:0]), tiny.alone(index)
+        run, kept = trace(alone, sample).run, valid[index]
+        assert torch.equal(image[index][kept], sample.image)
+        for place, layer in enumerate(softmax_layers(tiny.model)):
+            weights = run.stock_weights[layer][:, sample.turns[0].query]
+            found = (blocks[index, place], attention[index, place], values[index, place])
+            expected = (
+                run.block_inputs[layer],
+                weights.mean((0, 1)),
+                carried(modules[layer], alone.values[layer], weights),
+            )
+            for seen, wanted in zip(found, expected, strict=True):
+                torch.testing.assert_close(seen[kept].double(), wanted, **near)
 
 
 # ---- facts that change meaning are really there in what is compared above

@@ -10,7 +10,8 @@ from torch import nn
 
 from tests import tiny
 from vlm_patch import UnsupportedModelError
-from vlm_patch.model import PROFILES, read
+from vlm_patch.model import read
+from vlm_patch.profiles import PROFILES
 
 TEXT = {
     "hidden_size": 64,
@@ -188,7 +189,7 @@ def instructblip() -> nn.Module:
 
 def instructblip_t5() -> nn.Module:
     config = hf.InstructBlipConfig(
-        text_config=hf.T5Config(d_model=64, d_ff=64, num_layers=1, num_heads=4),
+        text_config=hf.T5Config(d_model=64, d_ff=64, num_layers=1, num_heads=4).to_dict(),
         vision_config=VISION,
         qformer_config=QFORMER,
         image_token_index=99,

@@ -4,6 +4,7 @@ attention, separators and row ends inside an image.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 import vlm_patch
 from eval.families import quietly
 from eval.families_build import build
-from eval.families_prompts import prompt, tokens
+from eval.families_prompts import around, images, prompt, tokens
 from eval.families_sizes import BOS, IMAGE, PAD, VIDEO
 from eval.families_sizes import VISION as SMALL_VISION
+from tests import tiny
 from tests.compare import NO_PROCESSOR
 from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError
 from vlm_patch.method import Forward, Memory, Method
@@ -37,6 +39,7 @@ class Seen(Method):
 
     name: ClassVar[str] = "seen"
     reads_question: ClassVar[bool] = True
+    words: str = "all"
     masks: list[Forward] = field(default_factory=list)
 
     def begin(self, forward: Forward, memory: Memory) -> None:
@@ -103,6 +106,23 @@ def test_a_question_by_hand() -> None:
     assert torch.equal(seen.masks[0].query, query)
 
 
+@pytest.mark.parametrize("kind", ["instructblip", "paligemma", "kosmos-2"])
+def test_a_bare_question_behind_the_image(kind: str) -> None:
+    """No chat template: BOS and white space around the text do not belong to the question."""
+    model, words = build(kind), tiny.tokenizer()
+    question = words("Is there a dog in the image ? \n", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[*[IMAGE] * 16, BOS, *question]] * 2)
+    inputs = around(kind, model, ids) | images(kind, model, 0, "tensor")
+    seen = Seen(words="content")
+    with vlm_patch.wrap(model, seen, processor=SimpleNamespace(tokenizer=words)):
+        model.generate(**inputs, max_new_tokens=2)
+    (forward,) = seen.masks
+    asked = ids[forward.query].view(2, -1)
+    assert words.decode(asked[0]) == "Is there a dog in the image ?"
+    content = [words.decode([token]) for token in ids[forward.content].view(2, -1)[1]]
+    assert content == ["dog", "image"]
+
+
 def test_its_language_model_is_not_called_behind_its_back() -> None:
     """Embeddings given to the inner model directly say nothing of images."""
     model = build("instructblip")
@@ -120,8 +140,8 @@ def test_generate_is_given_back(kind: str) -> None:
     with vlm_patch.wrap(model, VHR()):
         assert "generate" in part.__dict__
         assert "generate" not in model.__dict__
-        with pytest.raises(PatchError, match="use_cache=False"):
-            model.generate(**prompt(kind, model, 0, "tensor"), use_cache=False)
+        with pytest.raises(PatchError, match="dola_layers='low'"):
+            model.generate(**prompt(kind, model, 0, "tensor"), dola_layers="low")
     assert "generate" not in part.__dict__
 
 
@@ -343,3 +363,15 @@ def test_the_image_token_of_phi4_stands_in_its_vision_config() -> None:
     inputs = prompt("phi4_multimodal", model, 0, "tensor")
     found = masks(model, inputs)
     assert torch.equal(found.image, inputs["input_ids"] == IMAGE)
+
+
+@pytest.mark.parametrize("name", ["image_patches", "pixel_values"])
+def test_the_patches_of_fuyu_are_images(name: str) -> None:
+    model = build("fuyu")
+    ids = tokens()
+    size = 3 * model.config.patch_size**2
+    patches = torch.randn(2, 16, size, generator=torch.Generator().manual_seed(0))
+    seen = Seen()
+    with vlm_patch.wrap(model, seen), torch.no_grad():
+        model(input_ids=ids, attention_mask=(ids != PAD).long(), **{name: patches})
+    assert torch.equal(seen.masks[0].image, ids == IMAGE)

@@ -10,6 +10,13 @@ import triton.language as tl
 
 
 @triton.jit
+def members(groups, group, group_step, places, place_step, inside):
+    """What part the keys at `places` have in every group, `[G, BLOCK]`; 0 outside."""
+    here = groups + group[:, None] * group_step + places[None, :] * place_step
+    return tl.load(here, mask=inside[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def row_masses(
     query,
     key,
@@ -51,6 +58,7 @@ def row_masses(
     within = channels < SIZE
     here = query + sample * query_sample + head * query_head + channels
     row_query = tl.load(here, mask=within, other=0.0).to(tl.float32)
+    row_groups = groups + sample * group_sample
     row_key = key + sample * key_sample + (head // shared) * key_head
     lowest = -3.4028234663852886e38  # of float32; not -inf, so that a hidden row is no NaN
     highest, total = tl.full((), lowest, tl.float32), tl.full((), 0.0, tl.float32)
@@ -73,14 +81,7 @@ def row_masses(
         score = tl.where(inside, score, -float("inf"))
         higher = tl.maximum(highest, tl.max(score, 0))
         shrink, part = tl.exp(highest - higher), tl.exp(score - higher)
-        member = tl.load(
-            groups
-            + sample * group_sample
-            + group[:, None] * group_group
-            + places[None, :] * group_place,
-            mask=inside[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        member = members(row_groups, group, group_group, places, group_place, inside)
         total = total * shrink + tl.sum(part, 0)
         sums = sums * shrink + tl.sum(member * part[None, :], 1)
         highest = higher
@@ -120,20 +121,14 @@ def row_output(
     within = channels < SIZE
     share = tl.load(shares + (sample * GROUPS + group) * heads + head)
     highest, total = tl.load(stats + row * 2), tl.load(stats + row * 2 + 1)
+    row_groups = groups + sample * group_sample
     row_value = value + sample * value_sample + (head // shared) * value_head
     found = tl.zeros([WIDTH], tl.float32)
     for start in range(0, keys, BLOCK):
         places = start + tl.arange(0, BLOCK)
         inside = places < keys
         score = tl.load(scores + row * keys + places, mask=inside, other=-float("inf"))
-        member = tl.load(
-            groups
-            + sample * group_sample
-            + group[:, None] * group_group
-            + places[None, :] * group_place,
-            mask=inside[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        member = members(row_groups, group, group_group, places, group_place, inside)
         weight = tl.exp(score - highest) / total * tl.sum(member * share[:, None], 0)
         block = tl.load(
             row_value + places[:, None] * value_place + channels[None, :],

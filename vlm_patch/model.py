@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_patch.errors import UnsupportedModelError
+from vlm_patch.profiles import PROFILES
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Special:
     input that says where the image stands, instead of token ids. speaker: the part whose `generate`
     the model's own calls, with embeddings. decoder: the text decoder, where `get_decoder` gives
     something around it. counts: the decoder counts its positions itself, by the padding tokens.
-    refused: methods that would be wrong, and why. unsupported: why none can be right.
+    bare: it knows no chat; a prompt is the image and the question behind it. refused: methods that
+    would be wrong, and why. unsupported: why none can be right.
     """
 
     ids: tuple[str, ...] = ()
@@ -33,6 +35,7 @@ class Special:
     speaker: str | None = None
     decoder: str | None = None
     counts: bool = False
+    bare: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     unsupported: str | None = None
 
@@ -41,17 +44,20 @@ PIXELS = frozenset(("pixel_values", "flattened_patches"))
 _ALONE = "its cross-attention holds image keys alone"
 SPECIAL: Mapping[str, Special] = {
     **dict.fromkeys(
-        ("blip-2", "instructblip", "instructblipvideo"), Special(speaker="language_model")
+        ("blip-2", "instructblip", "instructblipvideo"),
+        Special(speaker="language_model", bare=True),
     ),
     "kosmos-2": Special(
         mask="image_embeds_position_mask",
         speaker="text_model",
         decoder="text_model.model",
         counts=True,
+        bare=True,
     ),
     "kosmos-2.5": Special(
-        mask="image_embeds_position_mask", decoder="text_model.model", counts=True
+        mask="image_embeds_position_mask", decoder="text_model.model", counts=True, bare=True
     ),
+    "paligemma": Special(bare=True),
     "phi4_multimodal": Special(ids=("vision_config.image_token_id",)),
     # its separators inside an image come from the vision side, as LLaVA-NeXT's newlines do
     "ovis2": Special(ids=("visual_indicator_token_ids",)),
@@ -107,59 +113,6 @@ class Decoder:
     def softmax(self) -> tuple[int, ...]:
         """The layers that can be patched, by number."""
         return tuple(layer.index for layer in self.layers)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Published defaults of the methods for one decoder; `vlm` narrows it to one kind of model."""
-
-    decoder: str
-    depth: int
-    width: int
-    key_value_heads: int
-    defaults: Mapping[str, Mapping[str, Any]]
-    vlm: str | None = None
-
-
-# Sources: VAR's D_sink table (arXiv 2503.03321), GIFT's release settings (arXiv 2510.22067), VHR's
-# section 4.1 (arXiv 2412.13949), and massive activations of Mistral and LLaMA-3 (arXiv 2402.17762).
-# InstructBLIP stands on an older Vicuna, made of LLaMA-1: v1.5's channels are not claimed for it.
-PROFILES = (
-    Profile("llama", 32, 4096, 32, {"vhr": {"layers": tuple(range(14, 32))}}, "instructblip"),
-    Profile(
-        "llama",
-        32,
-        4096,
-        32,
-        {
-            "var": {"dims": (1415, 2533)},
-            "gift": {"alpha": 5.0, "saliency_layer": 11, "layers": tuple(range(12, 23))},
-            "vhr": {"layers": (1, *range(18, 32))},
-        },
-    ),
-    Profile(
-        "llama",
-        40,
-        5120,
-        40,
-        {
-            "var": {"dims": (2100, 4743)},
-            "gift": {"alpha": 5.0, "saliency_layer": 10, "layers": tuple(range(14, 21))},
-        },
-    ),
-    Profile("llama", 32, 4096, 8, {"var": {"dims": (788, 1384, 4062)}}),
-    Profile("mistral", 32, 4096, 8, {"var": {"dims": (2070,)}}),
-    Profile(
-        "qwen2_vl_text",
-        28,
-        3584,
-        4,
-        {
-            "var": {"dims": (458, 2570)},
-            "gift": {"alpha": 4.0, "saliency_layer": 14, "layers": tuple(range(5, 19))},
-        },
-    ),
-)
 
 
 def read(model: Any) -> Decoder:

@@ -74,10 +74,10 @@ class Patch:
         self.heads = _tables(self._methods, decoder, layers, head_specs)
         self._disabled: list[frozenset[str]] = []
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
-        reader = None if processor is None else QuestionReader(processor, decoder.image_ids)
+        ids, special = decoder.image_ids, decoder.special
+        reader = None if processor is None else QuestionReader(processor, ids, special.bare)
         self._shard = shard_of(model, decoder.layers[0].attention)
-        mask = decoder.special.mask
-        self._layout = Layout(next(_owners), decoder.image_ids, reader, mask, self._shard)
+        self._layout = Layout(next(_owners), ids, reader, special.mask, self._shard)
         self._removed = False
         with ExitStack() as undo:
             self._put_on(undo)

@@ -85,10 +85,12 @@ def _around(
 class QuestionReader:
     """Finds the last user text of a prompt, and its content words, from the token ids of one
     sample.
+
+    bare: the model knows no chat; its prompts are the image and the question behind it.
     """
 
-    def __init__(self, processor: Any, image_ids: Sequence[int]) -> None:
-        self.template = read_template(processor, image_ids)
+    def __init__(self, processor: Any, image_ids: Sequence[int], bare: bool = False) -> None:
+        self.template = None if bare else read_template(processor, image_ids)
         self.tokenizer = processor.tokenizer
         self.image_ids = frozenset(image_ids)
 
@@ -99,6 +101,8 @@ class QuestionReader:
         Empty where that text stands before the image.
         """
         template = self.template
+        if template is None:
+            return self._trim(ids, self._behind_image(ids), len(ids))
         end = _find_last(ids, template.ending, len(ids)) if template.ending else len(ids)
         if end is None:
             return None
@@ -106,16 +110,28 @@ class QuestionReader:
         start = None if image is None else image + 1 + len(template.after_image)
         if image is not None and tuple(ids[image + 1 : start]) != template.after_image:
             return None
-        start = self._last_turn(ids, start, end)
+        start = self._last_turn(template, ids, start, end)
         return None if start is None else self._trim(ids, min(start, end), end)
 
-    def _last_turn(self, ids: Sequence[int], start: int | None, end: int) -> int | None:
+    def _behind_image(self, ids: Sequence[int]) -> int:
+        """Where text without a template starts: behind the last image and the special tokens (a
+        BOS) that follow it.
+        """
+        special = frozenset(self.tokenizer.all_special_ids)
+        images = [place for place, token in enumerate(ids) if token in self.image_ids]
+        start = images[-1] + 1 if images else 0
+        while start < len(ids) and ids[start] in special:
+            start += 1
+        return start
+
+    def _last_turn(
+        self, template: Template, ids: Sequence[int], start: int | None, end: int
+    ) -> int | None:
         """Where the user text of the last turn in ids[:end] starts, or `start` if none follows.
 
         start: of an earlier turn's text; None where ids begin inside an answer. Turn by turn, since
         the words of a header ("USER:") may stand in a text too.
         """
-        template = self.template
         while template.header:
             answer = 0 if start is None else _find(ids, template.ending, start, end)
             header = None if answer is None else _find(ids, template.header, answer, end)

@@ -91,7 +91,7 @@ def test_a_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None
 
 
 def test_a_folder_without_answers(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match=r"no answer file of MME in it\. Expected SUBTASK\.txt"):
+    with pytest.raises(EvalError, match=r"no file of MME in it\. Expected SUBTASK\.txt"):
         read_folder(tmp_path)
 
 

@@ -21,13 +21,14 @@ class Hooked:
     """A model whose samples are token ids [S] in the place of embeddings.
 
     run_model: runs the whole model on ids [S], with the image if they hold one, and returns logits
-    [S, vocabulary]. depth: decoder layers.
+    [S, vocabulary]. depth: decoder layers. values: of the last pass, by layer [H, S, d].
     """
 
     def __init__(self, model: Any, run_model: Callable[[Tensor], Tensor], depth: int) -> None:
         self.run_model = run_model
         self.config = SimpleNamespace(text_config=SimpleNamespace(num_hidden_layers=depth))
         self.depth = depth
+        self.values: dict[int, Tensor] = {}
         modules = dict(model.get_decoder().named_modules())
         self.blocks: dict[nn.Module, nn.Module] = {
             module: modules[name.rpartition(".")[0]]
@@ -54,6 +55,7 @@ class Hooked:
                 return stock(module, q, k, v, attention_mask, **options)
             layer = module.layer_idx
             weights, values = attention(module, q, k, v, attention_mask, options)
+            self.values[layer] = values
             run.block_inputs[layer] = entering[self.blocks[module]][0].double()
             run.stock_weights[layer] = weights
             run.weights[layer] = edit_weights(layer, run.block_inputs[layer], weights)

@@ -1,0 +1,195 @@
+"""Benchmarks in folders of their own as tasks of a run: what is asked, how it is scored."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from eval import runs, table, tasks
+from eval.amber_nouns import LEXICON
+from eval.errors import EvalError
+from eval.folder import RunFolder
+from tests.eval.conftest import Settings
+
+CSV = """Index,Question,Options,Correct Answer
+1,Is it open?,(a) Open (b) Closed,(a)
+2,Is it open?,(a) Open (b) Closed,(b)
+"""
+HALLUSION = {
+    "category": "VD",
+    "subcategory": "illusion",
+    "set_id": "0",
+    "question_id": "0",
+    "question": "Are they of one size?",
+    "gt_answer_details": "They are.",
+    "gt_answer": "1",
+}
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), "gray").save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """All four benchmarks, two images each, in one folder."""
+    data = tmp_path / "data"
+    for name in ("image/AMBER_1.jpg", "image/AMBER_2.jpg", "existence/a.jpg", "existence/b.jpg"):
+        picture(data / name)
+    for name in ("MMVP Images/1.jpg", "MMVP Images/2.jpg", "VD/illusion/0_0.png"):
+        picture(data / name)
+    picture(data / "hallusion_bench/VD/illusion/0_1.png")
+    described = {"type": "generative", "truth": ["dog", "sky"], "hallu": ["cat"]}
+    asked = {"type": "relation", "truth": "no"}
+    items = [{"id": 1, **described}, {"id": 2, **described}, {"id": 3, **asked}]
+    queries = [
+        {"id": 1, "image": "AMBER_1.jpg", "query": "Describe this image."},
+        {"id": 2, "image": "AMBER_2.jpg", "query": "Describe this image."},
+        {"id": 3, "image": "AMBER_1.jpg", "query": "Is there a cat?"},
+    ]
+    (data / "annotations.json").write_text(json.dumps(items))
+    (data / "query_all.json").write_text(json.dumps(queries))
+    (data / "relation.json").write_text('{"dog": [], "sky": [], "cat": []}')
+    (data / "safe_words.txt").write_text("line")
+    lines = [f"{name}.jpg\tIs it?\t{label}\n" for name in "ab" for label in ("Yes", "No")]
+    (data / "existence.txt").write_text("".join(lines))
+    (data / "Questions.csv").write_text(CSV)
+    rows = [
+        {**HALLUSION, "figure_id": figure, "visual_input": visual}
+        for figure, visual in (("0", "1"), ("1", "2"), ("2", "0"))
+    ]
+    (data / "HallusionBench.json").write_text(json.dumps(rows))
+    return data
+
+
+def sections(folder: Path, *names: str) -> dict[str, Any]:
+    own = {name: {"data": str(folder), "max_new_tokens": 3} for name in names}
+    if "amber" in own:
+        own["amber"]["nouns"] = "approximate"
+    return {"tasks": list(names), **own}
+
+
+ALL = ("amber", "mme", "mmvp", "hallusionbench")
+
+
+def test_what_is_asked(settings: Settings, folder: Path, tmp_path: Path) -> None:
+    found = tasks.samples(settings(**sections(folder, *ALL)), tmp_path)
+    assert [(s.task, s.id, s.image.name) for s in found] == [
+        ("amber", "1", "AMBER_1.jpg"),
+        ("amber", "2", "AMBER_2.jpg"),
+        ("amber", "3", "AMBER_1.jpg"),
+        ("mme", "existence-0000", "a.jpg"),
+        ("mme", "existence-0001", "a.jpg"),
+        ("mme", "existence-0002", "b.jpg"),
+        ("mme", "existence-0003", "b.jpg"),
+        ("mmvp", "001", "1.jpg"),
+        ("mmvp", "002", "2.jpg"),
+        ("hallusionbench", "VD-illusion-0-0-0", "0_0.png"),
+        ("hallusionbench", "VD-illusion-0-1-0", "0_1.png"),
+    ]
+    assert [found[place].prompt for place in (0, 3, 7)] == [
+        "Describe this image.",
+        "Is it?",
+        "Is it open? (a) Open (b) Closed",
+    ]
+    changed = sections(folder, "mme")
+    changed["mme"]["prompt"] = "{question} One word."
+    assert tasks.samples(settings(**changed), tmp_path)[0].prompt == "Is it? One word."
+    (folder / "image" / "AMBER_2.jpg").unlink()
+    limited = tasks.samples(settings(**sections(folder, "amber"), limit=1), tmp_path)
+    assert [sample.id for sample in limited] == ["1", "3"]
+    both = tasks.samples(settings(**sections(folder, "chair", "mme") | {"chair": {}}), tmp_path)
+    assert {sample.task for sample in both} == {"chair", "mme"}
+
+
+def test_a_run_is_scored_from_its_folder_alone(
+    settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    metrics = runs.run(settings(**sections(folder, *ALL)), out)
+    assert metrics["answered"] == 11
+    assert metrics["amber"]["all"]["generative"]["counts"]["descriptions"] == 2
+    assert metrics["mme"]["all"]["subtasks"]["existence"]["n"] == 2
+    assert metrics["mmvp"]["all"]["counts"]["pairs"] == 1
+    assert metrics["hallusionbench"]["all"]["counts"]["pairs"] == 1
+    assert all((out / name).is_file() for name in LEXICON)
+    before = (out / "metrics.json").read_bytes()
+    folder.rename(tmp_path / "gone")
+    assert runs.score(out) == metrics
+    assert (out / "metrics.json").read_bytes() == before
+    shown = table.markdown([out])
+    assert "| amber generative, mean_words " in shown
+    for row in ("amber generative, chair %", "mme subtasks existence, accuracy_plus %"):
+        assert row in shown
+    assert "- all: amber, mme, mmvp, hallusionbench" in shown
+
+
+def answered(out: Path, said: dict[str, str]) -> dict[str, Any]:
+    """Scores after the answers to these samples are replaced."""
+    file = RunFolder(out).answers
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = [row | {"answer": said[row["id"]]} for row in rows if row["id"] in said]
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return runs.score(out)
+
+
+def test_the_answers_count(settings: Settings, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    runs.run(settings(**sections(folder, *ALL)), out)
+    said = {"1": "A dog.", "2": "A cat.", "3": "No, there is none."}
+    said |= {"existence-0000": "Yes", "existence-0001": "No", "existence-0002": "Yes"}
+    said |= {"001": "(a)", "002": "closed"}
+    said |= {"VD-illusion-0-0-0": "Yes.", "VD-illusion-0-1-0": "No."}
+    metrics = answered(out, said)
+    generative = metrics["amber"]["all"]["generative"]
+    assert (generative["chair"], generative["cover"], generative["cog"]) == (0.5, 0.25, 0.5)
+    assert metrics["amber"]["all"]["discriminative"]["all"]["accuracy"] == 1.0
+    # the second image has one answer only: no pair
+    assert metrics["mme"]["all"]["subtasks"]["existence"]["accuracy_plus"] == 1.0
+    assert metrics["mme"]["all"]["subtasks"]["existence"]["n"] == 1
+    assert metrics["mmvp"]["all"]["pair_accuracy"] == 1.0
+    assert metrics["hallusionbench"]["all"]["a_acc"] == 0.5
+    assert metrics["hallusionbench"]["all"]["q_acc"] == 0.0
+
+
+def test_no_pair_yet(settings: Settings, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    runs.run(settings(**sections(folder, "mme")), out)
+    with pytest.raises(EvalError, match="no pair of questions has both its answers"):
+        answered(out, {"existence-0000": "Yes"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["mme"]}, r"mme\.data: name the folder of mme, .*python -m eval data mme"),
+        ({"amber": {"nouns": "spacy"}}, r"amber\.nouns"),
+        ({"amber": {"parts": ["captions"]}}, r"amber\.parts"),
+        ({"mmvp": {"prompt": "Look."}}, r"prompt 'Look\.': it must hold \{question\}"),
+        ({"mme": {"max_new_tokens": 0}}, r"mme\.max_new_tokens: .*at least 1"),
+    ],
+)
+def test_bad_settings(settings: Settings, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvalError, match=message):
+        settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("amber", "image/AMBER_2.jpg", r"image/AMBER_2\.jpg: no such image \(1 of the 2 images"),
+        ("mme", "existence/b.jpg", r"existence/b\.jpg: no such image .*eval data mme"),
+        ("mme", "existence.txt", r"no file of MME in it"),
+        ("mmvp", "Questions.csv", r"Questions\.csv: no such file"),
+        ("hallusionbench", "VD/illusion/0_0.png", r"hallusion_bench/VD/illusion/0_0\.png: no such"),
+    ],
+)
+def test_a_missing_file_is_named(
+    settings: Settings, folder: Path, tmp_path: Path, name: str, file: str, message: str
+) -> None:
+    (folder / file).unlink()
+    with pytest.raises(EvalError, match=message):
+        tasks.samples(settings(**sections(folder, name)), tmp_path)
