@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
+# the oldest that pyproject.toml admits
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 LMMS_VENV ?= .venv-lmms
 LMMS_READY := $(LMMS_VENV)/.ready
 
-.PHONY: demo test test-torchao test-lmms lint types pocket clean
+.PHONY: demo test test-oldest test-torchao test-lmms lint types pocket clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +22,16 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+$(OLDEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet "torch==2.13.0"
+	$(OLDEST)/bin/pip install --quiet --editable ".[eval,dev]" \
+	  "transformers==$(OLDEST_TRANSFORMERS)"
+	touch $(OLDEST)/.ready
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest
 
 # What lmms-eval needs to start and to run its image tasks; its video and judge packages stay out.
 $(LMMS_READY): pyproject.toml
@@ -50,4 +63,4 @@ pocket: $(READY)
 	$(BIN)/python -m eval.pocket.train
 
 clean:
-	rm -rf $(VENV) .venv-torchao $(LMMS_VENV) runs
+	rm -rf $(VENV) $(OLDEST) .venv-torchao $(LMMS_VENV) runs

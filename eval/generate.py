@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,14 +131,18 @@ def ask(model: Any, processor: Any, batch: Sequence[Sample], max_new_tokens: int
 def encode(processor: Any, batch: Sequence[Sample]) -> Any:
     """The batch as model inputs; EvalError names the sample that the processor cannot take."""
     conversations = [_conversation(sample) for sample in batch]
+    render = processor.apply_chat_template
+    padding: dict[str, Any] = {"padding": True}
+    if "processor_kwargs" in inspect.signature(render).parameters:  # newer transformers
+        padding = {"processor_kwargs": padding}
     try:
-        return processor.apply_chat_template(
+        return render(
             conversations,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True},
+            **padding,
         )
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
         if len(batch) > 1:

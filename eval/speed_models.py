@@ -17,13 +17,17 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
-from transformers.initialization import no_init_weights
 
 from eval import generate
 from eval.config import Config
 from eval.pocket import CAPTION_PROMPT
 from eval.pocket.measure import prompt as rendered
 from eval.pocket.scenes import render, scene
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # before transformers 5
+    from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined, no-redef]
 
 LLAVA: Any = LlavaForConditionalGeneration
 TEXT_BEFORE, TEXT_AFTER = 5, 64

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.llama import modeling_llama
 
 import vlm_patch
 from eval.errors import EvalError
@@ -129,11 +129,13 @@ def attention_clock(device: torch.device) -> Iterator[list[float]]:
 
         return run
 
-    calls = {**ALL_ATTENTION_FUNCTIONS, "eager": eager_attention_forward}
+    eager = modeling_llama.eager_attention_forward  # no transformers keeps it among the others
     with ExitStack() as undo:
-        for name, call in calls.items():
+        for name, call in dict(ALL_ATTENTION_FUNCTIONS).items():
             ALL_ATTENTION_FUNCTIONS[name] = timed(call)
             undo.callback(ALL_ATTENTION_FUNCTIONS.__delitem__, name)
+        undo.callback(setattr, modeling_llama, "eager_attention_forward", eager)
+        modeling_llama.eager_attention_forward = timed(eager)
         yield spent
 
 

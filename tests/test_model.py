@@ -33,7 +33,7 @@ VISION = {
     "patch_size": 8,
 }
 QFORMER = VISION | {"vocab_size": 120}
-ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3]}
 
 
 def llava() -> nn.Module:
@@ -50,7 +50,7 @@ def llava_next() -> nn.Module:
 
 def qwen2_vl() -> nn.Module:
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8}
-    text = TEXT | {"rope_parameters": ROPE}
+    text = TEXT | {"rope_scaling": ROPE, "rope_theta": 10000.0}
     config = hf.Qwen2VLConfig(
         text_config=text, vision_config=vision, image_token_id=99, video_token_id=98
     )
@@ -59,7 +59,7 @@ def qwen2_vl() -> nn.Module:
 
 def qwen2_5_vl() -> nn.Module:
     vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 8}
-    text = TEXT | {"rope_parameters": ROPE}
+    text = TEXT | {"rope_scaling": ROPE, "rope_theta": 10000.0}
     config = hf.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, image_token_id=99, video_token_id=98
     )
@@ -119,7 +119,7 @@ def test_a_family(
     with torch.device("meta"):
         model = build()
     found = read(model)
-    assert found.module is model.get_decoder()
+    assert found.module in model.get_decoder().modules()
     assert (type(found.module).__name__, found.kind) == (decoder, kind)
     assert (found.depth, found.heads, found.width) == (3, 4, 64)
     assert found.image_ids == image_ids
@@ -169,14 +169,17 @@ def t5() -> nn.Module:
 def blip2() -> nn.Module:
     text = hf.OPTConfig(hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
     config = hf.Blip2Config(
-        text_config=text, vision_config=VISION, qformer_config=QFORMER, image_token_index=99
+        text_config=text.to_dict(),
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        image_token_index=99,
     )
     return hf.Blip2ForConditionalGeneration(config)
 
 
 def instructblip() -> nn.Module:
     config = hf.InstructBlipConfig(
-        text_config=hf.LlamaConfig(**TEXT),
+        text_config=hf.LlamaConfig(**TEXT).to_dict(),
         vision_config=VISION,
         qformer_config=QFORMER,
         image_token_index=99,
@@ -186,7 +189,7 @@ def instructblip() -> nn.Module:
 
 def instructblip_t5() -> nn.Module:
     config = hf.InstructBlipConfig(
-        text_config=hf.T5Config(d_model=64, d_ff=64, num_layers=1, num_heads=4),
+        text_config=hf.T5Config(d_model=64, d_ff=64, num_layers=1, num_heads=4).to_dict(),
         vision_config=VISION,
         qformer_config=QFORMER,
         image_token_index=99,
@@ -197,7 +200,8 @@ def instructblip_t5() -> nn.Module:
 def mllama() -> nn.Module:
     vision = VISION | {"num_global_layers": 1, "intermediate_layers_indices": [0, 1]}
     config = hf.MllamaConfig(
-        text_config=TEXT | {"cross_attention_layers": [1]},
+        text_config=TEXT
+        | {"cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
         vision_config=vision | {"vision_output_dim": 96},
         image_token_index=99,
     )

@@ -358,7 +358,7 @@ def qwen2_vl_7b() -> nn.Module:
         "num_hidden_layers": 28,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]},
+        "rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]},
     }
     vision = {"depth": 1, "embed_dim": 64, "hidden_size": 3584, "num_heads": 1}
     with torch.device("meta"):

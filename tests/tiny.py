@@ -6,6 +6,7 @@ no decision of any method lies within float32 rounding of its threshold.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    GenerationMixin,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -40,6 +42,7 @@ __all__ = [
     "BATCH_OF_3",
     "BOS",
     "EOS",
+    "FEATURES",
     "IMAGE",
     "MARKS",
     "MIXED_BATCH",
@@ -66,6 +69,10 @@ WIDTH = 64
 # of the random weights; the head's keeps float32 rounding of the logits near 1e-6
 GAINS = {"q_proj": 1.6, "k_proj": 1.6, "lm_head": 0.4, "out_proj": 0.3, "attn.proj": 0.3}
 SINK_DIMS = (3, 10)
+FEATURES = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
+"""Whether transformers encodes images before a prompt runs. Where it does not, a prompt cannot run
+in chunks, nor prompts of several images be repeated, and no image features can be given."""
+EXACT_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen2VLRMSNorm")
 # image token -> the activation that `plant` gives it; its pixels are the same in every image
 MARKS = {2: 20.0, 5: 6.0, 6: 20.0}
 
@@ -105,14 +112,16 @@ def llava(
     return _redrawn(model, seed)
 
 
-def sliding_llava(window: int = 12) -> LlavaForConditionalGeneration:
+def sliding_llava(
+    window: int = 12, attn: str = "sdpa", kv_heads: int = 2, **options: object
+) -> LlavaForConditionalGeneration:
     """A planted LLaVA whose layers see the newest keys only, so that image keys drop out of
     sight.
     """
-    full = llava(kv_heads=2)
+    full = llava(attn=attn, kv_heads=kv_heads, **options)
     text = MistralConfig(**full.config.text_config.to_dict() | {"sliding_window": window})
     config = LlavaConfig(**full.config.to_dict() | {"text_config": text})
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn).eval()
     model.load_state_dict(full.state_dict())
     return plant(model)
 
@@ -121,9 +130,11 @@ def qwen2_vl(
     layers: int = 4, seed: int = 1, attn: str = "sdpa", kv_heads: int = 2, **text_kw: object
 ) -> Qwen2VLForConditionalGeneration:
     """Qwen2-VL (m-rope, biased q/k/v) of `layers` x 4 heads, width 64."""
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
     config = Qwen2VLConfig(
-        text_config=_text(layers, kv_heads) | {"rope_parameters": rope} | text_kw,
+        text_config=_text(layers, kv_heads)
+        | {"rope_scaling": rope, "rope_theta": 10000.0}
+        | text_kw,
         vision_config={
             "depth": 2,
             "embed_dim": 32,
@@ -223,7 +234,7 @@ def float64(model: nn.Module) -> nn.Module:
     """A float64 copy whose norms compute in float64 too; transformers' own round to float32."""
     exact = copy.deepcopy(model).double()
     for module in exact.modules():
-        if type(module).__name__ in ("LlamaRMSNorm", "Qwen2VLRMSNorm"):
+        if type(module).__name__ in EXACT_NORMS:
             module.forward = MethodType(_exact_rms_norm, module)
     return exact
 
@@ -257,9 +268,13 @@ def inputs(
         found["image_grid_thw"] = grid
     elif count:
         found["pixel_values"] = _marked_images(torch.randn(count, 3, 32, 32, generator=generator))
-    if qwen:
-        found["mm_token_type_ids"] = (ids == IMAGE).int()
-    return found
+    return found | _token_types(model, ids)
+
+
+def _token_types(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What Qwen2-VL is told of every token; older versions of transformers do not ask for it."""
+    asked = "mm_token_type_ids" in inspect.signature(type(model).forward).parameters
+    return {"mm_token_type_ids": (ids == IMAGE).int()} if asked else {}
 
 
 def _marked_images(pixels: Tensor) -> Tensor:
@@ -305,8 +320,7 @@ def single(model: nn.Module, batch: Mapping[str, Tensor], row: int) -> dict[str,
     kept = batch["attention_mask"].bool()
     ids = [batch["input_ids"][index][kept[index]] for index in range(len(kept))]
     found = {"input_ids": ids[row][None], "attention_mask": torch.ones_like(ids[row])[None]}
-    if isinstance(model, Qwen2VLForConditionalGeneration):
-        found["mm_token_type_ids"] = (found["input_ids"] == IMAGE).int()
+    found |= _token_types(model, found["input_ids"])
     before, here = (sum(map(_images, ids[:end])) for end in (row, row + 1))
     if here == before:
         return found

@@ -1,8 +1,13 @@
 """Token ids, tokenizer and processor of the tiny models, made in code: no download, no file."""
 
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+# the one that needs no torchvision goes by another name since transformers 5
+ImageProcessor = getattr(transformers, "CLIPImageProcessorPil", None)
+if ImageProcessor is None:
+    ImageProcessor = transformers.CLIPImageProcessor
 
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 SINK_WORD = 7  # a text token that `plant` makes a sink, so that generated tokens can be sinks
@@ -52,6 +57,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
         extra_special_tokens={"image_token": "<image>"},
     )
 
@@ -60,7 +66,7 @@ def processor() -> LlavaProcessor:
     """What `llava()` needs: 32 x 32 images of 16 tokens, "USER: <image>\\n... ASSISTANT:"."""
     side = {"height": 32, "width": 32}
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side),
+        image_processor=ImageProcessor(size={"shortest_edge": 32}, crop_size=side),
         tokenizer=tokenizer(),
         patch_size=8,
         vision_feature_select_strategy="default",

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from vlm_patch.errors import PatchError
 from vlm_patch.layout import Told, carries_images
@@ -33,6 +34,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Options of `generate` that are refused: the values that pass anyway (the last of them is the one
 to choose), and why the others do not."""
+
+UNSET = GenerationConfig()  # type: ignore[no-untyped-call]
+"""Its values count as not given: None, but a value for some options before transformers 5."""
 
 
 class Generate:
@@ -66,11 +70,11 @@ class Generate:
 
 def option(name: str, given: Mapping[str, Any], default: Any) -> Any:
     """An option of `generate`: from its arguments, its generation config, or the model's own, which
-    counts where the one given says None, as in transformers.
+    counts where the one given does not say it, as in transformers.
     """
     found = given.get(name)
     for config in (given.get("generation_config"), default):
-        if found is None and name not in given:
+        if name not in given and found in (None, getattr(UNSET, name, None)):
             found = getattr(config, name, None)
     return found
 

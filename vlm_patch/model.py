@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from vlm_patch.errors import UnsupportedModelError
 from vlm_patch.profiles import PROFILES
@@ -194,8 +195,16 @@ def _decoder(model: Any, special: Special) -> nn.Module:
     outer, inner = None, model.get_decoder()
     while inner is not outer and hasattr(inner, "get_decoder"):
         outer, inner = inner, inner.get_decoder()
-    found: nn.Module = inner
-    return found
+    return _innermost(inner)
+
+
+def _innermost(decoder: nn.Module) -> nn.Module:
+    """The innermost model that holds the attention of every layer: `get_decoder()` of transformers
+    before 5 may stop at one around it, which has the vision tower too.
+    """
+    every = set(filter(_dispatches, decoder.modules()))
+    models = [module for module in decoder.modules() if isinstance(module, PreTrainedModel)]
+    return [decoder, *(model for model in models if every <= set(model.modules()))][-1]
 
 
 def _layers(decoder: nn.Module) -> list[Layer]:

@@ -343,7 +343,7 @@ def _last_rows(
             return value
         if name == "attention_mask":
             return value[:, :, -left:] if value.ndim == 4 else value
-        if name == "position_ids":
+        if name in ("position_ids", "cache_position"):
             return value[..., -left:]
         per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
         return value[:, -left:] if per_row else value

@@ -94,12 +94,11 @@ class Patch:
                 show = Hook(passes.before_block(layer.index))
                 handle = layer.block.register_forward_pre_hook(show, with_kwargs=True)
                 undo.callback(handle.remove)
-        for handle in (
-            model.register_forward_pre_hook(Hook(passes.before_model), with_kwargs=True),
-            decoder.register_forward_pre_hook(Hook(passes.before_decoder), with_kwargs=True),
-            decoder.register_forward_hook(Hook(passes.after_decoder), always_call=True),
-        ):
+        for module, call in ((model, passes.before_model), (decoder, passes.before_decoder)):
+            handle = module.register_forward_pre_hook(Hook(call), with_kwargs=True)
             undo.callback(handle.remove)
+        handle = decoder.register_forward_hook(Hook(passes.after_decoder), always_call=True)
+        undo.callback(handle.remove)
         speaker = self._decoder.speaker
         before = {name: call for name, call in speaker.__dict__.items() if name == "generate"}
         speaker.__dict__["generate"] = Generate(speaker, speaker.generate, self._generating)

@@ -1,11 +1,16 @@
 """Tokenizer, processor and untrained model of the pocket LLaVA, made by explicit rules."""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -13,7 +18,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from eval.pocket.glyphs import SIDE
 from eval.pocket.language import vocabulary_text
@@ -24,6 +28,7 @@ IMAGE_TOKENS = (SIDE // PATCH) ** 2
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WIDTH, LAYERS, HEADS = 128, 6, 8
+ROPE_THETA = 1e6
 TIED_LAYERS = 3
 """The first decoder layers whose keys start as their queries: heads that look for what they are."""
 
@@ -72,13 +77,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
         model_max_length=1024,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """The processor with the chat template; the image part needs no torchvision."""
-    images = CLIPImageProcessorPil(
+    images = CLIPImageProcessor(
         size={"shortest_edge": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
         image_mean=[0.5, 0.5, 0.5],
@@ -105,7 +111,7 @@ def _config(vocabulary: int) -> LlavaConfig:
         patch_size=PATCH,
         projection_dim=96,
     )
-    text = LlamaConfig(
+    text = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=320,
@@ -114,7 +120,7 @@ def _config(vocabulary: int) -> LlavaConfig:
         num_key_value_heads=HEADS,
         max_position_embeddings=1024,
         initializer_range=WIDTH**-0.5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_theta=ROPE_THETA,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
@@ -147,6 +153,35 @@ def make_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
 
 
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Write weights, tokenizer and processor so that `from_pretrained(folder)` reads them."""
+    """Write weights, tokenizer and processor so that `from_pretrained(folder)` reads them, in any
+    transformers since 4.57.
+    """
     model.save_pretrained(folder)
     make_processor(make_tokenizer()).save_pretrained(folder)
+    _name_as_before(folder)
+
+
+def _name_as_before(folder: Path) -> None:
+    """Gives weights and settings the names of transformers 4, which later versions read too."""
+    file = folder / "model.safetensors"
+    weights = {
+        re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+    config = _read(folder / "config.json")
+    config["text_config"]["rope_theta"] = ROPE_THETA
+    _write(config, folder / "config.json")
+    tokenizer = _read(folder / "tokenizer_config.json")
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer.pop("extra_special_tokens", None)  # a list now, a mapping then; there are none
+    _write(tokenizer, folder / "tokenizer_config.json")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return settings
+
+
+def _write(settings: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -47,7 +47,7 @@ def llava_next(text: Any) -> Any:
 
 
 def instructblip(text: Any) -> Any:
-    return hf.InstructBlipConfig(text_config=hf.LlamaConfig(**text))
+    return hf.InstructBlipConfig(text_config=hf.LlamaConfig(**text).to_dict())
 
 
 def internvl(text: Any) -> Any:

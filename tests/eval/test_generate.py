@@ -141,9 +141,12 @@ def test_a_prompt_without_its_image_is_an_error(
 
 
 def test_a_prompt_the_processor_refuses_is_named(processor: Any, samples: list[Sample]) -> None:
-    twice = replace(samples[1], prompt="What is <image> ?")
+    processor.chat_template += (
+        "{% if 'kites' in messages[0]['content'][1]['text'] %}{{ 'no' + 7 }}{% endif %}"
+    )
+    refused = replace(samples[1], prompt="What about kites?")
     with pytest.raises(EvalError, match=r"the processor cannot take sample chair test 1:"):
-        generate.encode(processor, [samples[0], twice, samples[2]])
+        generate.encode(processor, [samples[0], refused, samples[2]])
 
 
 def test_the_chat_template_of_a_tokenizer_serves_a_processor_that_keeps_none() -> None:

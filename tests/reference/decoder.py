@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 # (layer, block input [S, D], weights [H, S, S]) -> weights [H, S, S]
 WeightsEdit = Callable[[int, Tensor, Tensor], Tensor]
@@ -69,7 +69,7 @@ def forward(
 
 
 def attention_weights(
-    config: PreTrainedConfig,
+    config: PretrainedConfig,
     attention: nn.Module,
     x: Tensor,
     cos: Tensor,
@@ -112,7 +112,7 @@ def rotary_tables(decoder: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor
     # float32 on purpose: transformers makes these tables in float32 whatever the model's dtype
     angles = positions.float()[..., None] * rotary.inv_freq.float()
     if positions.ndim == 2:
-        sections = angles.split(list(rotary.mrope_section), dim=-1)
+        sections = angles.split(decoder.config.rope_scaling["mrope_section"], dim=-1)
         angles = torch.cat([part[axis] for axis, part in enumerate(sections)], dim=-1)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().double(), angles.sin().double()

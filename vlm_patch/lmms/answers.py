@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -130,13 +131,17 @@ def _generate(
     model: Any, processor: Any, conversations: Sequence[Conversation], settings: Mapping[str, Any]
 ) -> list[Answer]:
     tokenizer = processor.tokenizer
-    inputs = processor.apply_chat_template(
+    render = processor.apply_chat_template
+    padding: dict[str, Any] = {"padding": True}
+    if "processor_kwargs" in inspect.signature(render).parameters:  # newer transformers
+        padding = {"processor_kwargs": padding}
+    inputs = render(
         conversations,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"padding": True},
+        **padding,
     ).to(model.device, dtype=model.dtype)
     output = model.generate(**inputs, **settings, pad_token_id=tokenizer.pad_token_id)
     ends = model.generation_config.eos_token_id
