@@ -207,12 +207,6 @@ class Config:
         placing = [key for key in ("device", "device_map", "tp_plan") if getattr(self, key)]
         if len(placing) > 1:
             raise EvalError(f"{' and '.join(placing)} are both set: keep one")
-        if self.tp_plan and self.methods:
-            raise EvalError(
-                "tp_plan and methods are both set: with tensor parallelism each process sees only "
-                "its own heads, and methods that weigh heads against each other would differ; "
-                "spread the model with device_map instead"
-            )
         if not isinstance(self.quantization, (Mapping, NoneType)):
             raise EvalError(
                 f"quantization: expected a section such as {{load_in_4bit: true}}, "

@@ -81,7 +81,6 @@ def test_numbers_written_as_yaml_text_are_numbers() -> None:
         (["pope.strategies=[populr]"], "unknown name in pope.strategies: populr; did you mean pop"),
         (["device=cpu", "device_map=auto"], "device and device_map are both set"),
         (["tp_plan=auto", "device_map=auto"], "device_map and tp_plan are both set: keep one"),
-        (["tp_plan=auto", "methods=[vhr]"], "tp_plan and methods are both set: with tensor par"),
         (["quantization=4bit"], r"quantization: expected a section such as {load_in_4bit: true}"),
         (["broken_images=hide"], "unknown name in broken_images: hide; .*Known: skip, error"),
     ],

@@ -102,3 +102,12 @@ def test_two_processes_hold_one_model_together(single: Path, tmp_path: Path) -> 
     assert both.wait(120) == 0, (tmp_path / "launch.txt").read_text()
     assert RunFolder(out).rows() == RunFolder(single).rows()
     assert (out / "metrics.json").read_bytes() == (single / "metrics.json").read_bytes()
+
+
+def test_methods_in_a_model_that_two_processes_hold_together(tmp_path: Path) -> None:
+    """What compares heads with each other sees the heads of all processes."""
+    methods = {"methods": ["gift", "vhr"], "tasks": ["chair"]}
+    runs.run(config.from_settings(SMALL | methods), tmp_path / "single")
+    both = launch(tmp_path, tmp_path / "out", device=None, tp_plan="auto", **methods)
+    assert both.wait(120) == 0, (tmp_path / "launch.txt").read_text()
+    assert RunFolder(tmp_path / "out").rows() == RunFolder(tmp_path / "single").rows()
