@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import vlm_patch
@@ -37,14 +38,31 @@ UNSUPPORTED = (
     *("blip", "git", "idefics", "evolla", "mistral4", "pi0", "diffusion_gemma", "dots3_note"),
     *("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
     *("glm5_next", "mistral_large4", "qwen4_exp", "gemma3n", "inkling_mm_model", "inkling2"),
+    *("inkling2_loop", "hy_v4_vl"),
 )
+BROKEN = {"5.24.0": ("llama4",)}
+"""Types whose stock model does not run in a version of transformers, by version."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "paligemma-2": ("paligemma", {"text_config": {"model_type": "gemma2"}}),
     "llava-mistral": ("llava", {"text_config": {"model_type": "mistral"}}),
     "llava-gemma2": ("llava", {"text_config": {"model_type": "gemma2"}}),
     "instructblip-opt": ("instructblip", {"text_config": {"model_type": "opt"}}),
 }
-KINDS = [*(kind for kind in CLASSES if kind not in UNSUPPORTED), *VARIANTS]
+LEFT_OUT = (*UNSUPPORTED, *BROKEN.get(transformers.__version__, ()))
+KINDS = [*(kind for kind in CLASSES if kind not in LEFT_OUT), *VARIANTS]
+WINDOWS = (
+    ("llava", (25, 25, 25), False, False),
+    ("llava-mistral", (7, 7, 7), False, False),
+    ("llava-gemma2", (7, 25, 7), False, False),
+    ("aya_vision", (7, 25, 7), False, False),
+    ("llama4", (15, 25, 15), False, False),
+    ("gemma3", (7, 25, 7), True, False),
+    ("gemma4_unified", (15, 25, 15), True, False),
+    ("molmo2", (25, 25, 25), True, False),
+    ("paligemma", (25, 25, 25), True, True),
+    ("paligemma-2", (25, 25, 25), True, True),
+)
+"""How far a row of each layer looks back, and whether image and text look ahead."""
 
 
 @pytest.fixture(autouse=True)
@@ -257,18 +275,7 @@ def stock_run(kind: str) -> Run:
 
 @pytest.mark.parametrize(
     ("kind", "reach", "image_ahead", "text_ahead"),
-    [
-        ("llava", (25, 25, 25), False, False),
-        ("llava-mistral", (7, 7, 7), False, False),
-        ("llava-gemma2", (7, 25, 7), False, False),
-        ("aya_vision", (7, 25, 7), False, False),
-        ("llama4", (15, 25, 15), False, False),
-        ("gemma3", (7, 25, 7), True, False),
-        ("gemma4_unified", (15, 25, 15), True, False),
-        ("molmo2", (25, 25, 25), True, False),
-        ("paligemma", (25, 25, 25), True, True),
-        ("paligemma-2", (25, 25, 25), True, True),
-    ],
+    [window for window in WINDOWS if window[0] not in LEFT_OUT],
 )
 def test_windows_and_masks(
     kind: str, reach: tuple[int, ...], image_ahead: bool, text_ahead: bool
