@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 # the oldest that pyproject.toml admits
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+TORCHAO := .venv-torchao
 LMMS_VENV ?= .venv-lmms
 LMMS_READY := $(LMMS_VENV)/.ready
 
@@ -46,11 +47,14 @@ test-lmms: $(LMMS_READY)
 	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest tests_lmms
 
 # 8-bit linears of torchao, in an environment of their own: transformers imports it where it is
-test-torchao:
-	$(PYTHON) -m venv .venv-torchao
-	.venv-torchao/bin/pip install --quiet "torch==2.13.0"
-	.venv-torchao/bin/pip install --quiet --editable ".[eval,dev]" "torchao>=0.18"
-	.venv-torchao/bin/python -m pytest tests/with_torchao.py
+$(TORCHAO)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(TORCHAO)
+	$(TORCHAO)/bin/pip install --quiet "torch==2.13.0"
+	$(TORCHAO)/bin/pip install --quiet --editable ".[eval,dev]" "torchao>=0.18"
+	touch $(TORCHAO)/.ready
+
+test-torchao: $(TORCHAO)/.ready
+	$(TORCHAO)/bin/python -m pytest tests/with_torchao.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -63,4 +67,4 @@ pocket: $(READY)
 	$(BIN)/python -m eval.pocket.train
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .venv-torchao $(LMMS_VENV) runs
+	rm -rf $(VENV) $(OLDEST) $(TORCHAO) $(LMMS_VENV) runs

@@ -22,11 +22,11 @@ class Generation:
     """What is remembered of one generation; it travels with the cache, also through a deep copy.
 
     owner: the patch that made it. length: tokens seen so far. start, end: the prompt read last, in
-    tokens from the beginning. keys: the masks "image", "query" and
-    "content" of the tokens, and "seen" `[B]`, the samples with an image. memory: of each method, by
-    name. history: the layers in which a method was on, and up to which length. step: what is
-    done at every generated token (an `editing.Editing`). pictured: whether any sample has an image;
-    without one everything is left stock.
+    tokens from the beginning. keys: the masks "image", "query" and "content" of the tokens, and
+    "seen" `[B]`, the samples with an image. memory: of each method, by name. history: the layers in
+    which a method was on, and up to which length. step: what is done at every generated token (an
+    `editing.Editing`). pictured: whether any sample has an image; without one everything is left
+    stock.
     """
 
     owner: int
