@@ -38,8 +38,9 @@ UNSUPPORTED = (
     *("blip", "git", "idefics", "evolla", "mistral4", "pi0", "diffusion_gemma", "dots3_note"),
     *("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
     *("glm5_next", "mistral_large4", "qwen4_exp", "gemma3n", "inkling_mm_model", "inkling2"),
-    *("inkling2_loop", "hy_v4_vl"),
 )
+NEWER = ("inkling2_loop", "hy_v4_vl")
+"""Unsupported too, and known to transformers since 5.24."""
 BROKEN = {"5.24.0": ("llama4",)}
 """Types whose stock model does not run in a version of transformers, by version."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,7 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llava-gemma2": ("llava", {"text_config": {"model_type": "gemma2"}}),
     "instructblip-opt": ("instructblip", {"text_config": {"model_type": "opt"}}),
 }
-LEFT_OUT = (*UNSUPPORTED, *BROKEN.get(transformers.__version__, ()))
+LEFT_OUT = (*UNSUPPORTED, *NEWER, *BROKEN.get(transformers.__version__, ()))
 KINDS = [*(kind for kind in CLASSES if kind not in LEFT_OUT), *VARIANTS]
 WINDOWS = (
     ("llava", (25, 25, 25), False, False),
