@@ -36,8 +36,10 @@ from vlm_patch.methods.sinks import discover, one_stream, scaled_tau
 
 
 @lru_cache(maxsize=64)
-def _index(dims: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(dims, device=device)
+def _constant(
+    values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.long
+) -> Tensor:
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
@@ -49,7 +51,7 @@ def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
     rms = torch.linalg.vector_norm(hidden, dim=-1) / math.sqrt(hidden.shape[-1])
     if eps:
         rms = (rms.square() + eps).sqrt()
-    channels = hidden.index_select(-1, _index(tuple(dims), hidden.device))
+    channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device))
     peak = torch.linalg.vector_norm(channels, math.inf, dim=-1)
     score: Tensor = peak / rms.clamp_min(torch.finfo(rms.dtype).tiny)
     return score
@@ -198,7 +200,7 @@ class VAR(Regrouping):
             return
         hidden = one_stream(hidden)
         if forward.generated and not self.release and gpu.possible(hidden.device.type):
-            dims, tau = _index(tuple(self.dims), hidden.device), self.tau or 0.0
+            dims, tau = _constant(tuple(self.dims), hidden.device), self.tau or 0.0
             groups = gpu.tried(
                 ("sink column", str(hidden.device), hidden.dtype, len(dims)),
                 lambda: launch.sink_column(hidden, dims, tau),
@@ -221,9 +223,11 @@ class VAR(Regrouping):
                 sinks[:, forward.prompt :] = False
         if not forward.generated:
             return key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
-        column = hidden.new_zeros(len(hidden), 4, 1)
-        column[:, 1], column[:, 3] = sinks, 1
-        return column
+        sink, other = (
+            _constant(groups, hidden.device, hidden.dtype).view(1, 4, 1)
+            for groups in ((0, 1, 0, 1), (0, 0, 0, 1))
+        )
+        return torch.where(sinks[:, None], sink, other)
 
     def edited(self, forward: Forward) -> Tensor | None:
         return forward.text if self.dims else None
