@@ -5,8 +5,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import ASTSource
 
 from vlm_patch import kernels
 
@@ -39,7 +40,7 @@ def main() -> None:
         types = {n: "constexpr" if n in constants else kind(n) for n in kernel.arg_names}
         for card, capability in CARDS.items():
             source = ASTSource(fn=kernel, signature=types, constexprs=dict(constants))
-            code = compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+            code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
             print(name, card, code[:4] == b"\x7fELF")
 
 
