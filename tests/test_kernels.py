@@ -106,7 +106,9 @@ def test_bfloat16_is_no_worse_than_eager(names: Sequence[str]) -> None:
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("names", [(), ("var",), ("gift",), ("vhr-unfiltered",)], ids=label)
 def test_autocast_costs_what_it_costs_the_stock_model(names: Sequence[str], attn: str) -> None:
-    """The mean error against float32; with every head off the stock model's bits."""
+    """The mean error against float32, which methods that choose may enlarge; with every head off
+    the stock model's bits.
+    """
     ours_apart, stock_apart = [], []
     for seed in range(1, 9):
         model = tiny.plant(tiny.llava(seed=seed, attn=attn))
@@ -122,7 +124,7 @@ def test_autocast_costs_what_it_costs_the_stock_model(names: Sequence[str], attn
         assert all(step.isfinite().all() for step in answers.logits)
         ours_apart.append((found - exact).abs().mean())
         stock_apart.append((stock - stock_exact).abs().mean())
-    assert torch.stack(ours_apart).median() <= 1.25 * torch.stack(stock_apart).median()
+    assert torch.stack(ours_apart).median() <= 1.5 * torch.stack(stock_apart).median()
 
 
 def test_torch_compile() -> None:
