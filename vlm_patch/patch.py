@@ -35,12 +35,12 @@ def wrap(
 ) -> Patch:
     """Puts methods on a vision-language model of transformers; the model stays the user's own.
 
-    methods: instances, or names ("var", "gift", "vhr") for the defaults of this model; they act in
-    the order given. processor: the model's own; needed to tell the user's question from the text
-    around it (GIFT). layers: restricts every method to these layers (`[12, 13]`, `"12-20"`). heads:
-    the heads that are on, for all methods or as a mapping by method name; each is a bool table
-    `[layers, heads]`, `{12: [0, 3]}`, `"12:0,3; 14-20:*"` or `"all"`; by default all heads of the
-    layers that the method is made for.
+    model: also in an adapter of PEFT. methods: instances, or names ("var", "gift", "vhr") for the
+    defaults of this model; they act in the order given. processor: the model's own; needed to tell
+    the user's question from the text around it (GIFT). layers: restricts every method to these
+    layers (`[12, 13]`, `"12-20"`). heads: the heads that are on, for all methods or as a mapping by
+    method name; each is a bool table `[layers, heads]`, `{12: [0, 3]}`, `"12:0,3; 14-20:*"` or
+    `"all"`; by default all heads of the layers that the method is made for.
 
     Returns the handle. Raises UnsupportedModelError, PatchError (already wrapped), ValueError (bad
     names, heads, hyperparameters).
@@ -63,20 +63,22 @@ class Patch:
         layers: heads.LayerSpec | None = None,
         head_specs: heads.HeadSpec | Mapping[str, heads.HeadSpec] | None = None,
     ) -> None:
-        decoder = read(model)
+        # the model in an adapter of PEFT, which calls its forward past its hooks
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        decoder = read(base)
         if any(attention.occupied(layer) for layer in decoder.layers):
             raise PatchError(
                 f"this {type(model).__name__} is already wrapped: call remove() on its patch "
                 "first, or give all methods to one wrap(model, VAR(), VHR())"
             )
-        self.model, self._decoder = model, decoder
+        self.model, self._base, self._decoder = model, base, decoder
         self._methods = fit(instances(methods), decoder)
         self.heads = _tables(self._methods, decoder, layers, head_specs)
         self._disabled: list[frozenset[str]] = []
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
         ids, special = decoder.image_ids, decoder.special
         reader = None if processor is None else QuestionReader(processor, ids, special.bare)
-        self._shard = shard_of(model, decoder.layers[0].attention)
+        self._shard = shard_of(base, decoder.layers[0].attention)
         self._layout = Layout(next(_owners), ids, reader, special.mask, self._shard)
         self._removed = False
         with ExitStack() as undo:
@@ -84,7 +86,7 @@ class Patch:
             self._undo = undo.pop_all()
 
     def _put_on(self, undo: ExitStack) -> None:
-        model, decoder = self.model, self._decoder.module
+        decoder = self._decoder.module
         config: Any = decoder.config
         padding = config.pad_token_id if self._decoder.special.counts else None
         passes = Passes(decoder, self._layout, self._switched, self._learned, padding)
@@ -94,7 +96,12 @@ class Patch:
                 show = Hook(passes.before_block(layer.index))
                 handle = layer.block.register_forward_pre_hook(show, with_kwargs=True)
                 undo.callback(handle.remove)
-        for module, call in ((model, passes.before_model), (decoder, passes.before_decoder)):
+        calls = {
+            self.model: passes.before_model,
+            self._base: passes.before_model,
+            decoder: passes.before_decoder,
+        }
+        for module, call in calls.items():
             handle = module.register_forward_pre_hook(Hook(call), with_kwargs=True)
             undo.callback(handle.remove)
         handle = decoder.register_forward_hook(Hook(passes.after_decoder), always_call=True)
@@ -138,7 +145,7 @@ class Patch:
             return
         speaker = self._decoder.speaker
         check_options(arguments, speaker.generation_config)
-        inner, mask_name = speaker is not self.model, self._decoder.special.mask
+        inner, mask_name = speaker is not self._base, self._decoder.special.mask
         prompt = told(arguments, speaker.generation_config, inner, mask_name)
         with self._layout.generating(prompt):
             yield
@@ -162,7 +169,7 @@ class Patch:
         decoder = self._decoder
         layers = heads.text([layer.index for layer in decoder.layers])
         lines = [
-            f"{type(self.model).__name__}: {type(decoder.module).__name__}, {decoder.depth} layers "
+            f"{type(self._base).__name__}: {type(decoder.module).__name__}, {decoder.depth} layers "
             f"x {decoder.heads} heads, softmax attention in {layers}"
         ]
         if self._removed:
