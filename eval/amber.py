@@ -19,7 +19,7 @@ import numpy as np
 from eval import amber_nouns
 from eval.amber_nouns import Lexicon, Similar
 from eval.errors import EvalError
-from eval.intervals import Numbers, measure, ratio
+from eval.intervals import Numbers, Tally, ratio
 from eval.records import Row, read_rows
 
 GENERATIVE = "generative"
@@ -113,19 +113,37 @@ def score(
     `eval.amber_nouns`). Only the parts that there are responses for are reported. `official` holds
     the percentages as the script prints them. `EvalError` if an id is unknown or answered twice.
     """
-    _require_items([number for number, _ in responses], items)
-    described = [(items[n], text) for n, text in responses if items[n].type == GENERATIVE]
-    answered = [(items[n], text) for n, text in responses if items[n].type != GENERATIVE]
     result: dict[str, Any] = {"responses": len(responses)}
-    if described:
-        result[GENERATIVE] = _generative(described, lexicon, nouns, similarity, seed)
-    if answered:
-        result["discriminative"] = _discriminative(answered, seed)
+    for name, part in tallies(responses, items, lexicon, nouns, similarity).items():
+        if name == GENERATIVE:
+            result[name] = {**part.report(seed), "nouns": nouns, "similarity": similarity}
+        else:
+            result.setdefault("discriminative", {})[name] = part.report(seed)
     result["official"] = official(result)
-    if described and answered:
+    if result.keys() >= {GENERATIVE, "discriminative"}:
         f1 = result["discriminative"]["all"]["f1"]
         result["amber_score"] = (1 - result[GENERATIVE]["chair"] + f1) / 2
     return result
+
+
+def tallies(
+    responses: Sequence[tuple[int, str]],
+    items: Mapping[int, Item],
+    lexicon: Lexicon,
+    nouns: str = "nltk",
+    similarity: str = "exact",
+) -> dict[str, Tally]:
+    """What each response adds: "generative", and of the questions "all" and every dimension."""
+    _require_items([number for number, _ in responses], items)
+    described = [(items[n], text) for n, text in responses if items[n].type == GENERATIVE]
+    answered = [(items[n], text) for n, text in responses if items[n].type != GENERATIVE]
+    found = {}
+    if described:
+        found[GENERATIVE] = _generative(described, lexicon, nouns, similarity)
+    parts = {"all": answered}
+    for name, kinds in DIMENSIONS.items():
+        parts[name] = [pair for pair in answered if pair[0].type in kinds]
+    return found | {name: _questions(part) for name, part in parts.items() if part}
 
 
 def _require_items(numbers: Sequence[int], items: Mapping[int, Item]) -> None:
@@ -145,21 +163,12 @@ def _generative(
     lexicon: Lexicon,
     nouns: str,
     similarity: str,
-    seed: int,
-) -> dict[str, Any]:
+) -> Tally:
     read, similar = amber_nouns.reader(nouns), amber_nouns.similarity(similarity)
     judged = [judge(read(text, lexicon), item, lexicon, similar) for item, text in described]
     columns = {f.name: np.array([getattr(c, f.name) for c in judged]) for f in fields(Counts)}
     columns["words"] = np.array([len(text.split()) for _, text in described])
-    measured = measure(columns, _generative_ratios, seed)
-    return {
-        **measured["values"],
-        "counts": {name: int(column.sum()) for name, column in columns.items()},
-        "intervals": measured["intervals"],
-        "n": len(judged),
-        "nouns": nouns,
-        "similarity": similarity,
-    }
+    return Tally(columns, _generative_ratios)
 
 
 def _generative_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
@@ -175,34 +184,21 @@ def _generative_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Num
     }
 
 
-def _discriminative(answered: Sequence[tuple[Item, str]], seed: int) -> dict[str, Any]:
-    """Every dimension that has answers, after "all" of them."""
-    parts = {"all": answered}
-    for name, kinds in DIMENSIONS.items():
-        parts[name] = [pair for pair in answered if pair[0].type in kinds]
-    return {name: _questions(part, seed) for name, part in parts.items() if part}
-
-
-def _questions(answered: Sequence[tuple[Item, str]], seed: int) -> dict[str, Any]:
+def _questions(answered: Sequence[tuple[Item, str]]) -> Tally:
     """ "No" is the positive class; what is neither "Yes" nor "No" to the letter is wrong."""
     absent = np.array([item.answer == "no" for item, _ in answered])
     no = np.array([text == "No" for _, text in answered])
     yes = np.array([text == "Yes" for _, text in answered])
+    right = (no & absent) | (yes & ~absent)
     columns = {
         "asked": np.ones(len(answered)),
-        "right": (no & absent) | (yes & ~absent),
+        "right": right,
         "right_no": no & absent,
         "said_no": no,
         "labelled_no": absent,
         "unreadable": ~no & ~yes,
     }
-    measured = measure(columns, _question_ratios, seed)
-    return {
-        **measured["values"],
-        "counts": {name: int(column.sum()) for name, column in columns.items()},
-        "intervals": measured["intervals"],
-        "n": len(answered),
-    }
+    return Tally(columns, _question_ratios, right)
 
 
 def _question_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:

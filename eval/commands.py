@@ -123,6 +123,7 @@ SCORES: Mapping[str, Score] = {
             choice("--parser", "how an answer is read without a judge", ("strict", *PARSERS)),
             *JUDGE,
             TEMPLATE,
+            file("--same-template", "prompt that holds two answers together", required=False),
         ),
     ),
     "mmvp": Score(
@@ -131,6 +132,7 @@ SCORES: Mapping[str, Score] = {
         (
             file("--answers", "rows with question_id and response"),
             file("--questions", "Questions.csv"),
+            choice("--labels", "as published, or four of them corrected", mmvp.LABELS),
             *JUDGE,
             TEMPLATE,
         ),

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from eval.errors import EvalError
+from eval.mmvp import LABELS
 from eval.pope import STRATEGIES
 from eval.records import read_text
 from eval.values import (
@@ -69,7 +70,8 @@ class PopeTask:
 
     `questions`: path of the official question files with {strategy} in it. Null builds them from
     the annotations with the run's seed, for `images` images of each split, `per_image` objects that
-    are there and as many that are not. `prompt` holds {question}.
+    are there and as many that are not. `prompt` holds {question}. `parser` reads the answers:
+    official (all that it cannot read is a yes) or strict (that is neither, and wrong).
     """
 
     prompt: str = "{question}"
@@ -78,10 +80,12 @@ class PopeTask:
     per_image: int = 3
     strategies: tuple[str, ...] = (*STRATEGIES,)
     questions: str | None = None
+    parser: str = "official"
 
     def __post_init__(self) -> None:
         check_positive("pope", self, "max_new_tokens", "images", "per_image")
         check_names("pope.strategies", self.strategies, STRATEGIES)
+        check_names("pope.parser", (self.parser,), ("official", "strict"))
         if "{question}" not in self.prompt:
             raise EvalError(f"pope.prompt is {self.prompt!r}: it must hold {{question}}")
         if self.questions is not None and "{strategy}" not in self.questions:
@@ -130,7 +134,14 @@ class MmeTask(FolderTask):
 
 @dataclass(frozen=True)
 class MmvpTask(FolderTask):
-    """MMVP (arXiv 2401.06209): Questions.csv, and the images in "MMVP Images/"."""
+    """MMVP (arXiv 2401.06209): Questions.csv, and the images in "MMVP Images/"; `labels` published,
+    or corrected in four places."""
+
+    labels: str = "published"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("mmvp.labels", (self.labels,), LABELS)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from eval.errors import EvalError
-from eval.intervals import Numbers, measure
+from eval.intervals import Numbers, Tally
 from eval.parsers import Reading
 from eval.records import read_text
 
@@ -62,7 +62,7 @@ def score(subtasks: Mapping[str, Sequence[Answer]], seed: int = 0) -> dict[str, 
     """
     if not subtasks:
         raise EvalError("MME: there are no answers to score.")
-    parts = {name: _subtask(answers, seed) for name, answers in subtasks.items()}
+    parts = {name: _report(tally(answers), seed) for name, answers in subtasks.items()}
     totals = {
         total: sum(parts[name]["score"] for name in names)
         for total, names in TOTALS.items()
@@ -71,7 +71,13 @@ def score(subtasks: Mapping[str, Sequence[Answer]], seed: int = 0) -> dict[str, 
     return {"subtasks": parts, "totals": totals}
 
 
-def _subtask(answers: Sequence[Answer], seed: int) -> dict[str, Any]:
+def _report(of_subtask: Tally, seed: int) -> dict[str, Any]:
+    found = of_subtask.report(seed)
+    return {"score": 100 * (found["accuracy"] + found["accuracy_plus"]), **found}
+
+
+def tally(answers: Sequence[Answer]) -> Tally:
+    """What each image adds; its two answers follow each other."""
     said = np.array([read_answer(answer.text) or "" for answer in answers]).reshape(-1, 2)
     labels = np.array([answer.label for answer in answers]).reshape(-1, 2)
     right = said == labels
@@ -83,15 +89,7 @@ def _subtask(answers: Sequence[Answer], seed: int) -> dict[str, Any]:
         "unreadable": (said == "").sum(axis=1),
         "said_yes": (said == "yes").sum(axis=1),
     }
-    measured = measure(columns, _ratios, seed)
-    values = measured["values"]
-    return {
-        "score": 100 * (values["accuracy"] + values["accuracy_plus"]),
-        **values,
-        "counts": {name: int(column.sum()) for name, column in columns.items()},
-        "intervals": measured["intervals"],
-        "n": len(right),
-    }
+    return Tally(columns, _ratios, right.ravel())
 
 
 def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:

@@ -103,8 +103,18 @@ def cell(key: str, found: Value | None) -> str:
     """A value with its interval: shares in percent, lengths as they are."""
     if found is None:
         return "-"
-    unit = 1 if key.endswith(("mean_tokens", "mean_words")) else 100
-    return f"{unit * found.value:.1f} [{unit * found.low:.1f}, {unit * found.high:.1f}]"
+    times = unit(key)
+    return f"{times * found.value:.1f} [{times * found.low:.1f}, {times * found.high:.1f}]"
+
+
+def unit(key: str) -> int:
+    """By what a measure is multiplied for reading: shares are shown in percent."""
+    return 1 if key.endswith(("mean_tokens", "mean_words")) else 100
+
+
+def label(name: str, key: str) -> str:
+    """What a measure of some part of a benchmark is called in a table."""
+    return f"{name}, {key}" + (" %" if unit(key) == 100 else "")
 
 
 def read(folders: Sequence[Path]) -> list[Column]:
@@ -165,8 +175,8 @@ def _other_rows(columns: Sequence[Column]) -> Iterator[Row]:
         scores = [each.get(name) for each in found]
         keys = [key for score in scores if score for key in score["intervals"]]
         for key in dict.fromkeys(keys):
-            label = f"{name}, {key}" + ("" if key.startswith("mean_") else " %")
-            yield Row(tasks.SPLIT, f"{name} {key}", label, [value(score, key) for score in scores])
+            values = [value(score, key) for score in scores]
+            yield Row(tasks.SPLIT, f"{name} {key}", label(name, key), values)
 
 
 def _other_scores(column: Column) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -257,6 +267,8 @@ def _column_notes(column: Column) -> Iterator[str]:
             yield from (f"{split}, POPE {strategy}, {flag}" for flag in score["flags"])
             if (share := score["unreadable"]) > 0:
                 yield f"{split}, POPE {strategy}: {100 * share:.1f} % of answers are unreadable"
+            if score["parser"] != "official":
+                yield f"{split}, POPE {strategy}: answers are read by the {score['parser']} parser"
 
 
 def layout(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,7 +25,7 @@ def chair(**values: float) -> dict[str, Any]:
 
 def pope(unreadable: float = 0.0) -> dict[str, Any]:
     intervals = {key: [0.7, 0.8] for key in POPE}
-    more = {"n": 360, "questions": 360, "flags": [], "unreadable": unreadable}
+    more = {"n": 360, "questions": 360, "flags": [], "parser": "official", "unreadable": unreadable}
     return {**POPE, "intervals": intervals, **more}
 
 
