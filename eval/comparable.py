@@ -12,6 +12,7 @@ from eval.errors import EvalError
 from eval.folder import RunFolder, row_key
 
 Lines: TypeAlias = Mapping[tuple[str, ...], Mapping[str, Any]]
+RENDERING = ("model", "chat_template")
 SAID = ("answer", "tokens", "ended")
 """What an answer holds beside the question and its facts."""
 
@@ -51,6 +52,9 @@ def obstacles(one: Run, two: Run, tasks: Sequence[str]) -> Iterator[str]:
         yield "they have no task in common"
     if one.record.get("decoding") != two.record.get("decoding"):
         yield f"decoding is {one.record.get('decoding')} and {two.record.get('decoding')}"
+    asked = [[run.record["settings"].get(key) for key in RENDERING] for run in (one, two)]
+    if asked[0][0] == asked[1][0] and asked[0] != asked[1]:
+        yield f"the prompts are rendered by chat_template {asked[0][1]!r} and {asked[1][1]!r}"
     for task in tasks:
         mine, others = (run.record["settings"][task] for run in (one, two))
         if mine["max_new_tokens"] != others["max_new_tokens"]:

@@ -166,7 +166,8 @@ class Config:
 
     From `revision` to `attn_implementation` the settings go to from_pretrained; `quantization` is
     its quantization_config, as in {load_in_4bit: true}. Where none of `device_map`, `tp_plan` and
-    `quantization` places the model, it goes to `device` as a whole. `part`: of all images only the
+    `quantization` places the model, it goes to `device` as a whole. `chat_template` is Jinja that
+    renders prompts, for a model whose processor has none. `part`: of all images only the
     half to tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each
     split and task. `broken_images: error` stops at an image that cannot be read
     rather than list it as skipped. `layers` and `heads` go to `wrap`.
@@ -181,6 +182,7 @@ class Config:
     tp_plan: str | Mapping[str, Any] | None = None
     quantization: Mapping[str, Any] | None = None
     attn_implementation: str | None = None
+    chat_template: str | None = None
     data: str = "pocket"
     splits: tuple[str, ...] = ()
     part: str | None = None

@@ -199,6 +199,7 @@ def decoding(record: dict[str, Any]) -> None:
         (decoding, {}, r"decoding is {.*'num_beams': 1.*} and {.*'num_beams': 5"),
         (lambda _: None, {"chair": {"max_new_tokens": 64}}, "limit of chair is 512 and 64 tokens"),
         (lambda _: None, {"pope": {"max_new_tokens": 3}}, "limit of pope is 10 and 3 tokens"),
+        (lambda _: None, {"chat_template": "x"}, "are rendered by chat_template None and 'x'"),
         (
             lambda _: None,
             {"pope": {"parser": "strict"}},
