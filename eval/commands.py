@@ -138,13 +138,15 @@ SCORES: Mapping[str, Score] = {
         ),
     ),
     "object-halbench": Score(
-        "Object HalBench responses, by rules: response and mention level",
+        "Object HalBench responses, by rules or a judge: response and mention level",
         object_halbench.score_files,
         (
             file("--responses", "JSON list or JSON lines with image_id and answer"),
             file("--truth", "objects file or COCO folder", metavar="OBJECTS.json|COCO_DIR"),
             file("--synonyms", "synonyms_refine.txt (default: what ships)", required=False),
             choice("--rules", "how responses are read", RULES),
+            *JUDGE,
+            TEMPLATE,
         ),
     ),
     "mmhal": Score(
