@@ -215,12 +215,25 @@ def official(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """What the published script prints: percent with one decimal; F1 from the rounded two."""
     printed: dict[str, dict[str, float]] = {}
     if GENERATIVE in result:
-        names = {"chair": "CHAIR", "cover": "Cover", "hal": "Hal", "cog": "Cog"}
-        shares = {shown: result[GENERATIVE][name] for name, shown in names.items()}
-        printed[GENERATIVE] = {name: round(100 * share, 1) for name, share in shares.items()}
+        printed[GENERATIVE] = _printed_generative(result[GENERATIVE]["counts"])
     for name, part in result.get("discriminative", {}).items():
         printed["discriminative" if name == "all" else name] = _printed(part, name)
     return printed
+
+
+def _printed_generative(counts: Mapping[str, int]) -> dict[str, float]:
+    """The script's counters of what it divides by start at 0.001."""
+    free = counts["descriptions"] - counts["descriptions_hallucinated"]
+    shares = {
+        "CHAIR": (counts["nouns_hallucinated"], counts["nouns"]),
+        "Cover": (counts["truth_words_covered"], counts["truth_words"]),
+        "Hal": (free, counts["descriptions"]),
+        "Cog": (counts["hallu_words_covered"], counts["hallu_words"]),
+    }
+    percent = {
+        name: round(100 * top / (bottom + 0.001), 1) for name, (top, bottom) in shares.items()
+    }
+    return {**percent, "Hal": round(100 - percent["Hal"], 1)}
 
 
 def _printed(part: Mapping[str, Any], dimension: str) -> dict[str, float]:
