@@ -120,13 +120,14 @@ def label(name: str, key: str) -> str:
 def read(folders: Sequence[Path]) -> list[Column]:
     """The runs, named by their folders (by whole paths where two folders share a name).
 
-    What lies beside runs without being one (`runs/*` also names pictures) is left out and named.
+    What lies beside scored runs without being one (`runs/*` also names pictures, and runs that have
+    only begun) is left out and named.
     """
     if not folders:
         raise EvalError("no run folder given, for example: python -m eval table runs/*")
-    beside = [path for path in folders if path.exists() and not RunFolder(path).config.exists()]
+    beside = [path for path in folders if path.exists() and not RunFolder(path).metrics.exists()]
     if 0 < len(beside) < len(folders):
-        notice(f"no run folders, left out: {', '.join(map(str, beside))}")
+        notice(f"no scored run, left out: {', '.join(map(str, beside))}")
         folders = [path for path in folders if path not in beside]
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):

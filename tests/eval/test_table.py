@@ -157,8 +157,11 @@ def test_what_lies_beside_the_runs_is_left_out_and_named(
     picture = tmp_path / "runs.png"
     picture.touch()
     (tmp_path / "speed").mkdir()
-    text = table.markdown([run, picture, tmp_path / "speed"])
+    begun = folder(tmp_path / "begun", {})
+    (begun / "metrics.json").unlink()
+    text = table.markdown([run, picture, tmp_path / "speed", begun])
     assert text == table.markdown([run])
-    assert f"no run folders, left out: {picture}, {tmp_path / 'speed'}" in capsys.readouterr().err
+    said = f"no scored run, left out: {picture}, {tmp_path / 'speed'}, {begun}"
+    assert said in capsys.readouterr().err
     with pytest.raises(EvalError, match="none is not a run folder"):
         table.markdown([run, tmp_path / "none"])
