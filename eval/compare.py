@@ -68,7 +68,8 @@ def _tallies(run: Run, task: str, rows: tasks.Rows) -> dict[str, Tally]:
 
 
 def _change(before: Tally, after: Tally) -> dict[str, Any]:
-    """Differences in pairs; intervals over images (or sets of them), McNemar's test over answers.
+    """Differences in pairs; intervals over samples as the scorer draws them, McNemar's test over
+    answers.
 
     `n` counts the answers where each is right or wrong, else the samples.
     """
@@ -119,7 +120,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         notes.append(f"- {found['unpaired']} samples were skipped by one of the runs: left out\n")
     return (
         f"{names[1]} minus {names[0]} on the same images, in percent points (lengths: tokens or "
-        f"words). In brackets 95 % paired bootstrap intervals; * where 0 lies outside.\n\n"
+        f"words; scores: points). In brackets 95 % paired bootstrap intervals; * where 0 lies "
+        f"outside.\n\n"
         f"{table.layout(header, list(_cells(found)))}\n\n{''.join(notes)}"
     )
 

@@ -95,7 +95,12 @@ def score(
     failure (see `eval.diagnosis`) are shares of those that can be told: the question's first form
     must have been answered too. `same` holds the questions whose answer repeats that one.
     """
-    return tally(questions, verdicts, same).report(seed)
+    found = tally(questions, verdicts, same).report(seed)
+    if untold := found["counts"]["undiagnosed"]:
+        found["flags"] = [
+            f"{untold} failures have no diagnosis: their questions' first form was not asked"
+        ]
+    return found
 
 
 def tally(

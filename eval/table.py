@@ -109,7 +109,7 @@ def cell(key: str, found: Value | None) -> str:
 
 def unit(key: str) -> int:
     """By what a measure is multiplied for reading: shares are shown in percent."""
-    return 1 if key.endswith(("mean_tokens", "mean_words")) else 100
+    return 1 if key.endswith(("mean_tokens", "mean_words", " score")) or key == "score" else 100
 
 
 def label(name: str, key: str) -> str:
@@ -263,6 +263,8 @@ def _column_notes(column: Column) -> Iterator[str]:
         yield from (f"{split}, {text}" for text in [*score["alarms"], *score["flags"]])
         if (cut := 1 - score["ended_share"]) > 0:
             yield f"{split}: {100 * cut:.1f} % of the captions were cut by the token limit"
+    for name, score in _other_scores(column):
+        yield from (f"{name}, {flag}" for flag in score.get("flags", ()))
     for split, scores in column.metrics.get("pope", {}).items():
         for strategy, score in scores.items():
             yield from (f"{split}, POPE {strategy}, {flag}" for flag in score["flags"])

@@ -129,13 +129,13 @@ def _mme_score(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, 
 
 
 def _mme_tallies(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Tally]:
-    """By subtask, and over all images of the subtasks that make up a total."""
+    """By subtask, and of the subtasks that make up a total."""
     subtasks = _mme_answers(rows)
-    parts = {f"subtasks {name}": answers for name, answers in subtasks.items()}
+    found = {f"subtasks {name}": mme.tally(answers) for name, answers in subtasks.items()}
     for total, names in mme.TOTALS.items():
         if subtasks.keys() >= set(names):
-            parts[f"totals {total}"] = [answer for name in names for answer in subtasks[name]]
-    return {name: mme.tally(answers) for name, answers in parts.items()}
+            found[f"totals {total}"] = mme.tally(*(subtasks[name] for name in names))
+    return found
 
 
 def _mme_answers(rows: Rows) -> dict[str, list[mme.Answer]]:

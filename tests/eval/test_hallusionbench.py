@@ -90,6 +90,10 @@ def test_diagnoses_of_a_set() -> None:
     assert (result["counts"]["diagnosed"], result["counts"]["undiagnosed"]) == (5, 0)
     seen = score(SET[2:], verdicts[2:])
     assert (seen["counts"]["diagnosed"], seen["counts"]["undiagnosed"]) == (0, 4)
+    assert seen["flags"] == [
+        "4 failures have no diagnosis: their questions' first form was not asked"
+    ]
+    assert "flags" not in result
 
 
 def test_a_judge_holds_two_answers_together_where_it_matters(chat: Chat, tmp_path: Path) -> None:

@@ -226,6 +226,8 @@ def test_the_totals_of_mme_pool_their_subtasks() -> None:
     assert [*found] == [*(f"subtasks {name}" for name in mme.HALLUCINATION), "totals hallucination"]
     total = found["totals hallucination"].report()
     assert (total["accuracy"], total["accuracy_plus"], total["n"]) == (7 / 8, 3 / 4, 4)
+    scored = tasks.TASKS["mme"].score(rows, Path(), {})
+    assert total["score"] == scored["totals"]["hallucination"] == 650.0
 
 
 @pytest.mark.parametrize(
