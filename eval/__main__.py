@@ -122,7 +122,7 @@ def _add_speed(costs: argparse.ArgumentParser) -> None:
         "--shapes", help="names with commas between, or all (default: the quick ones)"
     )
     costs.add_argument("--methods", help="of var,gift,vhr,all (default: every one)")
-    costs.add_argument("--repeats", type=int, default=9, help="pairs at most (default: 9)")
+    costs.add_argument("--repeats", type=int, default=25, help="pairs at most (default: 25)")
     costs.add_argument("--device", help="cpu or cuda (default: the accelerator if there is one)")
     costs.add_argument("--out", type=Path, default=Path("runs/speed"))
     costs.set_defaults(command=_speed)

@@ -137,18 +137,25 @@ SHAPES: dict[str, Shape] = {
         "pocket model",
         pocket,
         described,
-        {"prefill": 3, "decode": 4, "generate": 15, "idle": 5},
-        batches=(1, 4, 16),
+        {"prefill": 2, "decode": 2, "generate": 8, "idle": 3},
+        batches=(1, 4),
+    ),
+    "pocket-16": Shape(
+        "pocket model",
+        pocket,
+        described,
+        {"prefill": 3, "decode": 3, "generate": 40},
+        batches=(16,),
     ),
     "attention-640": layers(ALONE, LLAVA_7B.thin(), 1, 640, attention=5),
     "attention-1500": layers(ALONE, LLAVA_7B.thin(), 1, 1500, attention=8),
-    "attention-3000": layers(ALONE, LLAVA_7B.thin(), 1, 3000, attention=25),
+    "attention-3000": layers(ALONE, LLAVA_7B.thin(), 1, 3000, attention=35),
     "memory-3000": layers(f"{ALONE}, two layers", LLAVA_7B.thin(), 2, 3000, memory=60),
     "layer-640": layers(ONE, LLAVA_7B, 1, 640, prefill=8, decode=6),
     "layer-1500": layers(ONE, LLAVA_7B, 1, 1500, prefill=12, decode=25),
     "layer-3000": layers(ONE, LLAVA_7B, 1, 3000, prefill=30, decode=10),
-    "gqa-1500": layers("1 layer of Qwen2-VL-7B", QWEN2_VL_7B, 1, 1500, prefill=8, decode=10),
-    "stack-640": layers(FOUR, LLAVA_7B, 4, 640, prefill=75, decode=10),
+    "gqa-640": layers("1 layer of Qwen2-VL-7B", QWEN2_VL_7B, 1, 640, prefill=8, decode=6),
+    "stack-640": layers(FOUR, LLAVA_7B, 4, 640, prefill=75),
     "stack-1500": layers(FOUR, LLAVA_7B, 4, 1500, prefill=200, decode=20),
     "stack-3000": layers(FOUR, LLAVA_7B, 4, 3000, prefill=400, decode=20),
     "llava-7b": Shape(
@@ -160,8 +167,15 @@ SHAPES: dict[str, Shape] = {
         tokens=128,
     ),
 }
-ONLY_ASKED = ("layer-3000", "stack-1500", "stack-3000", "llava-7b")
-"""Not among the defaults of a CPU: they take minutes each there, or hours."""
+ONLY_ASKED = (
+    "attention-640",
+    "attention-1500",
+    "layer-3000",
+    "stack-1500",
+    "stack-3000",
+    "llava-7b",
+)
+"""Not among the defaults of a CPU, which would take too long with them."""
 
 
 def chosen(names: str | None, device: torch.device) -> list[str]:

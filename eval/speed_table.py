@@ -53,7 +53,7 @@ RATIOS = (
     ),
     Goal(
         "pocket model, generate, batch 16",
-        "pocket",
+        "pocket-16",
         "generate",
         {"var": 1.25, "gift": 1.25, "vhr": 1.15, "all": 1.5},
         batch=16,

@@ -627,3 +627,17 @@ def test_embeddings_instead_of_tokens() -> None:
             output = forward(model, inputs_embeds=embeds)
     expected = logits(model, sample, reference(ALL))
     torch.testing.assert_close(output.logits[0], expected, rtol=0, atol=EXACT)
+
+
+def test_gradients_behind_an_inference_mode() -> None:
+    """What was made once for a device must not be a tensor that autograd refuses."""
+    model = tiny.llava()
+    batch = tiny.inputs(model, tiny.ONE_IMAGE)
+    with vlm_patch.wrap(model, VAR(tau=TAU, dims=DIMS, move_fraction=0.37)):
+        with torch.inference_mode():
+            expected = model(**batch).logits
+            model.generate(**batch, max_new_tokens=2)
+        found = model(**batch, use_cache=False).logits
+        found.sum().backward()
+    torch.testing.assert_close(found, expected)
+    assert all(p.grad.isfinite().all() for p in model.model.language_model.layers.parameters())

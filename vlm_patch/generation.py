@@ -61,7 +61,7 @@ class Generation:
 
     def grow(self, name: str, new: Tensor, past: int) -> Tensor:
         """The mask `name` `[B, past + S]` with the new tokens' `[B, S]` behind the cached ones."""
-        return append(self.keys, (name, 0), new, past)
+        return append(self.keys, (name, 0), new, past)[:, : past + new.shape[1]]
 
     def cut(self, past: int) -> None:
         """Forgets the masks of tokens that were taken out of the cache again."""
@@ -72,8 +72,7 @@ class Generation:
         """The mask `name` `[B, total]` where the tokens not seen yet are none of it."""
         buffer = self.keys[name, 0]
         if buffer.shape[1] < total:
-            append(self.keys, (name, 0), torch.zeros_like(buffer), buffer.shape[1])
-            buffer = self.keys[name, 0]
+            buffer = append(self.keys, (name, 0), torch.zeros_like(buffer), buffer.shape[1])
         return buffer[:, :total]
 
 

@@ -20,10 +20,10 @@ Every tensor has the batch first, so that beams can be reordered without knowing
 
 
 def append(memory: Memory, key: tuple[str, int], new: Tensor, past: int) -> Tensor:
-    """Writes `new` `[B, ..., S]` behind the first `past` entries kept under `key`; returns them
-    all.
+    """Writes `new` `[B, ..., S]` behind the first `past` entries kept under `key`; returns the
+    buffer `[B, ..., at least past + S]` that holds them all.
 
-    The buffer behind it doubles when it is full, so that a step of decoding writes one column.
+    It doubles when it is full, so that a step of decoding writes one column.
     """
     total = past + new.shape[-1]
     buffer = memory.get(key)
@@ -35,7 +35,7 @@ def append(memory: Memory, key: tuple[str, int], new: Tensor, past: int) -> Tens
     if buffer.is_inference() and not torch.is_inference_mode_enabled():
         buffer = memory[key] = buffer.clone()  # could not be written outside inference mode
     buffer[..., past:total] = new
-    return buffer[..., :total]
+    return buffer
 
 
 @dataclass(frozen=True)

@@ -198,13 +198,14 @@ class Patch:
         table = self.heads[name]
         known = self._switches.get(name)
         if known is None or known[0] is not table or known[1] != table._version:
-            on = {
-                layer.index: None
-                if row.all()
-                else self._shard.mine(row, 0).to(_device(layer.block))
-                for layer in self._decoder.layers
-                if (row := table[layer.index]).any()
-            }
+            with torch.inference_mode(False):  # kept for later forwards, perhaps with gradients
+                on = {
+                    layer.index: None
+                    if row.all()
+                    else self._shard.mine(row, 0).to(_device(layer.block))
+                    for layer in self._decoder.layers
+                    if (row := table[layer.index]).any()
+                }
             known = self._switches[name] = (table, table._version, on)
         return known[2]
 

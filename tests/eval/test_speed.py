@@ -160,11 +160,12 @@ def test_sides_alternate() -> None:
     def call(name: str) -> Callable[[], float]:
         return lambda: float(said.append(name) or len(said))
 
-    others = {name: call(name) for name in "abc"}
-    pairs = speed.interleaved(call("S"), others, rounds=4, coarse=["c"])
-    assert "".join(said) == "SaSbSc" + "SaSb" * 2 + "SaSbSc"
-    assert pairs["a"] == [(1, 2), (7, 8), (11, 12), (15, 16)]
-    assert pairs["c"] == [(5, 6), (19, 20)]
+    others = {name: call(name) for name in "abcd"}
+    pairs = speed.interleaved(call("S"), others, rounds=4, coarse=["c", "d"])
+    assert "".join(said) == "SaSbScd" + "SaSb" * 2 + "SaSbScd"
+    assert pairs["a"] == [(1, 2), (8, 9), (12, 13), (16, 17)]
+    assert pairs["c"] == [(5, 6), (20, 21)]
+    assert pairs["d"] == [(5, 7), (20, 22)]
 
 
 def test_no_round_begins_after_its_time() -> None:

@@ -35,9 +35,13 @@ from vlm_patch.methods import launch
 from vlm_patch.methods.sinks import discover, one_stream, scaled_tau
 
 
-@lru_cache(maxsize=64)
-def _index(dims: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(dims, device=device)
+@lru_cache(maxsize=256)
+def _constant(
+    values: tuple[float, ...], device: torch.device, dtype: torch.dtype, behind: int = 0
+) -> Tensor:
+    """A tensor of these values with `behind` dimensions of size 1 behind them, made once."""
+    with torch.inference_mode(False):  # autograd may meet it later
+        return torch.tensor(values, device=device, dtype=dtype).view(-1, *[1] * behind)
 
 
 def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
@@ -49,7 +53,7 @@ def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
     rms = torch.linalg.vector_norm(hidden, dim=-1) / math.sqrt(hidden.shape[-1])
     if eps:
         rms = (rms.square() + eps).sqrt()
-    channels = hidden.index_select(-1, _index(tuple(dims), hidden.device))
+    channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device, torch.long))
     peak = torch.linalg.vector_norm(channels, math.inf, dim=-1)
     score: Tensor = peak / rms.clamp_min(torch.finfo(rms.dtype).tiny)
     return score
@@ -83,20 +87,22 @@ def sink_shares(
     line. Returns 0, -move_fraction, g - 1 and 1 where it is edited, else 0, 0, 0 and 1,
     `[B, 4, H, R]`.
     """
-    image, sinks, rest, _ = masses.unbind(1)
+    image, sinks, rest, _ = masses.split(1, 1)
     tiny = torch.finfo(masses.dtype).tiny
     chosen = image >= min_image_mass
     if release:
-        floor = 1e-6 * groups[:, 0].sum(-1)[:, None, None]
+        floor = 1e-6 * groups[:, :1].sum(-1)[..., None, None]
         chosen &= image - rest <= (1 - rho_nonsink) * (image + floor)
         chosen &= rest >= tiny
     else:
         chosen &= rest >= (rho_nonsink * image).clamp_min(tiny)
     if require_visual_sink:
-        chosen &= (groups[:, 0] > groups[:, 2]).any(-1)[:, None, None]
-    moved = move_fraction * chosen.to(masses.dtype)
-    gain = moved * (sinks / rest.clamp_min(tiny))
-    return torch.stack((torch.zeros_like(moved), -moved, gain, torch.ones_like(moved)), 1)
+        chosen &= (groups[:, 0] > groups[:, 2]).any(-1)[:, None, None, None]
+    kind = masses.device, masses.dtype
+    taken = _constant((0, -move_fraction, 0, 1), *kind, 2)
+    given = _constant((0, 0, move_fraction, 0), *kind, 2)
+    edited = torch.addcmul(taken, given, sinks / rest.clamp_min(tiny))
+    return torch.where(chosen, edited, _constant((0, 0, 0, 1), *kind, 2))
 
 
 def redistribute(weights: Tensor, groups: Tensor, *options: Any, **named: Any) -> Tensor:
@@ -198,7 +204,7 @@ class VAR(Regrouping):
             return
         hidden = one_stream(hidden)
         if forward.generated and not self.release and gpu.possible(hidden.device.type):
-            dims, tau = _index(tuple(self.dims), hidden.device), self.tau or 0.0
+            dims, tau = _constant(tuple(self.dims), hidden.device, torch.long), self.tau or 0.0
             groups = gpu.tried(
                 ("sink column", str(hidden.device), hidden.dtype, len(dims)),
                 lambda: launch.sink_column(hidden, dims, tau),
@@ -221,9 +227,9 @@ class VAR(Regrouping):
                 sinks[:, forward.prompt :] = False
         if not forward.generated:
             return key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
-        column = hidden.new_zeros(len(hidden), 4, 1)
-        column[:, 1], column[:, 3] = sinks, 1
-        return column
+        kind = hidden.device, hidden.dtype
+        sink, other = _constant((0, 1, 0, 1), *kind, 1), _constant((0, 0, 0, 1), *kind, 1)
+        return torch.where(sinks[:, None], sink, other)
 
     def edited(self, forward: Forward) -> Tensor | None:
         return forward.text if self.dims else None
