@@ -18,7 +18,7 @@ from typing import Any
 from eval import (
     amber,
     data,
-    hallusionbench,
+    hallusionbench_files,
     llava_bench,
     mme,
     mmhal,
@@ -116,7 +116,7 @@ SCORES: Mapping[str, Score] = {
     ),
     "hallusionbench": Score(
         "HallusionBench answers, by a parser or a judge",
-        hallusionbench.score_files,
+        hallusionbench_files.score_files,
         (
             file("--answers", "rows with model_prediction"),
             file("--questions", "HallusionBench.json"),

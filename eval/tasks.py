@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from eval import amber, amber_nouns, dataset, hallusionbench, mme, mmvp
+from eval import amber, amber_nouns, dataset, hallusionbench, hallusionbench_files, mme, mmvp
 from eval.config import OWN_FOLDER, Config
 from eval.dataset import Sample
 from eval.errors import EvalError
@@ -180,7 +180,7 @@ def _mmvp_marks(rows: Rows) -> list[bool | None]:
 
 def _hallusionbench_samples(folder: Path, settings: Mapping[str, Any]) -> Iterable[Sample]:
     """Of the questions with a figure only: a run always shows an image."""
-    for question in hallusionbench.read_questions(folder / "HallusionBench.json"):
+    for question in hallusionbench_files.read_questions(folder / "HallusionBench.json"):
         if question.visual_input == "0":
             continue
         place = f"{question.category}/{question.subcategory}/"

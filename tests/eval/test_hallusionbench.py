@@ -12,10 +12,10 @@ from eval.hallusionbench import (
     Question,
     repeated,
     score,
-    score_files,
     verdict,
     verdict_of,
 )
+from eval.hallusionbench_files import score_files
 from tests.eval.local_server import Chat
 from tests.shared_data import SHARED, shared
 
