@@ -200,6 +200,22 @@ def test_two_runs_are_compared_sample_by_sample(
     assert words in cells
 
 
+def test_a_chair_gain_of_amber_that_is_paid_for_is_said(
+    settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs.run(settings(**sections(folder, "amber")), one)
+    shutil.copytree(one, two)
+    answered(one, {"1": "A dog and a cat.", "2": "A dog and a cat.", "3": "No"})
+    answered(two, {"1": "A wall.", "2": "A wall.", "3": "No"})
+    (warning,) = compare.compare(one, two)["warnings"]
+    paid = "fewer true words are covered and descriptions got shorter"
+    assert warning == (
+        f"amber: CHAIR fell while {paid}; captions that say less lower CHAIR for free"
+    )
+    assert compare.compare(two, one)["warnings"] == []
+
+
 def test_a_run_does_not_differ_from_itself(
     settings: Settings, folder: Path, tmp_path: Path
 ) -> None:
