@@ -77,11 +77,18 @@ def placing(config: Config) -> dict[str, Any]:
     plan: Any = dict(config.tp_plan) if isinstance(config.tp_plan, Mapping) else config.tp_plan
     wanted = {
         "device_map": config.device_map,
-        "distributed_config": None if plan is None else DistributedConfig(tp_plan=plan),
+        **({} if plan is None else _together(plan)),
         "quantization_config": config.quantization and dict(config.quantization),
         "attn_implementation": config.attn_implementation,
     }
     return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _together(plan: Any) -> dict[str, Any]:
+    """How from_pretrained is told to divide the model among processes; transformers moved it."""
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:
+        return {"distributed_config": DistributedConfig(tp_plan=plan)}
+    return {"tp_plan": plan}
 
 
 def best_device() -> str:
