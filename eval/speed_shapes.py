@@ -155,7 +155,7 @@ SHAPES: dict[str, Shape] = {
     "layer-1500": layers(ONE, LLAVA_7B, 1, 1500, prefill=12, decode=25),
     "layer-3000": layers(ONE, LLAVA_7B, 1, 3000, prefill=30, decode=10),
     "gqa-640": layers("1 layer of Qwen2-VL-7B", QWEN2_VL_7B, 1, 640, prefill=8, decode=6),
-    "stack-640": layers(FOUR, LLAVA_7B, 4, 640, prefill=75),
+    "stack-640": layers(FOUR, LLAVA_7B, 4, 640, prefill=90),
     "stack-1500": layers(FOUR, LLAVA_7B, 4, 1500, prefill=200, decode=20),
     "stack-3000": layers(FOUR, LLAVA_7B, 4, 3000, prefill=400, decode=20),
     "llava-7b": Shape(

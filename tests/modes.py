@@ -24,6 +24,7 @@ from tests import tiny
 from tests.compare import answer_logits, generated, ours, planted, reference
 from tests.reference import Sample, capture, logits, trace
 from tests.tensor_parallel import errors
+from tests.two_devices import spread
 from vlm_patch import PatchError
 
 CLOSE = 1e-5
@@ -510,6 +511,18 @@ def compiled(names: Names) -> float:
         output = generate(model, batch, 4, cache_implementation="static")
     model.forward = plain
     return off(model, batch, output, names)
+
+
+@mode("layers on two devices", "the second one simulated: its tensors may not meet the CPU's")
+def two_devices(names: Names) -> float:
+    worst, stock = 0.0, model_of()
+    for far in (range(1, 3), range(2, 4)):
+        model = planted("llava")
+        batch = prompt(model, tiny.BATCH_OF_3)
+        with spread(model, far), vlm_patch.wrap(model, *ours(names)):
+            output = generate(model, batch, 4)
+        worst = max(worst, off(stock, batch, output, names))
+    return worst
 
 
 @mode("accelerate cpu offload", "wrapped before and after")

@@ -2,9 +2,11 @@
 torch and, in whole generations, against the slow reference.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -251,3 +253,14 @@ def test_the_cpu_never_imports_triton() -> None:
         "assert 'vlm_patch.kernels' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_kernels_compile_for_real_cards(tmp_path: Path) -> None:
+    """To machine code, which the interpreter above cannot promise."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.compile_kernels"]
+    lines = subprocess.run(command, check=True, env=env, capture_output=True, text=True).stdout
+    found = {tuple(line.split()) for line in lines.splitlines()}
+    names = ("row_masses", "row_output", "sink_column", "sink_shares", "gaze_shares")
+    assert found == {(name, card, "True") for name in names for card in ("A100", "H100")}

@@ -30,9 +30,8 @@ class Watching:
         if self.watcher.heads is not None:
             self.watcher.heads(call.layer, output)
         if self.watcher.weights is not None and self.watcher.rows is not None:
-            self.watcher.weights(
-                call.layer, call.weights(self.watcher.rows), call.value, call.module
-            )
+            rows = self.watcher.rows.to(call.query.device)
+            self.watcher.weights(call.layer, call.weights(rows), call.value, call.module)
         return output, weights
 
 
@@ -104,7 +103,7 @@ class Editing:
         self.forward, self.actives, self.shows = forward, actives, shows
         self._edited = [active.method.edited(forward) for active in actives]
         self._watched = [active.method.watched(forward) for active in actives]
-        self._plans: dict[tuple[tuple[str, bool], ...], Plan] = {}
+        self._plans: dict[Any, Plan] = {}
         self._work: dict[int, Work | None] = {}
 
     def serves(self, actives: list[Active], forward: Forward) -> bool:
@@ -139,7 +138,7 @@ class Editing:
         return output, self._shown(call.stock()[1], cut, work) if self.shows else None
 
     def _prepare(self, call: Call) -> Work | None:
-        tasks = list(self._tasks(call.layer))
+        tasks = list(self._tasks(call))
         loud = [active for active in self.actives if call.layer in active.heads]
         if not tasks and not loud:
             return None
@@ -155,20 +154,22 @@ class Editing:
         return Work(tasks, loud, plan, direct, alone and fused.serves(call))
 
     def _gain(self, layer: int, output: Tensor, active: Active) -> Tensor | None:
-        gain = active.method.output_gain(layer, output, self.forward, active.memory)
+        forward = self.forward.on(output.device)
+        gain = active.method.output_gain(layer, output, forward, active.memory)
         heads = active.heads[layer]
         return gain if gain is None or heads is None else torch.where(heads, gain, 1.0)
 
-    def _tasks(self, layer: int) -> Iterator[Task]:
+    def _tasks(self, call: Call) -> Iterator[Task]:
+        layer, device = call.layer, call.query.device
         for active, edited, watched in zip(self.actives, self._edited, self._watched, strict=True):
             if watched is not None and watched[0] == layer:
-                yield Task(active, False, watched[1], None)
+                yield Task(active, False, watched[1].to(device), None)
             if edited is not None and layer in active.heads:
-                yield Task(active, True, edited, active.heads[layer])
+                yield Task(active, True, edited.to(device), active.heads[layer])
 
     def _plan(self, call: Call, tasks: list[Task]) -> Plan:
-        """The same for every layer with the same tasks."""
-        key = tuple(task.key for task in tasks)
+        """The same for every layer of a device with the same tasks."""
+        key = call.query.device, tuple(task.key for task in tasks)
         if key not in self._plans:
             batch, heads, _, _ = call.query.shape
             row_bytes = COPIES * 4 * batch * heads * call.key.shape[2]
@@ -216,17 +217,18 @@ class Editing:
 
     def _fused(self, call: Call, active: Active) -> Tensor:
         method: Any = active.method
-        keys = call.key.shape[2]
-        return fused.attend(call, *method.parts(keys, call.layer, self.forward, active.memory))
+        keys, forward = call.key.shape[2], self.forward.on(call.query.device)
+        return fused.attend(call, *method.parts(keys, call.layer, forward, active.memory))
 
     def _apply(self, layer: int, weights: Tensor, rows: Tensor, part: Part, task: Task) -> Tensor:
         mine = weights if part.index is None else weights[:, :, part.index]
         method, memory = task.active.method, task.active.memory
+        forward = self.forward.on(weights.device)
         if not task.edits:
             watched = rows if part.index is None else rows[part.index]
-            method.observe(layer, mine, watched, self.forward, memory)
+            method.observe(layer, mine, watched, forward, memory)
             return weights
-        new = method.weights(layer, mine, self.forward, memory)
+        new = method.weights(layer, mine, forward, memory)
         if part.mask is not None:
             new = torch.where(part.mask[:, None, :, None], new, mine)
         if task.heads is not None:

@@ -230,6 +230,7 @@ class Layout(threading.local):
             forward: Forward = generation.step.forward
             forward.past, forward.image = past, image
             forward.query, forward.content = query, content
+            forward.copies.clear()
             return forward
         seen = generation.keys["seen", 0]
         row, text = torch.ones_like(seen)[:, None], seen[:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -69,6 +69,9 @@ class Facts:
                 )
 
 
+MASKS = ("image", "query", "content", "valid", "text", "last", "seen")
+
+
 @dataclass
 class Forward:
     """One forward of the decoder: B samples, S new rows, K keys so far (`past` cached ones and the
@@ -83,7 +86,7 @@ class Forward:
     prompt: how many rows, the first ones, are of a prompt; those behind were generated or drafted.
     first: it is the first prompt of its conversation. starts, ends: its first, its last row is
     among them; a long one may be read in several forwards. shard: which heads are at hand; what
-    compares heads must gather them first.
+    compares heads must gather them first. copies: on other devices.
     """
 
     past: int
@@ -102,6 +105,16 @@ class Forward:
     starts: bool = False
     ends: bool = True
     shard: Shard = WHOLE
+    copies: dict[torch.device, Forward] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> Forward:
+        """The same with its masks on `device`, for a layer that a device map has put elsewhere."""
+        if device == self.image.device:
+            return self
+        if device not in self.copies:
+            masks = {name: getattr(self, name).to(device) for name in MASKS}
+            self.copies[device] = replace(self, **masks, copies={})
+        return self.copies[device]
 
     @property
     def new(self) -> slice:
@@ -244,7 +257,7 @@ class Regrouping(Method, ABC):
         left, and the shares by masses on them.
         """
         total = forward.image.shape[1]
-        every = self.groups(layer, forward, memory)[..., :total]
+        every = self.groups(layer, forward, memory)[..., :total].to(forward.image.device)
         shares = self._shares_in(forward)
         if keys == total:
             return every, shares

@@ -145,9 +145,10 @@ class Passes:
             if isinstance(run, Watching) and run.watcher.block is not None:
                 run.watcher.block(layer, hidden)
             elif isinstance(run, Editing):
+                forward = run.forward.on(hidden.device)
                 for active in run.actives:
                     if active.method.reads_blocks and layer in active.heads:
-                        active.method.block_input(layer, hidden, run.forward, active.memory)
+                        active.method.block_input(layer, hidden, forward, active.memory)
 
         return show
 

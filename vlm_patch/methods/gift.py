@@ -260,7 +260,7 @@ class GIFT(Regrouping):
                     f"gift has no map: no attention was seen in its saliency_layer "
                     f"{self.saliency_layer}, which has no softmax attention on this model"
                 )
-            change = forward.shard.gather(memory.pop(("change", 0)), 1)
+            change = forward.shard.gather(memory.pop(("change", 0)), 1).to(forward.image.device)
             kept = top_heads(change.sum(-1), self.head_fraction)
             saliency = (change * kept[..., None]).sum(1)
             saliency = pad(saliency, (0, forward.image.shape[1] - saliency.shape[-1]))

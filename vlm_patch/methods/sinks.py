@@ -93,9 +93,10 @@ class _Record:
     attention: list[Tensor] = field(default_factory=list)
     value_path: list[Tensor] = field(default_factory=list)
 
-    @property
-    def parts(self) -> tuple[list[Tensor], ...]:
-        return self.blocks, self.attention, self.value_path
+    def stacked(self, part: list[Tensor], end: int) -> Tensor:
+        """A part over all layers, of the first `end` tokens, where the decoder's input lies."""
+        device = self.forward.image.device
+        return torch.stack([of_layer.to(device) for of_layer in part], 1)[:, :, :end]
 
     def block(self, layer: int, hidden: Tensor) -> None:
         self.blocks.append(one_stream(hidden).float())
@@ -149,7 +150,9 @@ def discover(forward: Forward, run: StockPass) -> Found:
         Watcher(block=record.block, weights=record.weights, rows=rows),
     )
     end = forward.prompt
-    blocks, attention, value_path = (torch.stack(part, 1)[:, :, :end] for part in record.parts)
+    blocks, attention, value_path = (
+        record.stacked(part, end) for part in (record.blocks, record.attention, record.value_path)
+    )
     return judge(blocks, attention, value_path, forward.valid[:, :end], forward.image[:, :end])
 
 

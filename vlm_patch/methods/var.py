@@ -87,7 +87,7 @@ def sink_shares(
     line. Returns 0, -move_fraction, g - 1 and 1 where it is edited, else 0, 0, 0 and 1,
     `[B, 4, H, R]`.
     """
-    image, sinks, rest, _ = masses.split(1, 1)
+    image, sinks, rest, _ = torch.split(masses, 1, 1)
     tiny = torch.finfo(masses.dtype).tiny
     chosen = image >= min_image_mass
     if release:
