@@ -10,7 +10,7 @@ questions with `truth` yes or no, to be answered by exactly "Yes" or "No".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from eval import amber_nouns
 from eval.amber_nouns import Lexicon, Similar
 from eval.errors import EvalError
-from eval.intervals import Numbers, Tally, ratio
+from eval.intervals import Numbers, Tally, grouped, ratio
 from eval.records import Row, read_rows
 
 GENERATIVE = "generative"
@@ -39,12 +39,16 @@ _TYPES = {GENERATIVE, *(kind for kinds in DIMENSIONS.values() for kind in kinds)
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of one id: words of a description (`truth`, `hallu`), or "yes" or "no"."""
+    """What is known of one id: words of a description (`truth`, `hallu`), or "yes" or "no".
+
+    Questions about one `image` are drawn together for intervals, where it is known.
+    """
 
     type: str
     truth: Sequence[str]
     hallu: Sequence[str] = ()
     answer: str = ""
+    image: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ def score(
         if name == GENERATIVE:
             result[name] = {**part.report(seed), "nouns": nouns, "similarity": similarity}
         else:
-            result.setdefault("discriminative", {})[name] = part.report(seed)
+            asked = {"n": int(part.counts["asked"].sum())}
+            result.setdefault("discriminative", {})[name] = part.report(seed) | asked
     result["official"] = official(result)
     if result.keys() >= {GENERATIVE, "discriminative"}:
         f1 = result["discriminative"]["all"]["f1"]
@@ -198,7 +203,8 @@ def _questions(answered: Sequence[tuple[Item, str]]) -> Tally:
         "labelled_no": absent,
         "unreadable": ~no & ~yes,
     }
-    return Tally(columns, _question_ratios, right)
+    images = [item.image or str(place) for place, (item, _) in enumerate(answered)]
+    return Tally(grouped(columns, images), _question_ratios, right)
 
 
 def _question_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
@@ -254,8 +260,14 @@ def _printed(part: Mapping[str, Any], dimension: str) -> dict[str, float]:
 def score_files(
     responses: Path, data: Path, nouns: str = "nltk", similarity: str = "exact"
 ) -> dict[str, Any]:
-    """AMBER of a response file in the official form; `data` holds the benchmark's own files."""
+    """AMBER of a response file in the official form; `data` holds the benchmark's own files.
+
+    Which image a question is about stands in `query_all.json`; without it each is drawn alone.
+    """
     items = read_items(data / "annotations.json")
+    if (queries := data / "query_all.json").is_file():
+        images = {_id(row): row.text("image") for row in read_rows(queries)}
+        items = {n: replace(item, image=images.get(n, "")) for n, item in items.items()}
     given = [(row, _id(row), row.text("response")) for row in read_rows(responses)]
     for row, number, _ in given:
         if number not in items:

@@ -6,7 +6,7 @@ the measure taken of the sums: the percentile bootstrap of Efron and Tibshirani,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -73,6 +73,20 @@ def measure(counts: Mapping[str, Numbers], ratios: Ratios, seed: int = 0) -> dic
         "values": {name: float(ratio(*parts)) for name, parts in totals.items()},
         "intervals": {name: list(interval(ratio(*parts))) for name, parts in draws.items()},
         "undefined": [name for name, (_, bottom) in totals.items() if bottom == 0],
+    }
+
+
+def grouped(counts: Mapping[str, Numbers], groups: Sequence[str] | None) -> Mapping[str, Numbers]:
+    """Counts `{name: [samples]}` summed over the samples of each group, `[groups]` by name.
+
+    What is asked about one image stands or falls together, so it is drawn together.
+    """
+    if groups is None:
+        return counts
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    return {
+        name: np.bincount(index, weights=column).astype(np.float64)
+        for name, column in counts.items()
     }
 
 

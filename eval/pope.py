@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from eval.errors import EvalError
-from eval.intervals import Numbers, Tally, measure
+from eval.intervals import Numbers, Tally, grouped, measure
 from eval.parsers import parser_named, readable
 from eval.records import Row, read_rows
 
@@ -241,17 +241,7 @@ def tally(
 ) -> Tally:
     """What each image adds, or each question where no `images` are given."""
     counts = counts_by_question(answers, labels, parser)
-    grouped = {name: by_image(column, images) for name, column in counts.items()}
-    return Tally(grouped, ratios, counts["tp"] + counts["tn"])
-
-
-def by_image(column: Any, images: Sequence[str] | None) -> Numbers:
-    """Sums of a column `[questions]` over the questions of each image, `[images]` by name."""
-    values = np.asarray(column, dtype=np.float64)
-    if images is None:
-        return values
-    _, index = np.unique(np.asarray(images), return_inverse=True)
-    return np.bincount(index, weights=values).astype(np.float64)
+    return Tally(grouped(counts, images), ratios, counts["tp"] + counts["tn"])
 
 
 def ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:

@@ -100,7 +100,9 @@ def _amber_given(
 ) -> tuple[list[tuple[int, str]], dict[int, amber.Item], amber_nouns.Lexicon]:
     """An answer to a question is read by the strict parser; the official script wants the word."""
     items = {
-        row["amber_id"]: amber.Item(row["type"], row["truth"], row["hallu"], row["label"])
+        row["amber_id"]: amber.Item(
+            row["type"], row["truth"], row["hallu"], row["label"], row["image"]
+        )
         for row in rows
     }
     words = {"yes": "Yes", "no": "No", None: ""}

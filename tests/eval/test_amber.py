@@ -140,6 +140,18 @@ def test_questions() -> None:
     assert "amber_score" not in result
 
 
+def test_questions_about_one_image_are_drawn_together() -> None:
+    """Two images, the ten questions about one right and about the other wrong: all or nothing."""
+    items = {n: Item("relation", (), answer="no", image="ab"[n // 10]) for n in range(20)}
+    given = [(n, "No" if n < 10 else "Yes") for n in range(20)]
+    together = score(given, items, LEXICON)["discriminative"]["all"]
+    assert together["intervals"]["accuracy"] == [0.0, 1.0]
+    assert (together["accuracy"], together["n"], together["counts"]["asked"]) == (0.5, 20, 20)
+    unknown = {n: item("relation", "no") for n in range(20)}
+    low, high = score(given, unknown, LEXICON)["discriminative"]["all"]["intervals"]["accuracy"]
+    assert 0.2 < low < high < 0.8
+
+
 def test_descriptions_and_questions_give_the_amber_score() -> None:
     items = {1: Item("generative", ["dog", "sky"], ["cat"]), 2: item("relation", "no")}
     result = score([(1, "A dog and a cat."), (2, "No")], items, LEXICON, nouns="approximate")
