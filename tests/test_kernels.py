@@ -103,6 +103,30 @@ def test_bfloat16_is_no_worse_than_eager(names: Sequence[str]) -> None:
     assert torch.stack(ours_apart).median() <= 1.25 * torch.stack(eager_apart).median()
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("names", [(), ("var",), ("gift",), ("vhr-unfiltered",)], ids=label)
+def test_autocast_costs_what_it_costs_the_stock_model(names: Sequence[str], attn: str) -> None:
+    """The mean error against float32, which methods that choose may enlarge; with every head off
+    the stock model's bits.
+    """
+    ours_apart, stock_apart = [], []
+    for seed in range(1, 9):
+        model = tiny.plant(tiny.llava(seed=seed, attn=attn))
+        exact, stock_exact = prompt_logits(model, names), prompt_logits(model, ())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found, stock = prompt_logits(model, names), prompt_logits(model, ())
+            batch = tiny.inputs(model, tiny.BATCH_OF_3)
+            with wrap(model, *ours(names or ("var",))) as patch:
+                answers = generate(model, batch, steps=2)
+                for table in patch.heads.values():
+                    table[:] = False
+                assert torch.equal(model(**batch).logits[:, -1].double(), stock)
+        assert all(step.isfinite().all() for step in answers.logits)
+        ours_apart.append((found - exact).abs().mean())
+        stock_apart.append((stock - stock_exact).abs().mean())
+    assert torch.stack(ours_apart).median() <= 1.5 * torch.stack(stock_apart).median()
+
+
 def test_torch_compile() -> None:
     """A compiled forward breaks its graph where methods act, and is right."""
     model = planted("llava")

@@ -44,7 +44,11 @@ def test_sinks_are_looked_for_across_devices() -> None:
     for far in (range(0), range(1, 3)):
         model = planted("llava")
         batch = tiny.inputs(model, tiny.ONE_IMAGE)
-        with spread(model, far), wrap(model, VAR()), pytest.warns(UserWarning) as caught:
+        with (
+            spread(model, far),
+            wrap(model, VAR()),
+            pytest.warns(UserWarning, match="VAR does nothing") as caught,
+        ):
             model(**batch)
         said.append([str(warning.message) for warning in caught])
     assert said[0] == said[1]

@@ -186,18 +186,32 @@ def attention(
             shown, query, key, value, attention_mask, **options
         )
         return stock
-    return run.attend(
-        Call(
-            slot.layer,
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            options,
-            lambda: kernel(shown, query, key, value, attention_mask, **options),
-        )
+    call = Call(
+        slot.layer,
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        options,
+        lambda: kernel(shown, query, key, value, attention_mask, **options),
     )
+    if torch.is_autocast_enabled(query.device.type):
+        return _outside_autocast(run, call)
+    return run.attend(call)
+
+
+def _outside_autocast(run: Run, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Autocast is for the stock kernel; rows that are edited keep float32."""
+    device, stock = call.query.device.type, call.stock
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast() -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(device, dtype=dtype):
+            return stock()
+
+    with torch.autocast(device, enabled=False):
+        return run.attend(replace(call, stock=cast))
 
 
 AttentionInterface.register(NAME, attention)

@@ -191,7 +191,7 @@ class Editing:
             if not edits:
                 continue
             output = _writable(call) if output is None else output
-            new = call.output(weights)
+            new = call.output(weights).to(output.dtype)
             if not any(p.index is None and p.mask is None and on is None for p, on in edits):
                 keep = _written(edits, new.shape[:3], new.device)
                 new = torch.where(keep[..., None], new, output[:, rows])
