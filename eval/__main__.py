@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ from eval import commands as benchmarks
 from eval import compare, config, demo, formats, plot, runs, sweep, table
 from eval.errors import EvalError
 from vlm_patch import PatchError, UnsupportedModelError
+
+ROOM = ": what was written is kept; make room and give the same command again"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except (EvalError, UnsupportedModelError, PatchError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        print(f"error: {error}{ROOM if full else ''}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on where this one ended", file=sys.stderr)

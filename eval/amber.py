@@ -10,7 +10,7 @@ questions with `truth` yes or no, to be answered by exactly "Yes" or "No".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from eval import amber_nouns
 from eval.amber_nouns import Lexicon, Similar
 from eval.errors import EvalError
-from eval.intervals import Numbers, measure, ratio
+from eval.intervals import Numbers, Tally, grouped, ratio
 from eval.records import Row, read_rows
 
 GENERATIVE = "generative"
@@ -39,12 +39,16 @@ _TYPES = {GENERATIVE, *(kind for kinds in DIMENSIONS.values() for kind in kinds)
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of one id: words of a description (`truth`, `hallu`), or "yes" or "no"."""
+    """What is known of one id: words of a description (`truth`, `hallu`), or "yes" or "no".
+
+    Questions about one `image` are drawn together for intervals, where it is known.
+    """
 
     type: str
     truth: Sequence[str]
     hallu: Sequence[str] = ()
     answer: str = ""
+    image: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,19 +117,38 @@ def score(
     `eval.amber_nouns`). Only the parts that there are responses for are reported. `official` holds
     the percentages as the script prints them. `EvalError` if an id is unknown or answered twice.
     """
-    _require_items([number for number, _ in responses], items)
-    described = [(items[n], text) for n, text in responses if items[n].type == GENERATIVE]
-    answered = [(items[n], text) for n, text in responses if items[n].type != GENERATIVE]
     result: dict[str, Any] = {"responses": len(responses)}
-    if described:
-        result[GENERATIVE] = _generative(described, lexicon, nouns, similarity, seed)
-    if answered:
-        result["discriminative"] = _discriminative(answered, seed)
+    for name, part in tallies(responses, items, lexicon, nouns, similarity).items():
+        if name == GENERATIVE:
+            result[name] = {**part.report(seed), "nouns": nouns, "similarity": similarity}
+        else:
+            asked = {"n": int(part.counts["asked"].sum())}
+            result.setdefault("discriminative", {})[name] = part.report(seed) | asked
     result["official"] = official(result)
-    if described and answered:
+    if result.keys() >= {GENERATIVE, "discriminative"}:
         f1 = result["discriminative"]["all"]["f1"]
         result["amber_score"] = (1 - result[GENERATIVE]["chair"] + f1) / 2
     return result
+
+
+def tallies(
+    responses: Sequence[tuple[int, str]],
+    items: Mapping[int, Item],
+    lexicon: Lexicon,
+    nouns: str = "nltk",
+    similarity: str = "exact",
+) -> dict[str, Tally]:
+    """What each response adds: "generative", and of the questions "all" and every dimension."""
+    _require_items([number for number, _ in responses], items)
+    described = [(items[n], text) for n, text in responses if items[n].type == GENERATIVE]
+    answered = [(items[n], text) for n, text in responses if items[n].type != GENERATIVE]
+    found = {}
+    if described:
+        found[GENERATIVE] = _generative(described, lexicon, nouns, similarity)
+    parts = {"all": answered}
+    for name, kinds in DIMENSIONS.items():
+        parts[name] = [pair for pair in answered if pair[0].type in kinds]
+    return found | {name: _questions(part) for name, part in parts.items() if part}
 
 
 def _require_items(numbers: Sequence[int], items: Mapping[int, Item]) -> None:
@@ -145,21 +168,12 @@ def _generative(
     lexicon: Lexicon,
     nouns: str,
     similarity: str,
-    seed: int,
-) -> dict[str, Any]:
+) -> Tally:
     read, similar = amber_nouns.reader(nouns), amber_nouns.similarity(similarity)
     judged = [judge(read(text, lexicon), item, lexicon, similar) for item, text in described]
     columns = {f.name: np.array([getattr(c, f.name) for c in judged]) for f in fields(Counts)}
     columns["words"] = np.array([len(text.split()) for _, text in described])
-    measured = measure(columns, _generative_ratios, seed)
-    return {
-        **measured["values"],
-        "counts": {name: int(column.sum()) for name, column in columns.items()},
-        "intervals": measured["intervals"],
-        "n": len(judged),
-        "nouns": nouns,
-        "similarity": similarity,
-    }
+    return Tally(columns, _generative_ratios)
 
 
 def _generative_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
@@ -175,34 +189,22 @@ def _generative_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Num
     }
 
 
-def _discriminative(answered: Sequence[tuple[Item, str]], seed: int) -> dict[str, Any]:
-    """Every dimension that has answers, after "all" of them."""
-    parts = {"all": answered}
-    for name, kinds in DIMENSIONS.items():
-        parts[name] = [pair for pair in answered if pair[0].type in kinds]
-    return {name: _questions(part, seed) for name, part in parts.items() if part}
-
-
-def _questions(answered: Sequence[tuple[Item, str]], seed: int) -> dict[str, Any]:
+def _questions(answered: Sequence[tuple[Item, str]]) -> Tally:
     """ "No" is the positive class; what is neither "Yes" nor "No" to the letter is wrong."""
     absent = np.array([item.answer == "no" for item, _ in answered])
     no = np.array([text == "No" for _, text in answered])
     yes = np.array([text == "Yes" for _, text in answered])
+    right = (no & absent) | (yes & ~absent)
     columns = {
         "asked": np.ones(len(answered)),
-        "right": (no & absent) | (yes & ~absent),
+        "right": right,
         "right_no": no & absent,
         "said_no": no,
         "labelled_no": absent,
         "unreadable": ~no & ~yes,
     }
-    measured = measure(columns, _question_ratios, seed)
-    return {
-        **measured["values"],
-        "counts": {name: int(column.sum()) for name, column in columns.items()},
-        "intervals": measured["intervals"],
-        "n": len(answered),
-    }
+    images = [item.image or str(place) for place, (item, _) in enumerate(answered)]
+    return Tally(grouped(columns, images), _question_ratios, right)
 
 
 def _question_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
@@ -219,12 +221,25 @@ def official(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """What the published script prints: percent with one decimal; F1 from the rounded two."""
     printed: dict[str, dict[str, float]] = {}
     if GENERATIVE in result:
-        names = {"chair": "CHAIR", "cover": "Cover", "hal": "Hal", "cog": "Cog"}
-        shares = {shown: result[GENERATIVE][name] for name, shown in names.items()}
-        printed[GENERATIVE] = {name: round(100 * share, 1) for name, share in shares.items()}
+        printed[GENERATIVE] = _printed_generative(result[GENERATIVE]["counts"])
     for name, part in result.get("discriminative", {}).items():
         printed["discriminative" if name == "all" else name] = _printed(part, name)
     return printed
+
+
+def _printed_generative(counts: Mapping[str, int]) -> dict[str, float]:
+    """The script's counters of what it divides by start at 0.001."""
+    free = counts["descriptions"] - counts["descriptions_hallucinated"]
+    shares = {
+        "CHAIR": (counts["nouns_hallucinated"], counts["nouns"]),
+        "Cover": (counts["truth_words_covered"], counts["truth_words"]),
+        "Hal": (free, counts["descriptions"]),
+        "Cog": (counts["hallu_words_covered"], counts["hallu_words"]),
+    }
+    percent = {
+        name: round(100 * top / (bottom + 0.001), 1) for name, (top, bottom) in shares.items()
+    }
+    return {**percent, "Hal": round(100 - percent["Hal"], 1)}
 
 
 def _printed(part: Mapping[str, Any], dimension: str) -> dict[str, float]:
@@ -245,8 +260,14 @@ def _printed(part: Mapping[str, Any], dimension: str) -> dict[str, float]:
 def score_files(
     responses: Path, data: Path, nouns: str = "nltk", similarity: str = "exact"
 ) -> dict[str, Any]:
-    """AMBER of a response file in the official form; `data` holds the benchmark's own files."""
+    """AMBER of a response file in the official form; `data` holds the benchmark's own files.
+
+    Which image a question is about stands in `query_all.json`; without it each is drawn alone.
+    """
     items = read_items(data / "annotations.json")
+    if (queries := data / "query_all.json").is_file():
+        images = {_id(row): row.text("image") for row in read_rows(queries)}
+        items = {n: replace(item, image=images.get(n, "")) for n, item in items.items()}
     given = [(row, _id(row), row.text("response")) for row in read_rows(responses)]
     for row, number, _ in given:
         if number not in items:

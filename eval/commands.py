@@ -18,7 +18,7 @@ from typing import Any
 from eval import (
     amber,
     data,
-    hallusionbench,
+    hallusionbench_files,
     llava_bench,
     mme,
     mmhal,
@@ -116,13 +116,14 @@ SCORES: Mapping[str, Score] = {
     ),
     "hallusionbench": Score(
         "HallusionBench answers, by a parser or a judge",
-        hallusionbench.score_files,
+        hallusionbench_files.score_files,
         (
             file("--answers", "rows with model_prediction"),
             file("--questions", "HallusionBench.json"),
             choice("--parser", "how an answer is read without a judge", ("strict", *PARSERS)),
             *JUDGE,
             TEMPLATE,
+            file("--same-template", "prompt that holds two answers together", required=False),
         ),
     ),
     "mmvp": Score(
@@ -131,18 +132,21 @@ SCORES: Mapping[str, Score] = {
         (
             file("--answers", "rows with question_id and response"),
             file("--questions", "Questions.csv"),
+            choice("--labels", "as published, or four of them corrected", mmvp.LABELS),
             *JUDGE,
             TEMPLATE,
         ),
     ),
     "object-halbench": Score(
-        "Object HalBench responses, by rules: response and mention level",
+        "Object HalBench responses, by rules or a judge: response and mention level",
         object_halbench.score_files,
         (
             file("--responses", "JSON list or JSON lines with image_id and answer"),
             file("--truth", "objects file or COCO folder", metavar="OBJECTS.json|COCO_DIR"),
             file("--synonyms", "synonyms_refine.txt (default: what ships)", required=False),
             choice("--rules", "how responses are read", RULES),
+            *JUDGE,
+            TEMPLATE,
         ),
     ),
     "mmhal": Score(

@@ -12,6 +12,9 @@ from eval.errors import EvalError
 from eval.folder import RunFolder, row_key
 
 Lines: TypeAlias = Mapping[tuple[str, ...], Mapping[str, Any]]
+RENDERING = ("model", "chat_template")
+SAID = ("answer", "tokens", "ended")
+"""What an answer holds beside the question and its facts."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,18 @@ def obstacles(one: Run, two: Run, tasks: Sequence[str]) -> Iterator[str]:
         yield "they have no task in common"
     if one.record.get("decoding") != two.record.get("decoding"):
         yield f"decoding is {one.record.get('decoding')} and {two.record.get('decoding')}"
+    asked = [[run.record["settings"].get(key) for key in RENDERING] for run in (one, two)]
+    if asked[0][0] == asked[1][0] and asked[0] != asked[1]:
+        yield f"the prompts are rendered by chat_template {asked[0][1]!r} and {asked[1][1]!r}"
     for task in tasks:
         mine, others = (run.record["settings"][task] for run in (one, two))
         if mine["max_new_tokens"] != others["max_new_tokens"]:
             limits = f"{mine['max_new_tokens']} and {others['max_new_tokens']} tokens"
             yield f"the token limit of {task} is {limits}"
         yield from _other_samples(one.asked(task), two.asked(task), task)
-    if "chair" in tasks:
-        names = [_scorer(run) for run in (one, two)]
-        if names[0] != names[1]:
-            yield f"CHAIR is read by {names[0]} and by {names[1]}"
+        scorers = [_scorer(run, task) for run in (one, two)]
+        if scorers[0] != scorers[1]:
+            yield f"{task} is read by {scorers[0]} and by {scorers[1]}"
 
 
 def _other_samples(mine: Lines, others: Lines, task: str) -> Iterator[str]:
@@ -75,14 +80,19 @@ def _other_samples(mine: Lines, others: Lines, task: str) -> Iterator[str]:
         yield f"the prompts of {task} differ" + (
             f", for example {differing[0]!r} and {differing[1]!r}" if differing else ""
         )
-    elif any(_truth(mine[key]) != _truth(others[key]) for key in answered):
+    elif any(_facts(mine[key]) != _facts(others[key]) for key in answered):
         yield f"the annotations behind {task} differ"
 
 
-def _truth(row: Mapping[str, Any]) -> Any:
-    return row.get("truth", row.get("label"))
+def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The question, and what its answer is held against."""
+    return {key: value for key, value in row.items() if key not in SAID}
 
 
-def _scorer(run: Run) -> str:
-    vocabulary = runs.vocabulary(run.path, run.record)
-    return f"{vocabulary.rules} rules with {vocabulary.name}"
+def _scorer(run: Run, task: str) -> str:
+    if task == "chair":
+        vocabulary = runs.vocabulary(run.path, run.record)
+        return f"{vocabulary.rules} rules with {vocabulary.name}"
+    if task == "pope":
+        return f"the {runs.pope_parser(run.record)} parser"
+    return f"{run.record['settings'][task].get('nouns', 'one')} rules"

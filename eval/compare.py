@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eval import chair, pope, runs, table
+from eval import chair, pope, runs, table, tasks
 from eval.comparable import Run, obstacles
+from eval.config import TASKS
 from eval.errors import EvalError
-from eval.intervals import Numbers, paired
+from eval.intervals import Numbers, Tally, paired
 
 # measure: the direction that lowers CHAIR for free, and what to call it
 FREE_GAINS = {
     "recall": (-1, "recall went down"),
+    "cover": (-1, "fewer true words are covered"),
     "mean_tokens": (-1, "captions got shorter"),
+    "mean_words": (-1, "descriptions got shorter"),
     "looping_share": (1, "more captions repeat themselves"),
     "no_object_share": (1, "more captions name nothing"),
 }
+CHAIR = {("chair", ""): ("chair_s", "chair_i"), ("amber", "generative"): ("chair", "hal")}
+ACCURACY = ("accuracy", "a_acc")
+"""The share of right answers, beside which McNemar's test stands."""
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
@@ -34,60 +40,46 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     samples that both answered. EvalError says why two runs cannot be compared.
     """
     one, two = Run.read(before), Run.read(after)
-    tasks = [task for task in ("chair", "pope") if one.asked(task) and two.asked(task)]
-    if reasons := list(obstacles(one, two, tasks)):
+    both = [task for task in TASKS if one.asked(task) and two.asked(task)]
+    if reasons := list(obstacles(one, two, both)):
         raise EvalError(f"{before} and {after} cannot be compared: {'; '.join(reasons)}")
     result: dict[str, Any] = {"before": str(before), "after": str(after)}
     shared = sorted(one.rows.keys() & two.rows.keys())
     result["unpaired"] = len(one.rows.keys() ^ two.rows.keys())
-    for task, split in itertools.product(tasks, one.record["data"]["images"]):
+    for task, split in itertools.product(both, one.record["data"]["images"]):
         keys = [key for key in shared if key[:2] == (task, split)]
         if not keys:
             continue
-        pairs = [one.rows[key] for key in keys], [two.rows[key] for key in keys]
-        found = _chair(one, *pairs) if task == "chair" else _pope(*pairs)
-        result.setdefault(task, {})[split] = found
+        first, second = (_tallies(run, task, [run.rows[key] for key in keys]) for run in (one, two))
+        found = {part: _change(first[part], second[part]) for part in first}
+        result.setdefault(task, {})[split] = found.get("", found)
     return result | {"warnings": list(_warnings(result))}
 
 
-def _chair(
-    run: Run, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    truth = {int(row["image_id"]): row["truth"] for row in before}
-    vocabulary = runs.vocabulary(run.path, run.record)
-    one, two = (
-        chair.counts_by_caption(
-            [(int(row["image_id"]), str(row["answer"])) for row in rows], truth, vocabulary
-        )
-        for rows in (before, after)
-    )
-    return {"n": len(before), **paired(one, two, chair.ratios)}
+def _tallies(run: Run, task: str, rows: tasks.Rows) -> dict[str, Tally]:
+    """What each sample adds, by part of the task; one that has no parts calls it ""."""
+    if task == "chair":
+        truth = {int(row["image_id"]): row["truth"] for row in rows}
+        captions = [(int(row["image_id"]), str(row["answer"])) for row in rows]
+        words = runs.vocabulary(run.path, run.record)
+        return {"": Tally(chair.counts_by_caption(captions, truth, words), chair.ratios)}
+    if task == "pope":
+        parser = runs.pope_parser(run.record)
+        given = pope.by_strategy(rows)
+        return {part: pope.tally(*columns, parser) for part, columns in given.items()}
+    return tasks.TASKS[task].tallies(rows, run.path, run.record["settings"][task])
 
 
-def _pope(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """By strategy; intervals over images, McNemar's test over questions."""
-    found: dict[str, Any] = {}
-    for strategy in pope.STRATEGIES:
-        if strategy not in {row["strategy"] for row in before}:
-            continue
-        rows = [[row for row in part if row["strategy"] == strategy] for part in (before, after)]
-        labels, images = ([row[key] for row in rows[0]] for key in ("label", "image"))
-        one, two = (
-            pope.counts_by_question([row["answer"] for row in part], labels) for part in rows
-        )
-        by_image = [
-            {name: pope.by_image(column, images) for name, column in columns.items()}
-            for columns in (one, two)
-        ]
-        test = mcnemar(one["tp"] + one["tn"], two["tp"] + two["tn"])
-        found[strategy] = {
-            "n": len(labels),
-            **paired(by_image[0], by_image[1], pope.ratios),
-            "mcnemar": test,
-        }
-    return found
+def _change(before: Tally, after: Tally) -> dict[str, Any]:
+    """Differences in pairs; intervals over samples as the scorer draws them, McNemar's test over
+    answers.
+
+    `n` counts the answers where each is right or wrong, else the samples.
+    """
+    found: dict[str, Any] = paired(before.counts, after.counts, before.ratios)
+    if before.right is None or after.right is None:
+        return {"n": len(next(iter(before.counts.values()))), **found}
+    return {"n": len(before.right), **found, "mcnemar": mcnemar(before.right, after.right)}
 
 
 def mcnemar(before: Numbers, after: Numbers) -> dict[str, Any]:
@@ -106,17 +98,19 @@ def mcnemar(before: Numbers, after: Numbers) -> dict[str, Any]:
 
 def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
     """Where a lower CHAIR comes with what lowers it for free."""
-    for split, found in result.get("chair", {}).items():
-        fallen = [key for key in ("chair_s", "chair_i") if found[key]["difference"] < 0]
+    for task, split, part, found in _parts(result):
+        watched = CHAIR.get((task, part), ())
+        fallen = [key for key in watched if found[key]["difference"] < 0]
         paid = [
             name
             for key, (sign, name) in FREE_GAINS.items()
-            if sign * found[key]["interval"][sign < 0] > 0
+            if key in found and sign * found[key]["interval"][sign < 0] > 0
         ]
         if fallen and paid:
+            cure = ", so look at it at the first 40, 60 and 100 words" if task == "chair" else ""
             yield (
-                f"{split}: CHAIR fell while {' and '.join(paid)}; captions that say less lower "
-                f"CHAIR for free, so look at it at the first 40, 60 and 100 words"
+                f"{split if task == 'chair' else task}: CHAIR fell while {' and '.join(paid)}; "
+                f"captions that say less lower CHAIR for free{cure}"
             )
 
 
@@ -130,32 +124,46 @@ def markdown(found: Mapping[str, Any]) -> str:
     if found["unpaired"]:
         notes.append(f"- {found['unpaired']} samples were skipped by one of the runs: left out\n")
     return (
-        f"{names[1]} minus {names[0]} on the same images, in percent points (length: tokens). In "
-        f"brackets 95 % paired bootstrap intervals; * where 0 lies outside.\n\n"
+        f"{names[1]} minus {names[0]} on the same images, in percent points (lengths: tokens or "
+        f"words; scores: points). In brackets 95 % paired bootstrap intervals; * where 0 lies "
+        f"outside.\n\n"
         f"{table.layout(header, list(_cells(found)))}\n\n{''.join(notes)}"
     )
 
 
 def _cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    for split, measures in found.get("chair", {}).items():
-        for key, label in table.CHAIR_ROWS.items():
-            yield [split, label, *_numbers(key, measures[key]), ""]
-    for split, strategies in found.get("pope", {}).items():
-        for strategy, measures in strategies.items():
-            test = measures["mcnemar"]
-            for key, label in table.POPE_ROWS.items():
-                said = f"+{test['turned_right']} -{test['turned_wrong']}, p = {test['p']:.3g}"
-                shown = f"POPE {strategy}, {label}"
-                yield [
-                    split,
-                    shown,
-                    *_numbers(key, measures[key]),
-                    said if key == "accuracy" else "",
-                ]
+    for task, split, part, measures in _parts(found):
+        for key, label in _rows(task, part, measures):
+            said = _test_cell(measures) if key in ACCURACY else ""
+            yield [split, label, *_numbers(key, measures[key]), said]
+
+
+def _parts(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+    """(task, split, part, measures); a task without parts calls its only one ""."""
+    for task in TASKS:
+        for split, parts in found.get(task, {}).items():
+            for part, measures in ({"": parts} if "n" in parts else parts).items():
+                yield task, split, part, measures
+
+
+def _rows(task: str, part: str, measures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The measures that are shown, and what they are called."""
+    if task == "chair":
+        yield from table.CHAIR_ROWS.items()
+    elif task == "pope":
+        yield from ((key, f"POPE {part}, {label}") for key, label in table.POPE_ROWS.items())
+    else:
+        for key in (key for key in measures if key not in ("n", "mcnemar")):
+            yield key, table.label(f"{task} {part}".strip(), key)
+
+
+def _test_cell(measures: Mapping[str, Any]) -> str:
+    test = measures["mcnemar"]
+    return f"+{test['turned_right']} -{test['turned_wrong']}, p = {test['p']:.3g}"
 
 
 def _numbers(key: str, change: Mapping[str, Any]) -> list[str]:
-    unit = 1 if key == "mean_tokens" else 100
+    unit = table.unit(key)
     low, high = (unit * bound for bound in change["interval"])
     star = " *" if low > 0 or high < 0 else ""
     values = [f"{unit * change[name]:.1f}" for name in ("before", "after")]

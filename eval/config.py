@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from eval.errors import EvalError
+from eval.mmvp import LABELS
 from eval.pope import STRATEGIES
 from eval.records import read_text
 from eval.values import (
@@ -69,7 +70,8 @@ class PopeTask:
 
     `questions`: path of the official question files with {strategy} in it. Null builds them from
     the annotations with the run's seed, for `images` images of each split, `per_image` objects that
-    are there and as many that are not. `prompt` holds {question}.
+    are there and as many that are not. `prompt` holds {question}. `parser` reads the answers:
+    official (all that it cannot read is a yes) or strict (that is neither, and wrong).
     """
 
     prompt: str = "{question}"
@@ -78,10 +80,12 @@ class PopeTask:
     per_image: int = 3
     strategies: tuple[str, ...] = (*STRATEGIES,)
     questions: str | None = None
+    parser: str = "official"
 
     def __post_init__(self) -> None:
         check_positive("pope", self, "max_new_tokens", "images", "per_image")
         check_names("pope.strategies", self.strategies, STRATEGIES)
+        check_names("pope.parser", (self.parser,), ("official", "strict"))
         if "{question}" not in self.prompt:
             raise EvalError(f"pope.prompt is {self.prompt!r}: it must hold {{question}}")
         if self.questions is not None and "{strategy}" not in self.questions:
@@ -130,7 +134,14 @@ class MmeTask(FolderTask):
 
 @dataclass(frozen=True)
 class MmvpTask(FolderTask):
-    """MMVP (arXiv 2401.06209): Questions.csv, and the images in "MMVP Images/"."""
+    """MMVP (arXiv 2401.06209): Questions.csv, and the images in "MMVP Images/"; `labels` published,
+    or corrected in four places."""
+
+    labels: str = "published"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("mmvp.labels", (self.labels,), LABELS)
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,8 @@ class Config:
 
     From `revision` to `attn_implementation` the settings go to from_pretrained; `quantization` is
     its quantization_config, as in {load_in_4bit: true}. Where none of `device_map`, `tp_plan` and
-    `quantization` places the model, it goes to `device` as a whole. `part`: of all images only the
+    `quantization` places the model, it goes to `device` as a whole. `chat_template` is Jinja that
+    renders prompts, for a model whose processor has none. `part`: of all images only the
     half to tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each
     split and task. `broken_images: error` stops at an image that cannot be read
     rather than list it as skipped. `layers` and `heads` go to `wrap`.
@@ -170,6 +182,7 @@ class Config:
     tp_plan: str | Mapping[str, Any] | None = None
     quantization: Mapping[str, Any] | None = None
     attn_implementation: str | None = None
+    chat_template: str | None = None
     data: str = "pocket"
     splits: tuple[str, ...] = ()
     part: str | None = None

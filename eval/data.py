@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,10 @@ def download(url: str, part: Path) -> None:
             _save(answer, part, have if answer.status == 206 else 0)
     except urllib.error.HTTPError as error:
         _explain(error, url, part, have)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise EvalError(
-            f"{url}: not reached ({error}). What has come is kept: the same command goes on."
+            f"{url}: not fetched into {part} ({error}). What has come is kept: the same command "
+            "goes on."
         ) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from eval import pocket
@@ -32,6 +32,10 @@ GREEDY: dict[str, Any] = {
     "top_p": 1.0,
     "top_k": 50,
 }
+
+
+# What a model that knows no chat is asked: the question, the image being put before it.
+BARE = "{{ messages[0]['content'][-1]['text'] }}"
 
 
 class BrokenImageError(EvalError):
@@ -65,7 +69,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
             f"model {config.model} cannot be loaded (expected: pocket, a folder made by "
             f"save_pretrained, or the hub id of an image-text-to-text model): {error}"
         ) from error
-    return model.eval(), prepare(processor, config.model)
+    return model.eval(), prepare(processor, config.model, config.chat_template)
 
 
 def placing(config: Config) -> dict[str, Any]:
@@ -73,11 +77,18 @@ def placing(config: Config) -> dict[str, Any]:
     plan: Any = dict(config.tp_plan) if isinstance(config.tp_plan, Mapping) else config.tp_plan
     wanted = {
         "device_map": config.device_map,
-        "distributed_config": None if plan is None else DistributedConfig(tp_plan=plan),
+        **({} if plan is None else _together(plan)),
         "quantization_config": config.quantization and dict(config.quantization),
         "attn_implementation": config.attn_implementation,
     }
     return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _together(plan: Any) -> dict[str, Any]:
+    """How from_pretrained is told to divide the model among processes; transformers moved it."""
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:
+        return {"distributed_config": DistributedConfig(tp_plan=plan)}
+    return {"tp_plan": plan}
 
 
 def best_device() -> str:
@@ -94,18 +105,18 @@ def own_device() -> str:
     return f"{device}:{int(place) % torch.accelerator.device_count()}"
 
 
-def prepare(processor: Any, name: str) -> Any:
+def prepare(processor: Any, name: str, chat_template: str | None = None) -> Any:
     """The processor made ready for batches: left padding, a padding token, a chat template."""
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         raise EvalError(
             f"model {name}: its processor has no tokenizer ({type(processor).__name__})"
         )
-    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    processor.chat_template = chat_template or processor.chat_template or tokenizer.chat_template
     if not processor.chat_template:
         raise EvalError(
             f"model {name}: its processor has no chat template, so prompts cannot be rendered; "
-            f"put chat_template.jinja into a local copy of the model and name that folder"
+            f'give one in the config, for the bare question --set "chat_template={BARE}"'
         )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -188,7 +199,10 @@ def _check_images(model: Any, ids: torch.Tensor, batch: Sequence[Sample]) -> Non
 
 
 def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
+    """What ends an answer; some models (InstructBLIP) leave generating to their language model."""
+    part = getattr(model, "language_model", None)
+    writer = part if isinstance(part, GenerationMixin) else model
+    ends = writer.generation_config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends}
 
 

@@ -8,21 +8,18 @@ Guan et al. 2023, https://arxiv.org/abs/2310.14566. One row, shortened: `{"categ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from eval.diagnosis import KINDS, RIGHT, UNCLEAR, WRONG, diagnose
 from eval.errors import EvalError
-from eval.intervals import Numbers, measure
-from eval.judge import Judge, Template, judge_of, shipped
+from eval.intervals import Numbers, Tally
 from eval.parsers import parser_named
-from eval.records import Row, read_rows
 
 Key: TypeAlias = tuple[str, ...]
-WRONG, RIGHT, UNCLEAR = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,11 @@ class Question:
         return *self.set, self.figure_id, self.question_id
 
     @property
+    def first(self) -> Key | None:
+        """The same question on figure 0; None for that one itself."""
+        return None if self.figure_id == "0" else (*self.set, "0", self.question_id)
+
+    @property
     def blind(self) -> bool:
         """Asked without an image; to be unsure is right then."""
         return self.category == "VS" and self.figure_id == "0"
@@ -75,14 +77,33 @@ def verdict_of(reply: str) -> int:
     return WRONG if "incorrect" in said else RIGHT if "correct" in said else UNCLEAR
 
 
-def score(questions: Sequence[Question], verdicts: Sequence[int], seed: int = 0) -> dict[str, Any]:
+def score(
+    questions: Sequence[Question],
+    verdicts: Sequence[int],
+    same: Collection[Key] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
     """aAcc, qAcc, fAcc and their kin, as shares with 95 % intervals over sets of questions.
 
     Easy are the questions without an image or on the original one, hard those on an edited one;
     `*_q_acc` takes the same question on several figures for one. `yes_bias` is the share of yes
     among the answers less that among the labels, `false_yes` the share of wrong answers whose label
-    is no. An unclear answer is wrong, but to a question without an image it is right.
+    is no. An unclear answer is wrong, but to a question without an image it is right. The kinds of
+    failure (see `eval.diagnosis`) are shares of those that can be told: the question's first form
+    must have been answered too. `same` holds the questions whose answer repeats that one.
     """
+    found = tally(questions, verdicts, same).report(seed)
+    if untold := found["counts"]["undiagnosed"]:
+        found["flags"] = [
+            f"{untold} failures have no diagnosis: their questions' first form was not asked"
+        ]
+    return found
+
+
+def tally(
+    questions: Sequence[Question], verdicts: Sequence[int], same: Collection[Key] = ()
+) -> Tally:
+    """What each set of questions adds."""
     if not questions or len(questions) != len(verdicts):
         raise EvalError(f"HallusionBench: {len(verdicts)} verdicts for {len(questions)} questions.")
     judged = list(zip(questions, verdicts, strict=True))
@@ -92,15 +113,10 @@ def score(questions: Sequence[Question], verdicts: Sequence[int], seed: int = 0)
     sets: dict[Key, list[tuple[Question, int]]] = {}
     for question, value in judged:
         sets.setdefault(question.set, []).append((question, value))
-    rows = [_counts(part, right) for part in sets.values()]
+    rows = [_counts(part, right) | _failures(part, same) for part in sets.values()]
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
-    measured = measure(columns, _ratios, seed)
-    return {
-        **measured["values"],
-        "counts": {name: int(column.sum()) for name, column in columns.items()},
-        "intervals": measured["intervals"],
-        "n": len(sets),
-    }
+    marks = np.array([right[question.key] for question in questions], dtype=np.float64)
+    return Tally(columns, _ratios, marks)
 
 
 def _counts(part: Sequence[tuple[Question, int]], right: Mapping[Key, bool]) -> dict[str, int]:
@@ -130,6 +146,21 @@ def _counts(part: Sequence[tuple[Question, int]], right: Mapping[Key, bool]) -> 
     return counts
 
 
+def _failures(part: Sequence[tuple[Question, int]], same: Collection[Key]) -> dict[str, int]:
+    """How often each kind of failure occurs in one set, and how often it cannot be told."""
+    verdicts = {question.key: value for question, value in part}
+    kinds: list[str] = []
+    for question, value in part:
+        first = question.first
+        if first is None or first in verdicts:
+            before = None if first is None else verdicts[first]
+            kinds.append(diagnose(question.category, value, before, question.key in same))
+        elif value != RIGHT:
+            kinds.append("undiagnosed")
+    found = {kind: kinds.count(kind) for kind in (*KINDS, "undiagnosed")}
+    return {**found, "diagnosed": sum(found[kind] for kind in KINDS)}
+
+
 def _groups(marks: Iterable[tuple[Key, bool]]) -> list[list[bool]]:
     groups: dict[Key, list[bool]] = {}
     for key, mark in marks:
@@ -152,79 +183,18 @@ def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
         "yes_bias": (c["said_yes"] - c["labelled_yes"], c["questions"]),
         "false_yes": (c["wrong_labelled_no"], c["wrong"]),
         "unclear": (c["unclear"], c["questions"]),
+        **{kind: (c[kind], c["diagnosed"]) for kind in KINDS},
     }
 
 
-def score_files(
-    answers: Path,
-    questions: Path,
-    parser: str = "strict",
-    judge: str | None = None,
-    judge_model: str | None = None,
-    verdicts: Path | None = None,
-    template: Path | None = None,
-) -> dict[str, Any]:
-    """HallusionBench of a file with `model_prediction` against `HallusionBench.json`.
-
-    Without a judge an answer is read by the parser. Only answered questions count: 951 of the 1129
-    have an image, and many evaluations ask no others, so the two kinds of run do not compare.
-    """
-    known = {question.key: question for question in read_questions(questions)}
-    rows = read_rows(answers)
-    asked = [_asked(row, known, questions) for row in rows]
-    texts = [row.text("model_prediction", "answer") for row in rows]
-    chosen = judge_of(judge, judge_model, verdicts)
-    if chosen is None:
-        pairs = zip(asked, texts, strict=True)
-        values = [verdict(text, question.label, parser) for question, text in pairs]
-        how = {"judge": None, "parser": parser}
-    else:
-        prompt = Template.load(template or shipped("hallusionbench"))
-        values = _judged(chosen, prompt, asked, texts)
-        how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**score(asked, values), "answered": len(asked), "all_questions": len(known), **how}
-
-
-def _judged(
-    judge: Judge, template: Template, questions: Sequence[Question], texts: Sequence[str]
-) -> list[int]:
-    prompts = {
-        "/".join(q.key): template.fill(question=q.text, reference=q.reference, answer=text)
-        for q, text in zip(questions, texts, strict=True)
+def repeated(
+    questions: Sequence[Question], texts: Sequence[str], parser: str = "strict"
+) -> set[Key]:
+    """The questions whose answer is read like that to their first form."""
+    read = parser_named(parser)
+    said = {question.key: read(text) for question, text in zip(questions, texts, strict=True)}
+    return {
+        question.key
+        for question in questions
+        if question.first in said and said[question.key] == said[question.first]
     }
-    return [verdict_of(reply) for reply in judge.replies(prompts).values()]
-
-
-def read_questions(path: Path) -> list[Question]:
-    """The questions of `HallusionBench.json`, in its order."""
-    return [_question(row) for row in read_rows(path)]
-
-
-def _key(row: Row) -> Key:
-    names = ("category", "subcategory", "set_id", "figure_id", "question_id")
-    return tuple(str(row.first(name)) for name in names)
-
-
-def _question(row: Row) -> Question:
-    category, subcategory, set_id, figure_id, question_id = _key(row)
-    label = str(row.first("gt_answer"))
-    if label not in ("0", "1"):
-        raise EvalError(f"{row.where}: the field 'gt_answer' is {label!r}; expected 0 or 1.")
-    return Question(
-        category,
-        subcategory,
-        set_id,
-        figure_id,
-        question_id,
-        str(row.first("visual_input")),
-        row.text("question"),
-        row.text("gt_answer_details"),
-        "yes" if label == "1" else "no",
-    )
-
-
-def _asked(row: Row, known: Mapping[Key, Question], path: Path) -> Question:
-    key = _key(row)
-    if key not in known:
-        raise EvalError(f"{row.where}: question {'/'.join(key)} is not in {path}.")
-    return known[key]

@@ -6,7 +6,8 @@ the measure taken of the sums: the percentile bootstrap of Efron and Tibshirani,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -73,6 +74,42 @@ def measure(counts: Mapping[str, Numbers], ratios: Ratios, seed: int = 0) -> dic
         "intervals": {name: list(interval(ratio(*parts))) for name, parts in draws.items()},
         "undefined": [name for name, (_, bottom) in totals.items() if bottom == 0],
     }
+
+
+def grouped(counts: Mapping[str, Numbers], groups: Sequence[str] | None) -> Mapping[str, Numbers]:
+    """Counts `{name: [samples]}` summed over the samples of each group, `[groups]` by name.
+
+    What is asked about one image stands or falls together, so it is drawn together.
+    """
+    if groups is None:
+        return counts
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    return {
+        name: np.bincount(index, weights=column).astype(np.float64)
+        for name, column in counts.items()
+    }
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts `{name: [samples]}` with the measures that are taken of their sums.
+
+    `right` `[questions]` says where an answer is right (1 or 0), for questions with two answers.
+    """
+
+    counts: Mapping[str, Numbers]
+    ratios: Ratios
+    right: Numbers | None = None
+
+    def report(self, seed: int = 0) -> dict[str, Any]:
+        """Values, the sums behind them, 95 % intervals, and the number of samples."""
+        measured = measure(self.counts, self.ratios, seed)
+        return {
+            **measured["values"],
+            "counts": {name: int(column.sum()) for name, column in self.counts.items()},
+            "intervals": measured["intervals"],
+            "n": len(next(iter(self.counts.values()))),
+        }
 
 
 def paired(

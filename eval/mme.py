@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from eval.errors import EvalError
-from eval.intervals import Numbers, measure
+from eval.intervals import Numbers, Tally
 from eval.parsers import Reading
 from eval.records import read_text
 
@@ -62,7 +62,7 @@ def score(subtasks: Mapping[str, Sequence[Answer]], seed: int = 0) -> dict[str, 
     """
     if not subtasks:
         raise EvalError("MME: there are no answers to score.")
-    parts = {name: _subtask(answers, seed) for name, answers in subtasks.items()}
+    parts = {name: tally(answers).report(seed) for name, answers in subtasks.items()}
     totals = {
         total: sum(parts[name]["score"] for name in names)
         for total, names in TOTALS.items()
@@ -71,31 +71,32 @@ def score(subtasks: Mapping[str, Sequence[Answer]], seed: int = 0) -> dict[str, 
     return {"subtasks": parts, "totals": totals}
 
 
-def _subtask(answers: Sequence[Answer], seed: int) -> dict[str, Any]:
+def tally(*subtasks: Sequence[Answer]) -> Tally:
+    """What each image adds to the score of a subtask, or to the sum over several.
+
+    The two answers about an image follow each other.
+    """
+    answers = [answer for subtask in subtasks for answer in subtask]
     said = np.array([read_answer(answer.text) or "" for answer in answers]).reshape(-1, 2)
     labels = np.array([answer.label for answer in answers]).reshape(-1, 2)
     right = said == labels
+    # in a sum every subtask counts as much as the others, however many images it has
+    weights = [len(answers) / len(subtask) for subtask in subtasks for _ in subtask[::2]]
     columns = {
         "questions": np.full(len(right), 2),
         "right": right.sum(axis=1),
         "images": np.ones(len(right)),
         "images_right": right.all(axis=1),
+        "points": np.array(weights) * (50 * right.sum(axis=1) + 100 * right.all(axis=1)),
         "unreadable": (said == "").sum(axis=1),
         "said_yes": (said == "yes").sum(axis=1),
     }
-    measured = measure(columns, _ratios, seed)
-    values = measured["values"]
-    return {
-        "score": 100 * (values["accuracy"] + values["accuracy_plus"]),
-        **values,
-        "counts": {name: int(column.sum()) for name, column in columns.items()},
-        "intervals": measured["intervals"],
-        "n": len(right),
-    }
+    return Tally(columns, _ratios, right.ravel())
 
 
 def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
     return {
+        "score": (c["points"], c["images"]),
         "accuracy": (c["right"], c["questions"]),
         "accuracy_plus": (c["images_right"], c["images"]),
         "yes_ratio": (c["said_yes"], c["questions"]),

@@ -10,19 +10,22 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.errors import EvalError
-from eval.intervals import Numbers, measure
+from eval.intervals import Numbers, Tally
 from eval.judge import Template, judge_of, shipped
 from eval.parsers import first_word
 from eval.records import read_rows, read_text
 
 COLUMNS = ("Index", "Question", "Options", "Correct Answer")
+LABELS = ("published", "corrected")
+SWAPPED = (99, 100, 279, 280)
+"""Questions of two pairs whose labels are the wrong way round; lmms-eval corrects them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ def score(right: Sequence[bool | None], seed: int = 0) -> dict[str, Any]:
 
     None is an answer that could not be read: wrong, and counted in `unreadable`.
     """
+    return tally(right).report(seed)
+
+
+def tally(right: Sequence[bool | None]) -> Tally:
+    """What each pair adds."""
     if not right or len(right) % 2:
         raise EvalError(f"MMVP: {len(right)} answers; expected pairs.")
     marks = np.array([bool(mark) for mark in right]).reshape(-1, 2)
@@ -67,13 +75,7 @@ def score(right: Sequence[bool | None], seed: int = 0) -> dict[str, Any]:
         "right": marks.sum(axis=1),
         "unreadable": unread.sum(axis=1),
     }
-    measured = measure(columns, _ratios, seed)
-    return {
-        **measured["values"],
-        "counts": {name: int(column.sum()) for name, column in columns.items()},
-        "intervals": measured["intervals"],
-        "n": len(marks),
-    }
+    return Tally(columns, _ratios, marks.ravel())
 
 
 def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
@@ -91,13 +93,14 @@ def score_files(
     judge_model: str | None = None,
     verdicts: Path | None = None,
     template: Path | None = None,
+    labels: str = "published",
 ) -> dict[str, Any]:
-    """MMVP of an answer file against `Questions.csv`, with the labels as published.
+    """MMVP of an answer file against `Questions.csv`, with the labels as published or `corrected`.
 
     Without a judge the chosen option is read from the answer (`variant` "letters"); the published
     script asks a judge.
     """
-    asked = read_questions(questions)
+    asked = read_questions(questions, labels)
     given = {
         row.number("question_id", "index"): row.text("response", "answer", "text")
         for row in read_rows(answers)
@@ -110,13 +113,14 @@ def score_files(
     texts = [given[question.index] for question in asked]
     endpoint = judge_of(judge, judge_model, verdicts)
     if endpoint is None:
-        return {**score(_read(asked, texts)), "variant": "letters", "judge": None}
+        found = score(_read(asked, texts))
+        return {**found, "variant": "letters", "labels": labels, "judge": None}
     prompt = Template.load(template or shipped("mmvp"))
     replies = endpoint.replies(_prompts(asked, texts, prompt))
     said = [first_word(reply) for reply in replies.values()]
     result = score([None if word is None else word == "yes" for word in said])
     how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**result, "variant": "judge", **how}
+    return {**result, "variant": "judge", "labels": labels, **how}
 
 
 def _read(questions: Sequence[Question], texts: Sequence[str]) -> list[bool | None]:
@@ -139,13 +143,21 @@ def _prompts(
     }
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path, labels: str = "published") -> list[Question]:
     """The questions of `Questions.csv`, in its order."""
+    if labels not in LABELS:
+        raise EvalError(f"MMVP labels {labels!r}: expected one of {', '.join(LABELS)}.")
     reader = csv.DictReader(read_text(path).splitlines())
     found = [name.strip() for name in reader.fieldnames or ()]
     if missing := [name for name in COLUMNS if name not in found]:
         raise EvalError(f"{path}: no column {missing[0]!r}; found {', '.join(found) or 'none'}.")
-    return [_question(f"{path}, row {number}", row) for number, row in enumerate(reader, 1)]
+    asked = [_question(f"{path}, row {number}", row) for number, row in enumerate(reader, 1)]
+    return [_corrected(question) for question in asked] if labels == "corrected" else asked
+
+
+def _corrected(question: Question) -> Question:
+    other = {"a": "b", "b": "a"}[question.label]
+    return replace(question, label=other) if question.index in SWAPPED else question
 
 
 def _question(where: str, row: Mapping[str, str | None]) -> Question:

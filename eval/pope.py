@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from eval.errors import EvalError
-from eval.intervals import Numbers, measure
+from eval.intervals import Numbers, Tally, grouped, measure
 from eval.parsers import parser_named, readable
 from eval.records import Row, read_rows
 
@@ -185,9 +185,8 @@ def score(
         raise EvalError(f"POPE: {len(answers)} answers for {len(labels)} labels; expected pairs.")
     if unknown := sorted({label for label in labels if label not in ("yes", "no")}):
         raise EvalError(f"POPE: label {unknown[0]!r}; expected 'yes' or 'no'.")
-    counts = counts_by_question(answers, labels, parser)
-    grouped = {name: by_image(column, images) for name, column in counts.items()}
-    measured = measure(grouped, ratios, seed)
+    counts = tally(answers, labels, images, parser).counts
+    measured = measure(counts, ratios, seed)
     return {
         "n": len(answers),
         **{name: int(counts[name].sum()) for name in ("tp", "fp", "tn", "fn")},
@@ -220,13 +219,29 @@ def counts_by_question(
     return {name: np.asarray(column, dtype=np.float64) for name, column in counts.items()}
 
 
-def by_image(column: Any, images: Sequence[str] | None) -> Numbers:
-    """Sums of a column `[questions]` over the questions of each image, `[images]` by name."""
-    values = np.asarray(column, dtype=np.float64)
-    if images is None:
-        return values
-    _, index = np.unique(np.asarray(images), return_inverse=True)
-    return np.bincount(index, weights=values).astype(np.float64)
+def by_strategy(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, tuple[list[str], list[str], list[str]]]:
+    """Answers, labels and images of a run's answers, by the strategy of their questions."""
+    parts: dict[str, list[Mapping[str, Any]]] = {name: [] for name in STRATEGIES}
+    for row in rows:
+        parts[row["strategy"]].append(row)
+    return {
+        name: ([r["answer"] for r in part], [r["label"] for r in part], [r["image"] for r in part])
+        for name, part in parts.items()
+        if part
+    }
+
+
+def tally(
+    answers: Sequence[str],
+    labels: Sequence[str],
+    images: Sequence[str] | None,
+    parser: str = "official",
+) -> Tally:
+    """What each image adds, or each question where no `images` are given."""
+    counts = counts_by_question(answers, labels, parser)
+    return Tally(grouped(counts, images), ratios, counts["tp"] + counts["tn"])
 
 
 def ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:

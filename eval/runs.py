@@ -116,7 +116,7 @@ def _scored(
 ) -> dict[str, Any]:
     if task in tasks.TASKS:
         return tasks.TASKS[task].score(rows, out, record["settings"][task])
-    return _chair(out, record, rows) if task == "chair" else _pope(rows)
+    return _chair(out, record, rows) if task == "chair" else _pope(record, rows)
 
 
 def _chair(
@@ -136,16 +136,14 @@ def vocabulary(out: Path, record: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary.load(synonyms, task["rules"])
 
 
-def _pope(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _pope(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """POPE of one split by strategy; questions about one image stand or fall together."""
-    parts: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        parts.setdefault(row["strategy"], []).append(row)
     return {
-        strategy: pope.score(
-            [row["answer"] for row in part],
-            [row["label"] for row in part],
-            [row["image"] for row in part],
-        )
-        for strategy, part in parts.items()
+        strategy: pope.score(*given, parser=pope_parser(record))
+        for strategy, given in pope.by_strategy(rows).items()
     }
+
+
+def pope_parser(record: Mapping[str, Any]) -> str:
+    """The name of the rule by which the answers of a run are read."""
+    return str(record["settings"]["pope"].get("parser", "official"))

@@ -103,20 +103,31 @@ def cell(key: str, found: Value | None) -> str:
     """A value with its interval: shares in percent, lengths as they are."""
     if found is None:
         return "-"
-    unit = 1 if key.endswith(("mean_tokens", "mean_words")) else 100
-    return f"{unit * found.value:.1f} [{unit * found.low:.1f}, {unit * found.high:.1f}]"
+    times = unit(key)
+    return f"{times * found.value:.1f} [{times * found.low:.1f}, {times * found.high:.1f}]"
+
+
+def unit(key: str) -> int:
+    """By what a measure is multiplied for reading: shares are shown in percent."""
+    return 1 if key.endswith(("mean_tokens", "mean_words", " score")) or key == "score" else 100
+
+
+def label(name: str, key: str) -> str:
+    """What a measure of some part of a benchmark is called in a table."""
+    return f"{name}, {key}" + (" %" if unit(key) == 100 else "")
 
 
 def read(folders: Sequence[Path]) -> list[Column]:
     """The runs, named by their folders (by whole paths where two folders share a name).
 
-    What lies beside runs without being one (`runs/*` also names pictures) is left out and named.
+    What lies beside scored runs without being one (`runs/*` also names pictures, and runs that have
+    only begun) is left out and named.
     """
     if not folders:
         raise EvalError("no run folder given, for example: python -m eval table runs/*")
-    beside = [path for path in folders if path.exists() and not RunFolder(path).config.exists()]
+    beside = [path for path in folders if path.exists() and not RunFolder(path).metrics.exists()]
     if 0 < len(beside) < len(folders):
-        notice(f"no run folders, left out: {', '.join(map(str, beside))}")
+        notice(f"no scored run, left out: {', '.join(map(str, beside))}")
         folders = [path for path in folders if path not in beside]
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
@@ -165,8 +176,8 @@ def _other_rows(columns: Sequence[Column]) -> Iterator[Row]:
         scores = [each.get(name) for each in found]
         keys = [key for score in scores if score for key in score["intervals"]]
         for key in dict.fromkeys(keys):
-            label = f"{name}, {key}" + ("" if key.startswith("mean_") else " %")
-            yield Row(tasks.SPLIT, f"{name} {key}", label, [value(score, key) for score in scores])
+            values = [value(score, key) for score in scores]
+            yield Row(tasks.SPLIT, f"{name} {key}", label(name, key), values)
 
 
 def _other_scores(column: Column) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -252,11 +263,15 @@ def _column_notes(column: Column) -> Iterator[str]:
         yield from (f"{split}, {text}" for text in [*score["alarms"], *score["flags"]])
         if (cut := 1 - score["ended_share"]) > 0:
             yield f"{split}: {100 * cut:.1f} % of the captions were cut by the token limit"
+    for name, score in _other_scores(column):
+        yield from (f"{name}, {flag}" for flag in score.get("flags", ()))
     for split, scores in column.metrics.get("pope", {}).items():
         for strategy, score in scores.items():
             yield from (f"{split}, POPE {strategy}, {flag}" for flag in score["flags"])
             if (share := score["unreadable"]) > 0:
                 yield f"{split}, POPE {strategy}: {100 * share:.1f} % of answers are unreadable"
+            if score["parser"] != "official":
+                yield f"{split}, POPE {strategy}: answers are read by the {score['parser']} parser"
 
 
 def layout(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

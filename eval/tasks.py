@@ -1,7 +1,8 @@
 """All tasks of a run, and those that have a folder of their own: AMBER, MME, MMVP, HallusionBench.
 
-Such a task is two functions: what is asked, and how the answers are scored. What scoring needs is
-in the facts of each answer, and for AMBER in two word lists that a run copies into its folder.
+Such a task is three functions: what is asked, how the answers are scored, and what each sample adds
+to the scores, for comparing runs. What scoring needs is in the facts of each answer, and for AMBER
+in two word lists that a run copies into its folder.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from eval import amber, amber_nouns, dataset, hallusionbench, mme, mmvp
+from eval import amber, amber_nouns, dataset, hallusionbench, hallusionbench_files, mme, mmvp
 from eval.config import OWN_FOLDER, Config
 from eval.dataset import Sample
 from eval.errors import EvalError
+from eval.intervals import Tally
 from eval.parsers import strict
 from eval.records import read_rows
 
@@ -24,10 +26,12 @@ SPLIT = "all"
 
 @dataclass(frozen=True)
 class Task:
-    """`samples` of a folder; `score` of answers, the run's folder and the task's settings."""
+    """`samples` of a folder; `score` and `tallies` of answers, the run's folder and the task's
+    settings. Tallies have the names of `measures`, without the task's own."""
 
     samples: Callable[[Path, Mapping[str, Any]], Iterable[Sample]]
     score: Callable[[Rows, Path, Mapping[str, Any]], dict[str, Any]]
+    tallies: Callable[[Rows, Path, Mapping[str, Any]], dict[str, Tally]]
 
 
 def samples(config: Config, scenes: Path) -> list[Sample]:
@@ -82,9 +86,23 @@ def _amber_samples(folder: Path, settings: Mapping[str, Any]) -> Iterable[Sample
 
 
 def _amber_score(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return amber.score(*_amber_given(rows, out), settings["nouns"])
+
+
+def _amber_tallies(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Tally]:
+    found = amber.tallies(*_amber_given(rows, out), settings["nouns"])
+    apart = {amber.GENERATIVE: amber.GENERATIVE}
+    return {apart.get(name, f"discriminative {name}"): part for name, part in found.items()}
+
+
+def _amber_given(
+    rows: Rows, out: Path
+) -> tuple[list[tuple[int, str]], dict[int, amber.Item], amber_nouns.Lexicon]:
     """An answer to a question is read by the strict parser; the official script wants the word."""
     items = {
-        row["amber_id"]: amber.Item(row["type"], row["truth"], row["hallu"], row["label"])
+        row["amber_id"]: amber.Item(
+            row["type"], row["truth"], row["hallu"], row["label"], row["image"]
+        )
         for row in rows
     }
     words = {"yes": "Yes", "no": "No", None: ""}
@@ -95,7 +113,7 @@ def _amber_score(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str
         )
         for row in rows
     ]
-    return amber.score(given, items, amber_nouns.read_lexicon(out), settings["nouns"])
+    return given, items, amber_nouns.read_lexicon(out)
 
 
 def _mme_samples(folder: Path, settings: Mapping[str, Any]) -> Iterable[Sample]:
@@ -109,15 +127,29 @@ def _mme_samples(folder: Path, settings: Mapping[str, Any]) -> Iterable[Sample]:
 
 
 def _mme_score(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return mme.score(_mme_answers(rows))
+
+
+def _mme_tallies(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Tally]:
+    """By subtask, and of the subtasks that make up a total."""
+    subtasks = _mme_answers(rows)
+    found = {f"subtasks {name}": mme.tally(answers) for name, answers in subtasks.items()}
+    for total, names in mme.TOTALS.items():
+        if subtasks.keys() >= set(names):
+            found[f"totals {total}"] = mme.tally(*(subtasks[name] for name in names))
+    return found
+
+
+def _mme_answers(rows: Rows) -> dict[str, list[mme.Answer]]:
     subtasks: dict[str, list[mme.Answer]] = {}
     for pair in _pairs(rows, "subtask", "pair"):
         answers = [mme.Answer(row["image"], row["label"], row["answer"]) for row in pair]
         subtasks.setdefault(pair[0]["subtask"], []).extend(answers)
-    return mme.score(subtasks)
+    return subtasks
 
 
 def _mmvp_samples(folder: Path, settings: Mapping[str, Any]) -> Iterable[Sample]:
-    for question in mmvp.read_questions(folder / "Questions.csv"):
+    for question in mmvp.read_questions(folder / "Questions.csv", settings["labels"]):
         options = " ".join(f"({letter}) {text}" for letter, text in question.options.items())
         facts = {"pair": (question.index - 1) // 2, "options": dict(question.options)}
         yield _sample(
@@ -132,16 +164,25 @@ def _mmvp_samples(folder: Path, settings: Mapping[str, Any]) -> Iterable[Sample]
 
 
 def _mmvp_score(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    labels = settings.get("labels", "published")
+    return {**mmvp.score(_mmvp_marks(rows)), "variant": "letters", "labels": labels}
+
+
+def _mmvp_tallies(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Tally]:
+    return {"": mmvp.tally(_mmvp_marks(rows))}
+
+
+def _mmvp_marks(rows: Rows) -> list[bool | None]:
     right: list[bool | None] = []
     for row in (row for pair in _pairs(rows, "pair") for row in pair):
         letter = mmvp.chosen(row["answer"], row["options"])
         right.append(None if letter is None else letter == row["label"])
-    return {**mmvp.score(right), "variant": "letters"}
+    return right
 
 
 def _hallusionbench_samples(folder: Path, settings: Mapping[str, Any]) -> Iterable[Sample]:
     """Of the questions with a figure only: a run always shows an image."""
-    for question in hallusionbench.read_questions(folder / "HallusionBench.json"):
+    for question in hallusionbench_files.read_questions(folder / "HallusionBench.json"):
         if question.visual_input == "0":
             continue
         place = f"{question.category}/{question.subcategory}/"
@@ -152,10 +193,22 @@ def _hallusionbench_samples(folder: Path, settings: Mapping[str, Any]) -> Iterab
 
 
 def _hallusionbench_score(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = hallusionbench.score(*_hallusionbench_judged(rows))
+    return {**found, "judge": None, "parser": "strict"}
+
+
+def _hallusionbench_tallies(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Tally]:
+    return {"": hallusionbench.tally(*_hallusionbench_judged(rows))}
+
+
+def _hallusionbench_judged(
+    rows: Rows,
+) -> tuple[list[hallusionbench.Question], list[int], set[hallusionbench.Key]]:
     questions = [hallusionbench.Question(**row["question"]) for row in rows]
-    pairs = zip(questions, rows, strict=True)
-    verdicts = [hallusionbench.verdict(row["answer"], q.label) for q, row in pairs]
-    return {**hallusionbench.score(questions, verdicts), "judge": None, "parser": "strict"}
+    texts = [row["answer"] for row in rows]
+    pairs = zip(questions, texts, strict=True)
+    verdicts = [hallusionbench.verdict(text, q.label) for q, text in pairs]
+    return questions, verdicts, hallusionbench.repeated(questions, texts)
 
 
 def _pairs(rows: Rows, *keys: str) -> list[Rows]:
@@ -170,10 +223,10 @@ def _pairs(rows: Rows, *keys: str) -> list[Rows]:
 
 
 TASKS: Mapping[str, Task] = {
-    "amber": Task(_amber_samples, _amber_score),
-    "mme": Task(_mme_samples, _mme_score),
-    "mmvp": Task(_mmvp_samples, _mmvp_score),
-    "hallusionbench": Task(_hallusionbench_samples, _hallusionbench_score),
+    "amber": Task(_amber_samples, _amber_score, _amber_tallies),
+    "mme": Task(_mme_samples, _mme_score, _mme_tallies),
+    "mmvp": Task(_mmvp_samples, _mmvp_score, _mmvp_tallies),
+    "hallusionbench": Task(_hallusionbench_samples, _hallusionbench_score, _hallusionbench_tallies),
 }
 
 

@@ -17,7 +17,7 @@ from eval.errors import EvalError
 DATA = {
     "punkt_tab": "tokenizers/punkt_tab",
     "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
-    "wordnet": "corpora/wordnet",
+    "wordnet": "corpora/wordnet/",  # NLTK leaves it zipped, and finds it there with the slash only
 }
 # first letter of a Penn Treebank tag, to WordNet's part of speech; all others count as nouns
 _PARTS = {"J": "a", "V": "v", "N": "n", "R": "r"}

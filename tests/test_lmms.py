@@ -185,5 +185,7 @@ def test_a_model_is_loaded_ready_for_batches(model: Any, processor: Any, tmp_pat
     assert (loaded.dtype, loaded.training) == (torch.bfloat16, False)
     assert (read.tokenizer.padding_side, read.tokenizer.pad_token) == ("left", "<pad>")
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(ValueError, match=r"has no chat template.* chat_template=\{\{ messages"):
         answers.load(str(tmp_path), "cpu", None, dtype="auto", **settings)
+    _, given = answers.load(str(tmp_path), "cpu", None, "{{ bos_token }}", dtype="auto", **settings)
+    assert given.chat_template == "{{ bos_token }}"

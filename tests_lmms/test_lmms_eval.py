@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from lmms_eval.models import get_model
 from eval import dataset, generate, pocket
 from eval.config import Config, PopeTask
 from eval.dataset import Sample
-from vlm_patch import GIFT, wrap
+from tests import instructblip
+from vlm_patch import GIFT, VHR, wrap
 from vlm_patch.lmms.model import VlmPatch
 
 STRONG = "gift.alpha=30,gift.beta=0,gift.saliency_layer=1,gift.layers=2-3"
@@ -90,13 +92,13 @@ def answers(config: Config, samples: Sequence[Sample]) -> dict[str, list[str]]:
 
 
 def run(
-    tasks: Path, out: Path, arguments: str, processes: int = 1
+    tasks: Path, out: Path, arguments: str, processes: int = 1, model: Path = pocket.MODEL
 ) -> subprocess.CompletedProcess[str]:
-    """`lmms_eval` on the pocket model, in batches of five; torchrun starts several processes."""
+    """`lmms_eval` on a model, in batches of five; torchrun starts several processes."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "lmms_eval"]
     command += ["--model", "vlm_patch"]
-    command += ["--model_args", f"pretrained={pocket.MODEL},dtype=float32,{arguments}"]
+    command += ["--model_args", f"pretrained={model},dtype=float32,{arguments}"]
     command += ["--device", "cpu", "--tasks", "pope_pocket", "--include_path", str(tasks)]
     command += ["--batch_size", "5", "--output_path", str(out), "--log_samples"]
     on_cpu = os.environ | {"ACCELERATE_USE_CPU": "1"}
@@ -137,6 +139,23 @@ def test_a_task_of_lmms_eval_gets_the_answers_of_python_m_eval(
         text == sample.facts["label"].title() for text, sample in zip(said, samples, strict=True)
     ]
     assert scores["pope_accuracy,none"] == pytest.approx(sum(right) / len(right))
+
+
+def test_a_model_without_a_chat_template_is_given_one(
+    tasks: Path, config: Config, samples: Sequence[Sample], tmp_path: Path
+) -> None:
+    """InstructBLIP gets the same bare question as from `python -m eval`."""
+    folder = instructblip.save(tmp_path / "model")
+    bare = f"methods=vhr,vhr.layers=1-2,chat_template={generate.BARE}"
+    done = run(tasks, tmp_path / "out", bare, model=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, said = results(tmp_path / "out")
+    model, processor = generate.load_model(
+        replace(config, model=str(folder), chat_template=generate.BARE)
+    )
+    with wrap(model, VHR(layers=[1, 2]), processor=processor):
+        expected = [generate.ask(model, processor, [sample], 4)[0].text for sample in samples]
+    assert said == expected
 
 
 def test_the_method_changes_what_is_asked_of_it(answers: dict[str, list[str]]) -> None:

@@ -2,15 +2,18 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from eval import wordnet
 from eval.amber import Item, judge, read_items, score, score_files
 from eval.amber_nouns import Lexicon, approximate, lemma, read_lexicon, similarity, spacy_similarity
 from eval.errors import EvalError
+from eval.words import cased_tokens
 from tests.eval.test_wordnet import nltk_is_complete
 from tests.shared_data import SHARED, shared
 
@@ -137,6 +140,18 @@ def test_questions() -> None:
     assert "amber_score" not in result
 
 
+def test_questions_about_one_image_are_drawn_together() -> None:
+    """Two images, the ten questions about one right and about the other wrong: all or nothing."""
+    items = {n: Item("relation", (), answer="no", image="ab"[n // 10]) for n in range(20)}
+    given = [(n, "No" if n < 10 else "Yes") for n in range(20)]
+    together = score(given, items, LEXICON)["discriminative"]["all"]
+    assert together["intervals"]["accuracy"] == [0.0, 1.0]
+    assert (together["accuracy"], together["n"], together["counts"]["asked"]) == (0.5, 20, 20)
+    unknown = {n: item("relation", "no") for n in range(20)}
+    low, high = score(given, unknown, LEXICON)["discriminative"]["all"]["intervals"]["accuracy"]
+    assert 0.2 < low < high < 0.8
+
+
 def test_descriptions_and_questions_give_the_amber_score() -> None:
     items = {1: Item("generative", ["dog", "sky"], ["cat"]), 2: item("relation", "no")}
     result = score([(1, "A dog and a cat."), (2, "No")], items, LEXICON, nouns="approximate")
@@ -150,7 +165,60 @@ def test_descriptions_and_questions_give_the_amber_score() -> None:
         "CHAIR": 50.0,
         "Cover": 50.0,
         "Hal": 100.0,
-        "Cog": 100.0,
+        "Cog": 99.9,  # 1 of 1.001
+    }
+
+
+def test_official_nouns_to_the_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All but NLTK's tagger and lemmatiser: what it is asked, what is kept, and how it counts."""
+    asked: list[list[str]] = []
+
+    def tag(tokens: Sequence[str]) -> list[tuple[str, str]]:
+        asked.append([*tokens])
+        kinds = {"can": "MD", "see": "VB", "Dogs": "NNS", "Rex": "NNP", "trees": "NNS"}
+        nouns = dict.fromkeys(("tree", "kitten", "line", "tomato", "boat"), "NN")
+        return [(word, {**kinds, **nouns}.get(word, "DT")) for word in tokens]
+
+    def lemma(word: str, part: str) -> str:
+        assert part == "n"
+        return {"trees": "tree"}.get(word, word)  # WordNet knows no capitals: "Dogs" stays
+
+    monkeypatch.setattr(wordnet, "nltk_tools", lambda: wordnet.Tools(cased_tokens, tag, lemma))
+    files = {
+        "annotations.json": [
+            {"id": 1, "type": "generative", "truth": ["forest", "dog"], "hallu": ["cat", "sky"]},
+            {"id": 2, "type": "generative", "truth": ["sky"], "hallu": ["tomato"]},
+        ],
+        "relation.json": LEXICON.associations,
+        "responses.json": [
+            {"id": 1, "response": "Dogs can see trees. Rex's kitten sat at a line, on a boat."},
+            {"id": 2, "response": "No tomato."},
+        ],
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "safe_words.txt").write_text("line")
+    result = score_files(tmp_path / "responses.json", tmp_path)
+    words = "Dogs can see trees . Rex 's kitten sat at a line , on a boat ."
+    assert asked[0] == words.split(" ")
+    generative = result["generative"]
+    assert generative["counts"] == {
+        "descriptions": 2,
+        "descriptions_hallucinated": 2,
+        "nouns": 4,  # tree, kitten, line; tomato. "boat" and "Dogs" are no words of the benchmark
+        "nouns_hallucinated": 2,
+        "truth_words": 3,
+        "truth_words_covered": 1,  # the tree belongs to the forest
+        "hallu_words": 3,
+        "hallu_words_covered": 2,  # the kitten to the cat
+        "words": 13 + 2,
+    }
+    assert generative["nouns"] == "nltk"
+    assert result["official"]["generative"] == {
+        "CHAIR": 50.0,
+        "Cover": 33.3,
+        "Hal": 100.0,
+        "Cog": 66.6,  # 2 of 3.001
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from eval import alarm
 from eval.chair import judge, score
 from eval.coco import Vocabulary, read_truth
 from eval.errors import EvalError
@@ -237,11 +238,27 @@ def test_the_alarm_rings_when_chair_is_low_because_nothing_is_said(
     said = ["It is a nice day."] * 84 + ["A dog."] * 15 + ["A cat."]
     result = score([(1, text) for text in said], TRUTH, vocabulary)
     assert (result["chair_s"], result["no_object_share"]) == (0.01, 0.84)
-    (alarm,) = result["alarms"]
-    assert alarm.startswith("degeneration alarm, silence: 84.0 % of the captions name no object")
+    (text,) = result["alarms"]
+    assert text.startswith("degeneration alarm, silence: 84.0 % of the captions name no object")
     looping = score([(1, "a dog and " * 20)] * 4 + [(1, "A dog.")] * 6, TRUTH, vocabulary)
-    (alarm,) = looping["alarms"]
-    assert alarm.startswith("degeneration alarm, looping: 40.0 % of the captions repeat themselves")
+    (text,) = looping["alarms"]
+    assert text.startswith("degeneration alarm, looping: 40.0 % of the captions repeat themselves")
+
+
+@pytest.mark.parametrize(
+    ("chair_s", "chair_i", "rung"),
+    [
+        (0.01, 0.01, ["silence", "looping"]),
+        (0.59, 0.3, ["silence", "looping"]),
+        (0.9, 0.05, ["silence", "looping"]),  # a loop of true objects lowers CHAIR_I alone
+        (0.9, 0.3, []),
+    ],
+)
+def test_the_alarm_is_about_a_low_chair(chair_s: float, chair_i: float, rung: list[str]) -> None:
+    shares = {"chair_s": chair_s, "chair_i": chair_i, "no_object_share": 0.2, "looping_share": 0.1}
+    assert [*alarm.ringing(shares)] == rung
+    healthy = shares | {"no_object_share": 0.19, "looping_share": 0.09}
+    assert alarm.ringing(healthy) == {}
 
 
 @shared

@@ -59,7 +59,12 @@ def folder(
     for row in rows:
         edit(row)
     kept = [row for row in rows if row.get("image_id") not in skipped]
-    left = [{**row, "reason": "broken"} for row in rows if row.get("image_id") in skipped]
+    asked = ("task", "split", "id", "image")
+    left = [
+        {key: row[key] for key in asked} | {"reason": "broken"}
+        for row in rows
+        if row.get("image_id") in skipped
+    ]
     run.write_record(record)
     run.answers.write_text("".join(json.dumps(row) + "\n" for row in kept))
     run.skip_list.write_text("".join(json.dumps(row) + "\n" for row in left))
@@ -194,6 +199,12 @@ def decoding(record: dict[str, Any]) -> None:
         (decoding, {}, r"decoding is {.*'num_beams': 1.*} and {.*'num_beams': 5"),
         (lambda _: None, {"chair": {"max_new_tokens": 64}}, "limit of chair is 512 and 64 tokens"),
         (lambda _: None, {"pope": {"max_new_tokens": 3}}, "limit of pope is 10 and 3 tokens"),
+        (lambda _: None, {"chat_template": "x"}, "are rendered by chat_template None and 'x'"),
+        (
+            lambda _: None,
+            {"pope": {"parser": "strict"}},
+            "pope is read by the official parser and by the strict parser",
+        ),
     ],
 )
 def test_runs_that_were_asked_different_things_are_refused(
@@ -227,7 +238,7 @@ def test_other_scorers_and_other_tasks_are_refused(
             record["settings"]["chair"]["synonyms"] = str(words)
 
     two = folder(tmp_path / "b", STOCK, YES, own_words)
-    with pytest.raises(EvalError, match=r"CHAIR is read by pattern rules with coco.* and by .*wor"):
+    with pytest.raises(EvalError, match=r"chair is read by pattern rules with coco.* and by .*wor"):
         compare.compare(one, two)
     captions, questions = folder(tmp_path / "c", STOCK, {}, _samples(3)), tmp_path / "d"
     folder(questions, {}, YES, _samples(2))

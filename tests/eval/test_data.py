@@ -1,7 +1,9 @@
 """Fetching data: from a server on the loopback address that behaves, and one that does not."""
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -84,6 +86,35 @@ def test_a_download_that_breaks_off_goes_on(host: Host, tmp_path: Path) -> None:
     assert host.asked == [("/file", None), ("/file", "bytes=100000-")]
 
 
+def test_pieces_without_a_length_that_break_off(host: Host, tmp_path: Path) -> None:
+    """Chunked transfer: the end is announced, so its absence is noticed."""
+
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(b"10\r\n" + CONTENT[:16] + b"\r\n10\r\n" + CONTENT[16:20])
+        handler.close_connection = True
+
+    with serving(respond) as url:
+        broken = Source("a file", (File("file.bin", f"{url}/file", SUM),))
+        with pytest.raises(EvalError, match=r"not fetched into .*file\.bin\.part .*goes on"):
+            fetch(broken, tmp_path)
+    assert not (tmp_path / "file.bin").exists()
+
+
+def test_a_full_disk(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "_save", full)
+        with pytest.raises(EvalError, match=r"file\.bin\.part .*No space left.* goes on"):
+            fetch(source(host), tmp_path)
+    assert fetch(source(host), tmp_path)[0].endswith("fetched, checked")
+
+
 def test_a_server_without_ranges_starts_over(host: Host, tmp_path: Path) -> None:
     host.stops_at, host.ranges = 100_000, False
     with pytest.raises(EvalError, match="broke off"):
@@ -145,7 +176,7 @@ def test_a_file_that_is_gone(host: Host, tmp_path: Path) -> None:
 
 def test_nobody_there(host: Host, tmp_path: Path) -> None:
     nowhere = Source("a file", (File("file.bin", "http://127.0.0.1:9/file"),))
-    with pytest.raises(EvalError, match=r"not reached .*the same command goes on"):
+    with pytest.raises(EvalError, match=r"not fetched into .*Connection refused.*the same command"):
         fetch(nowhere, tmp_path)
 
 

@@ -158,8 +158,10 @@ def test_the_chat_template_of_a_tokenizer_serves_a_processor_that_keeps_none() -
 def test_a_processor_without_chat_template_or_tokenizer_is_refused() -> None:
     bare = tiny.processor()
     bare.chat_template = None
-    with pytest.raises(EvalError, match=r"model m: .* no chat template.*chat_template\.jinja"):
+    with pytest.raises(EvalError, match=r"model m: .* no chat template.*chat_template="):
         generate.prepare(bare, "m")
+    assert generate.prepare(bare, "m", "{{ bos_token }}").chat_template == "{{ bos_token }}"
+    bare.chat_template = None
     with pytest.raises(EvalError, match="model m: its processor has no tokenizer"):
         generate.prepare(object(), "m")
 
@@ -211,7 +213,8 @@ def test_what_the_config_says_of_a_large_model_reaches_from_pretrained(
     plain = {"revision": None, "trust_remote_code": False}
     (_, first), (_, second) = calls
     assert first == plain
-    assert second.pop("distributed_config").tp_plan == "auto"
+    where = second.pop("distributed_config", None)  # an argument of its own in transformers 4
+    assert (second.pop("tp_plan") if where is None else where.tp_plan) == "auto"
     assert second == {"dtype": "float32", **plain}
     assert placed == [], "what from_pretrained placed is not moved"
     generate.load_model(settings(model="org/large", device="cpu"))

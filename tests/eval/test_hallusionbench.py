@@ -6,17 +6,16 @@ from typing import Any
 
 import pytest
 
+from eval.diagnosis import LANGUAGE, MIXED, RIGHT, UNCLEAR, VISUAL, WRONG, diagnose
 from eval.errors import EvalError
 from eval.hallusionbench import (
-    RIGHT,
-    UNCLEAR,
-    WRONG,
     Question,
+    repeated,
     score,
-    score_files,
     verdict,
     verdict_of,
 )
+from eval.hallusionbench_files import score_files
 from tests.eval.local_server import Chat
 from tests.shared_data import SHARED, shared
 
@@ -50,6 +49,77 @@ def test_formulas() -> None:
     # right: yes, yes, no, no; wrong: "no" (label no, so yes) and yes (so no); labels: 3 of 6 yes
     assert result["yes_bias"] == (3 - 3) / 6
     assert result["false_yes"] == 1 / 2
+
+
+@pytest.mark.parametrize(
+    ("category", "value", "first", "same", "kind"),
+    [
+        ("VD", RIGHT, None, False, ""),
+        ("VD", WRONG, None, False, VISUAL),
+        ("VD", UNCLEAR, None, False, VISUAL),
+        ("VD", WRONG, RIGHT, True, MIXED),
+        ("VD", WRONG, RIGHT, False, VISUAL),
+        ("VD", UNCLEAR, RIGHT, True, VISUAL),
+        ("VD", WRONG, WRONG, True, VISUAL),
+        ("VS", WRONG, None, False, LANGUAGE),
+        ("VS", UNCLEAR, None, False, ""),
+        ("VS", WRONG, WRONG, True, LANGUAGE),
+        ("VS", WRONG, WRONG, False, MIXED),
+        ("VS", UNCLEAR, WRONG, True, MIXED),
+        ("VS", WRONG, RIGHT, False, VISUAL),
+        ("VS", WRONG, UNCLEAR, False, VISUAL),
+        ("VS", UNCLEAR, RIGHT, False, VISUAL),
+    ],
+)
+def test_the_tree_of_diagnoses(
+    category: str, value: int, first: int | None, same: bool, kind: str
+) -> None:
+    assert diagnose(category, value, first, same) == kind
+
+
+def test_diagnoses_of_a_set() -> None:
+    """By hand: the answers without a figure are wrong and right; five of six fail."""
+    said = ["No", "No", "No", "Yes", "Maybe", "No"]
+    same = repeated(SET, said)
+    assert same == {SET[2].key, SET[5].key}
+    verdicts = [verdict(text, q.label) for text, q in zip(said, SET, strict=True)]
+    assert verdicts == [WRONG, RIGHT, WRONG, WRONG, UNCLEAR, WRONG]
+    result = score(SET, verdicts, same)
+    shares = [result[kind] for kind in (LANGUAGE, VISUAL, MIXED)]
+    assert shares == [2 / 5, 2 / 5, 1 / 5]
+    assert (result["counts"]["diagnosed"], result["counts"]["undiagnosed"]) == (5, 0)
+    seen = score(SET[2:], verdicts[2:])
+    assert (seen["counts"]["diagnosed"], seen["counts"]["undiagnosed"]) == (0, 4)
+    assert seen["flags"] == [
+        "4 failures have no diagnosis: their questions' first form was not asked"
+    ]
+    assert "flags" not in result
+
+
+def test_a_judge_holds_two_answers_together_where_it_matters(chat: Chat, tmp_path: Path) -> None:
+    """An original that is right, and two edited figures of which one answer is wrong."""
+    figures = [ROW, ROW | {"figure_id": "1", "visual_input": "2", "gt_answer": "0"}]
+    figures.append(figures[1] | {"figure_id": "2", "gt_answer": "1"})
+    answers, questions = tmp_path / "answers.json", tmp_path / "questions.json"
+    questions.write_text(json.dumps(figures))
+    given = ["Of one size.", "Equal again.", "Still equal."]
+    rows = [r | {"model_prediction": text} for r, text in zip(figures, given, strict=True)]
+    answers.write_text(json.dumps(rows))
+    chat.says = lambda prompt: (
+        (200, "same") if "one student" in prompt else (200, "in" * ("again" in prompt) + "correct")
+    )
+    options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
+    result = score_files(answers, questions, **options)  # type: ignore[arg-type]
+    assert (result[MIXED], result["counts"]["diagnosed"]) == (1.0, 1)
+    asked = [request["messages"][0]["content"] for request in chat.asked]
+    assert len(asked) == 4, "three verdicts, and one comparison"
+    assert "First answer: Of one size." in asked[3]
+    assert "Second answer: Equal again." in asked[3]
+    assert result["same_template"].startswith("hallusionbench_same.txt")
+    assert score_files(answers, questions, verdicts=tmp_path / "v.jsonl")[MIXED] == 1.0
+    chat.says = lambda prompt: (200, "different" if "one student" in prompt else "incorrect")
+    options["verdicts"] = tmp_path / "w.jsonl"
+    assert score_files(answers, questions, **options)[VISUAL] == 1.0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

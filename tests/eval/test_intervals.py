@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.intervals import Numbers, bootstrap, interval, measure, ratio, resample
+from eval.intervals import Numbers, bootstrap, grouped, interval, measure, ratio, resample
 
 
 def quotient(sums: Numbers) -> Numbers:
@@ -72,3 +72,13 @@ def test_measure_gives_values_intervals_and_what_is_undefined() -> None:
     assert measured["undefined"] == ["none"]
     # draws of one row only give the extremes 0 (row 2) and 1/2 (row 1)
     assert measured["intervals"] == {"rate": [0.0, 0.5], "none": [0.0, 0.0]}
+
+
+def test_counts_by_group() -> None:
+    counts = {"right": np.array([1.0, 0.0, 1.0]), "asked": np.ones(3)}
+    found = grouped(counts, ["y", "x", "y"])
+    assert {name: column.tolist() for name, column in found.items()} == {
+        "right": [0.0, 2.0],
+        "asked": [1.0, 2.0],
+    }
+    assert grouped(counts, None) is counts

@@ -1,6 +1,8 @@
 """The command line."""
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import yaml
 
 from eval.__main__ import main
+from eval.pocket import world
 from tests.shared_data import SHARED, shared
 
 
@@ -47,6 +50,22 @@ def test_run_score_and_table(
     assert main(["table", one, two]) == 0
     assert "| one " in (table := capsys.readouterr().out)
     assert "| two " in table
+
+
+def test_a_full_disk_is_said_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever file it was that found no room: here the scenes of the pocket world."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(world, "write", full)
+    path = tmp_path / "pocket.yaml"
+    path.write_text("model: pocket\n")
+    assert main(["run", str(path), "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device: what was written is kept; make room and give the same" in said
 
 
 def test_captions_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from eval.mme import (
     read_folder,
     score,
     score_folder,
+    tally,
 )
 from tests.shared_data import SHARED, shared
 
@@ -55,14 +56,23 @@ def test_formulas() -> None:
         "right": 4,
         "images": 4,
         "images_right": 1,
+        "points": 4 * 50 + 1 * 100,
         "unreadable": 1,
         "said_yes": 4,
     }
     assert (count["accuracy"], count["accuracy_plus"]) == (0.5, 0.25)
     assert (count["yes_ratio"], count["unreadable"]) == (0.5, 0.125)
     assert count["score"] == 75.0
+    assert count["intervals"]["score"][0] < 75 < count["intervals"]["score"][1]
     assert count["intervals"]["accuracy_plus"][0] < 0.25 < count["intervals"]["accuracy_plus"][1]
     assert result["totals"] == {}
+
+
+def test_a_sum_counts_every_subtask_alike_however_many_images_it_has() -> None:
+    large, small = pairs("Yes", "No", "Yes", "Yes", "No", "Yes"), pairs("Yes", "No")
+    alone = [tally(part).report()["score"] for part in (large, small)]
+    assert alone == [pytest.approx(50 + 100 / 3), 200.0]
+    assert tally(large, small).report()["score"] == pytest.approx(sum(alone))
 
 
 def test_totals_need_all_their_subtasks() -> None:

@@ -71,6 +71,29 @@ def test_files(questions: Path, answers: Path) -> None:
     assert result["variant"] == "letters"
 
 
+def test_the_corrected_labels(tmp_path: Path) -> None:
+    """Of lmms-eval: two pairs whose labels stand the wrong way round."""
+    path = tmp_path / "Questions.csv"
+    lines = [f"{n},Is it?,(a) Yes (b) No,({'ab'[1 - n % 2]})\n" for n in range(1, 301)]
+    path.write_text(QUESTIONS.partition("\n")[0] + "\n" + "".join(lines))
+    published, corrected = (read_questions(path, labels) for labels in ("published", "corrected"))
+    differing = [
+        (mine.index, mine.label, other.label)
+        for mine, other in zip(published, corrected, strict=True)
+        if mine.label != other.label
+    ]
+    assert differing == [(99, "a", "b"), (100, "b", "a"), (279, "a", "b"), (280, "b", "a")]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(
+        "".join(f'{{"question_id": {q.index}, "response": "({q.label})"}}\n' for q in corrected)
+    )
+    scored = [score_files(answers, path, labels=labels) for labels in ("published", "corrected")]
+    assert [found["pair_accuracy"] for found in scored] == [148 / 150, 1.0]
+    assert [found["labels"] for found in scored] == ["published", "corrected"]
+    with pytest.raises(EvalError, match="labels 'mine': expected one of published, corrected"):
+        read_questions(path, "mine")
+
+
 def test_a_judge(chat: Chat, questions: Path, answers: Path, tmp_path: Path) -> None:
     chat.says = lambda prompt: (200, "No." if "Is it day?" in prompt else "Yes")
     options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}

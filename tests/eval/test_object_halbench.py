@@ -7,8 +7,9 @@ import pytest
 
 from eval.coco import Vocabulary
 from eval.errors import EvalError
-from eval.object_halbench import score, score_files
+from eval.object_halbench import phrases, score, score_files
 from eval.scoring import score_chair
+from tests.eval.local_server import Chat
 from tests.shared_data import SHARED, shared
 
 TRUTH = {1: ["dog"], 2: ["cup", "person"], 3: ["car"], 4: ["car"]}
@@ -51,6 +52,47 @@ def test_files(tmp_path: Path) -> None:
     responses.write_text('{"image_id": 7, "answer": "This is a dog."}\n')
     with pytest.raises(EvalError, match=r"responses\.jsonl, line 1: image 7 is not in the truth"):
         score_files(responses, truth)
+
+
+def test_a_judge_lists_the_objects(chat: Chat, tmp_path: Path) -> None:
+    """The cat is denied and not listed; one reply is no list, and three words ask nobody."""
+    responses, truth = tmp_path / "responses.jsonl", tmp_path / "objects.json"
+    rows = [(1, "A dog sits here. There is no cat."), (2, "Two men share a wine glass.")]
+    rows += [(3, "It is hard to say."), (4, "A red bench.")]
+    lines = [json.dumps({"image_id": image, "answer": text}) + "\n" for image, text in rows]
+    responses.write_text("".join(lines))
+    truth.write_text(json.dumps(TRUTH))
+    says = {"A dog": 'The list: ["dog"]', "Two men": '["man", "wine glass"]', "It is": "None."}
+    chat.says = lambda prompt: next(
+        (200, said) for key, said in says.items() if f"Description: {key}" in prompt
+    )
+    options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
+    result = score_files(responses, truth, **options)  # type: ignore[arg-type]
+    assert len(chat.asked) == 3
+    assert (result["counts"]["objects"], result["counts"]["objects_hallucinated"]) == (3, 1)
+    assert (result["response_level"], result["mention_level"]) == (0.5, 1 / 3)
+    assert result["counts"]["words"] == 8 + 6 + 5 + 3
+    assert (result["objects_by"], result["judge"]) == ("judge", "j")
+    assert result["template"].startswith("object_halbench.txt (sha256")
+    assert result["flags"] == ["1 replies of the judge hold no list: they name no object"]
+    again = score_files(responses, truth, verdicts=tmp_path / "v.jsonl")
+    assert (again["mention_level"], len(chat.asked)) == (1 / 3, 3)
+    assert score_files(responses, truth)["counts"]["objects_hallucinated"] == 2, "cat, wine glass"
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ('["dog", "red car"]', ["dog", "red car"]),
+        ("```json\n[]\n```", []),
+        ('["dog", 3]', None),
+        ("dog, car", None),
+        ('["dog"', None),
+        ("]dog[", None),
+    ],
+)
+def test_the_list_in_a_reply(reply: str, expected: list[str] | None) -> None:
+    assert phrases(reply) == expected
 
 
 @shared

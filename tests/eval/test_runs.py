@@ -93,6 +93,26 @@ def test_scoring_again_needs_the_folder_alone_and_gives_the_same_bytes(
     assert (moved / "metrics.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(("parser", "right"), [("official", 3), ("strict", 0)])
+def test_the_parser_of_pope_is_a_setting(
+    parser: str, right: int, settings: Settings, loaded: Models, tmp_path: Path
+) -> None:
+    """ "Maybe" to six questions is a yes by the official rules, and wrong by the strict ones."""
+    out = tmp_path / parser
+    pope = {"max_new_tokens": 2, "images": 3, "per_image": 1, "parser": parser}
+    runs.run(settings(pope=pope, tasks=["pope"]), out, load=lambda _: loaded)
+    rows = [row | {"answer": "Maybe"} for row in lines(out)]
+    (out / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = runs.score(out)["pope"]["test"]["random"]
+    assert (scored["parser"], scored["unreadable"]) == (parser, 1.0)
+    assert scored["accuracy"] == right / 6
+    assert scored["tp"] + scored["tn"] == right
+    before = (out / "metrics.json").read_bytes()
+    runs.score(out)
+    assert (out / "metrics.json").read_bytes() == before
+    assert ("are read by the strict parser" in table.markdown([out])) is (parser == "strict")
+
+
 def test_an_interrupted_run_goes_on_to_the_same_result(
     finished: Path,
     settings: Settings,

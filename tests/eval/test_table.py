@@ -25,7 +25,7 @@ def chair(**values: float) -> dict[str, Any]:
 
 def pope(unreadable: float = 0.0) -> dict[str, Any]:
     intervals = {key: [0.7, 0.8] for key in POPE}
-    more = {"n": 360, "questions": 360, "flags": [], "unreadable": unreadable}
+    more = {"n": 360, "questions": 360, "flags": [], "parser": "official", "unreadable": unreadable}
     return {**POPE, "intervals": intervals, **more}
 
 
@@ -157,8 +157,11 @@ def test_what_lies_beside_the_runs_is_left_out_and_named(
     picture = tmp_path / "runs.png"
     picture.touch()
     (tmp_path / "speed").mkdir()
-    text = table.markdown([run, picture, tmp_path / "speed"])
+    begun = folder(tmp_path / "begun", {})
+    (begun / "metrics.json").unlink()
+    text = table.markdown([run, picture, tmp_path / "speed", begun])
     assert text == table.markdown([run])
-    assert f"no run folders, left out: {picture}, {tmp_path / 'speed'}" in capsys.readouterr().err
+    said = f"no scored run, left out: {picture}, {tmp_path / 'speed'}, {begun}"
+    assert said in capsys.readouterr().err
     with pytest.raises(EvalError, match="none is not a run folder"):
         table.markdown([run, tmp_path / "none"])

@@ -1,13 +1,14 @@
 """Benchmarks in folders of their own as tasks of a run: what is asked, how it is scored."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from eval import runs, table, tasks
+from eval import compare, mme, runs, table, tasks
 from eval.amber_nouns import LEXICON
 from eval.errors import EvalError
 from eval.folder import RunFolder
@@ -155,6 +156,138 @@ def test_the_answers_count(settings: Settings, folder: Path, tmp_path: Path) -> 
     assert metrics["hallusionbench"]["all"]["q_acc"] == 0.0
 
 
+STOCK = {"1": "A dog.", "2": "A cat.", "3": "No, there is none."}
+STOCK |= {f"existence-000{n}": text for n, text in enumerate(("Yes", "Yes", "No", "Maybe"))}
+STOCK |= {"001": "(a)", "002": "(a)", "VD-illusion-0-0-0": "Yes.", "VD-illusion-0-1-0": "No."}
+EDITED = STOCK | {"2": "A dog in the sky.", "3": "Yes.", "existence-0001": "No"}
+EDITED |= {"existence-0002": "Yes", "002": "(b)", "VD-illusion-0-1-0": "Yes."}
+
+
+def test_two_runs_are_compared_sample_by_sample(
+    settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    """Before, after and McNemar's counts by hand; the rest is what each run's metrics say."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs.run(settings(**sections(folder, *ALL)), one)
+    shutil.copytree(one, two)
+    metrics = [answered(path, said)["amber"]["all"] for path, said in ((one, STOCK), (two, EDITED))]
+    found = compare.compare(one, two)
+    described, asked = (
+        found["amber"]["all"][part] for part in ("generative", "discriminative relation")
+    )
+    for key in ("chair", "cover", "hal", "cog", "mean_words"):
+        sides = [described[key][side] for side in ("before", "after")]
+        assert sides == [found["generative"][key] for found in metrics]
+    assert (described["chair"]["difference"], described["n"]) == (-0.5, 2)
+    assert "mcnemar" not in described
+    assert asked["accuracy"]["difference"] == -1.0
+    assert asked["mcnemar"] == {"turned_right": 0, "turned_wrong": 1, "p": 1.0}
+    existence = found["mme"]["all"]["subtasks existence"]
+    assert [existence["accuracy"][side] for side in ("before", "after")] == [0.25, 0.75]
+    assert [existence["accuracy_plus"][side] for side in ("before", "after")] == [0.0, 0.5]
+    assert existence["mcnemar"]["turned_right"] == 2
+    assert existence["n"] == 4
+    assert found["mmvp"]["all"]["pair_accuracy"]["difference"] == 1.0
+    assert found["mmvp"]["all"]["mcnemar"]["turned_right"] == 1
+    assert found["hallusionbench"]["all"]["a_acc"]["difference"] == 0.5
+    assert found["hallusionbench"]["all"]["mcnemar"]["turned_right"] == 1
+    assert found["unpaired"] == 0
+    shown = compare.markdown(found)
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in shown.splitlines()]
+    row = ["all", "mme subtasks existence, accuracy %", "25.0", "75.0"]
+    assert [*row, "+50.0 [+50.0, +50.0] *", "+2 -0, p = 0.5"] in cells
+    words = ["all", "amber generative, mean_words", "2.0", "3.5", "+1.5 [+0.0, +3.0]", ""]
+    assert words in cells
+
+
+def test_a_chair_gain_of_amber_that_is_paid_for_is_said(
+    settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs.run(settings(**sections(folder, "amber")), one)
+    shutil.copytree(one, two)
+    answered(one, {"1": "A dog and a cat.", "2": "A dog and a cat.", "3": "No"})
+    answered(two, {"1": "A wall.", "2": "A wall.", "3": "No"})
+    (warning,) = compare.compare(one, two)["warnings"]
+    paid = "fewer true words are covered and descriptions got shorter"
+    assert warning == (
+        f"amber: CHAIR fell while {paid}; captions that say less lower CHAIR for free"
+    )
+    assert compare.compare(two, one)["warnings"] == []
+
+
+def test_a_run_does_not_differ_from_itself(
+    settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    runs.run(settings(**sections(folder, *ALL)), out)
+    found = compare.compare(out, out)
+    parts = [found[task]["all"] for task in ("mmvp", "hallusionbench")]
+    parts += [*found["amber"]["all"].values(), *found["mme"]["all"].values()]
+    for changes in parts:
+        measures = [value for key, value in changes.items() if key not in ("n", "mcnemar")]
+        assert {(c["difference"], *c["interval"]) for c in measures} == {(0.0, 0.0, 0.0)}
+        assert changes.get("mcnemar", {"p": 1.0})["p"] == 1.0
+
+
+def test_the_totals_of_mme_pool_their_subtasks() -> None:
+    """Three subtasks with one image each that is right, and one that is wrong."""
+    said = dict.fromkeys(mme.HALLUCINATION, "No") | {"color": "Yes"}
+    rows = [
+        {"subtask": name, "pair": 0, "image": "a", "label": label, "answer": answer}
+        for name, second in said.items()
+        for label, answer in (("yes", "Yes"), ("no", second))
+    ]
+    found = tasks.TASKS["mme"].tallies(rows, Path(), {})
+    assert [*found] == [*(f"subtasks {name}" for name in mme.HALLUCINATION), "totals hallucination"]
+    total = found["totals hallucination"].report()
+    assert (total["accuracy"], total["accuracy_plus"], total["n"]) == (7 / 8, 3 / 4, 4)
+    scored = tasks.TASKS["mme"].score(rows, Path(), {})
+    assert total["score"] == scored["totals"]["hallucination"] == 650.0
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("amber", {"max_new_tokens": 4}, "the token limit of amber is 3 and 4 tokens"),
+        ("mme", {"max_new_tokens": 4}, "the token limit of mme is 3 and 4 tokens"),
+        ("mmvp", {"prompt": "{question}?"}, r"the prompts of mmvp differ, for example 'Is it open"),
+        ("mmvp", {"labels": "corrected"}, "the annotations behind mmvp differ"),
+        ("hallusionbench", {"max_new_tokens": 4}, "the token limit of hallusionbench is 3 and 4"),
+        ("amber", {"parts": ["generative"]}, "the prompts of amber differ"),
+    ],
+)
+def test_runs_that_were_asked_different_things_are_refused(
+    settings: Settings,
+    folder: Path,
+    tmp_path: Path,
+    name: str,
+    changes: dict[str, Any],
+    reason: str,
+) -> None:
+    (folder / "Questions.csv").write_text(CSV.replace("\n1,", "\n99,").replace("\n2,", "\n100,"))
+    for index in (99, 100):
+        picture(folder / f"MMVP Images/{index}.jpg")
+    one, two = sections(folder, name), sections(folder, name)
+    two[name] |= changes
+    for path, given in (("one", one), ("two", two)):
+        runs.run(settings(**given), tmp_path / path)
+    with pytest.raises(EvalError, match=reason):
+        compare.compare(tmp_path / "one", tmp_path / "two")
+
+
+def test_other_rules_for_nouns_are_refused(
+    settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    one = tmp_path / "one"
+    runs.run(settings(**sections(folder, "amber")), one)
+    shutil.copytree(one, tmp_path / "two")
+    file = tmp_path / "two" / "config.yaml"
+    file.write_text(file.read_text().replace("nouns: approximate", "nouns: nltk"))
+    with pytest.raises(EvalError, match="amber is read by approximate rules and by nltk rules"):
+        compare.compare(one, tmp_path / "two")
+
+
 def test_no_pair_yet(settings: Settings, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     runs.run(settings(**sections(folder, "mme")), out)
@@ -169,6 +302,7 @@ def test_no_pair_yet(settings: Settings, folder: Path, tmp_path: Path) -> None:
         ({"amber": {"nouns": "spacy"}}, r"amber\.nouns"),
         ({"amber": {"parts": ["captions"]}}, r"amber\.parts"),
         ({"mmvp": {"prompt": "Look."}}, r"prompt 'Look\.': it must hold \{question\}"),
+        ({"mmvp": {"labels": "mine"}}, r"unknown name in mmvp\.labels: mine"),
         ({"mme": {"max_new_tokens": 0}}, r"mme\.max_new_tokens: .*at least 1"),
     ],
 )

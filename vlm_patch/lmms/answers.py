@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 
 # The Auto classes carry no types.
 MODELS: Any = AutoModelForImageTextToText
@@ -40,21 +40,29 @@ class Answer:
     tokens: int
 
 
-def load(pretrained: str, device: Any, device_map: str | None, **settings: Any) -> tuple[Any, Any]:
+def load(
+    pretrained: str,
+    device: Any,
+    device_map: str | None,
+    chat_template: str | None = None,
+    **settings: Any,
+) -> tuple[Any, Any]:
     """The model, in evaluation mode on `device` (or as `device_map` says), and its processor.
 
-    The processor pads on the left. Raises ValueError where it cannot render a conversation.
+    The processor pads on the left. Raises ValueError where it cannot render a conversation, which
+    `chat_template` (Jinja) is for.
     """
     source = {key: settings.pop(key) for key in ("revision", "trust_remote_code")}
     given = {key: value for key, value in settings.items() if value is not None}
     placing = {} if device_map is None else {"device_map": device_map}
     processor = PROCESSORS.from_pretrained(pretrained, **source)
     tokenizer = processor.tokenizer
-    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    processor.chat_template = chat_template or processor.chat_template or tokenizer.chat_template
     if not processor.chat_template:
         raise ValueError(
             f"the processor of {pretrained} has no chat template, so prompts cannot be rendered: "
-            "put chat_template.jinja into a local copy of the model and name that folder"
+            "give one in --model_args, for the bare question "
+            "chat_template={{ messages[0]['content'][-1]['text'] }}"
         )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -144,7 +152,10 @@ def _generate(
         **padding,
     ).to(model.device, dtype=model.dtype)
     output = model.generate(**inputs, **settings, pad_token_id=tokenizer.pad_token_id)
-    ends = model.generation_config.eos_token_id
+    # some models (InstructBLIP) leave generating to their language model
+    part = getattr(model, "language_model", None)
+    writer = part if isinstance(part, GenerationMixin) else model
+    ends = writer.generation_config.eos_token_id
     ends = {*ends} if isinstance(ends, list) else {ends}
     new = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [_answer(tokenizer, tokens, ends) for tokens in new]

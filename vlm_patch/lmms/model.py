@@ -25,8 +25,9 @@ class VlmPatch(lmms):  # type: ignore[misc]
     """A vision-language model of transformers with methods on it, as a chat model of lmms-eval.
 
     methods: "var+gift", or "baseline" for the stock model; their hyperparameters follow as
-    `gift.alpha=4`. layers, heads: as in `wrap`, with + for a comma. The rest goes to
-    `from_pretrained`. Raises ValueError for an argument that is not known.
+    `gift.alpha=4`. layers, heads: as in `wrap`, with + for a comma. chat_template: Jinja, for a
+    model that has none. The rest goes to `from_pretrained`. Raises ValueError for an argument that
+    is not known.
     """
 
     is_simple = False
@@ -43,6 +44,7 @@ class VlmPatch(lmms):  # type: ignore[misc]
         device: str | None = None,
         device_map: str | None = None,
         attn_implementation: str | None = None,
+        chat_template: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         **options: Any,
@@ -57,6 +59,7 @@ class VlmPatch(lmms):  # type: ignore[misc]
             pretrained,
             device if device and self._world_size == 1 else self.accelerator.device,
             device_map,
+            chat_template,
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=dtype,
