@@ -8,7 +8,8 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
+from transformers.utils import hub
 
 from eval import generate
 from eval.errors import EvalError
@@ -19,7 +20,9 @@ COMMIT = hashlib.sha1(b"v1.2").hexdigest()
 
 @pytest.fixture
 def asked(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The tiny checkpoint served as org/tiny, with the revision v1.2 alone; yields the paths."""
+    """The tiny checkpoint served as org/tiny, revision v1.2, beside an empty main; yields the paths
+    of the files that were there.
+    """
     paths: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -30,19 +33,20 @@ def asked(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             self.answer(with_body=True)
 
         def answer(self, with_body: bool) -> None:
-            paths.append(self.path)
             _, revision, name = re.split(r"/org/tiny/(?:resolve|tree)/([^/?]+)/?", self.path)
             file = checkpoint / name
             error = None
-            if revision not in ("v1.2", COMMIT):
+            if revision not in ("v1.2", COMMIT, "main"):
                 error = "RevisionNotFound"
-            elif not name or not file.is_file():
+            elif revision == "main" or not name or not file.is_file():
                 error = "EntryNotFound"
+            else:
+                paths.append(self.path)
             body = b"" if error else file.read_bytes()
             self.send_response(404 if error else 200)
             if error:
                 self.send_header("X-Error-Code", error)
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", "0" * 40 if revision == "main" else COMMIT)
             self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -57,8 +61,11 @@ def asked(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     here = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", here)
     template = f"{here}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):  # huggingface_hub before 1 reads the latter's
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    # where transformers before 5 keeps it
+    monkeypatch.setattr(hub, "TRANSFORMERS_CACHE", str(tmp_path / "cache"), raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     yield paths
     server.shutdown()
