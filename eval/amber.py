@@ -23,6 +23,7 @@ from eval.intervals import Numbers, Tally, grouped, ratio
 from eval.records import Row, read_rows
 
 GENERATIVE = "generative"
+OVERALL = "overall"
 # what the script reports, and the question types that it pools for it
 DIMENSIONS: Mapping[str, tuple[str, ...]] = {
     "existence": ("discriminative-hallucination",),
@@ -121,13 +122,12 @@ def score(
     for name, part in tallies(responses, items, lexicon, nouns, similarity).items():
         if name == GENERATIVE:
             result[name] = {**part.report(seed), "nouns": nouns, "similarity": similarity}
+        elif name == OVERALL:
+            result[name] = part.report(seed)
         else:
             asked = {"n": int(part.counts["asked"].sum())}
             result.setdefault("discriminative", {})[name] = part.report(seed) | asked
     result["official"] = official(result)
-    if result.keys() >= {GENERATIVE, "discriminative"}:
-        f1 = result["discriminative"]["all"]["f1"]
-        result["amber_score"] = (1 - result[GENERATIVE]["chair"] + f1) / 2
     return result
 
 
@@ -138,7 +138,9 @@ def tallies(
     nouns: str = "nltk",
     similarity: str = "exact",
 ) -> dict[str, Tally]:
-    """What each response adds: "generative", and of the questions "all" and every dimension."""
+    """What each response adds: "generative", of the questions "all" and every dimension, and what
+    each image adds to the AMBER score, "overall".
+    """
     _require_items([number for number, _ in responses], items)
     described = [(items[n], text) for n, text in responses if items[n].type == GENERATIVE]
     answered = [(items[n], text) for n, text in responses if items[n].type != GENERATIVE]
@@ -148,7 +150,10 @@ def tallies(
     parts = {"all": answered}
     for name, kinds in DIMENSIONS.items():
         parts[name] = [pair for pair in answered if pair[0].type in kinds]
-    return found | {name: _questions(part) for name, part in parts.items() if part}
+    found |= {name: _questions(part) for name, part in parts.items() if part}
+    if described and answered:
+        found[OVERALL] = _overall(found[GENERATIVE].counts, described, answered)
+    return found
 
 
 def _require_items(numbers: Sequence[int], items: Mapping[int, Item]) -> None:
@@ -190,21 +195,49 @@ def _generative_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Num
 
 
 def _questions(answered: Sequence[tuple[Item, str]]) -> Tally:
+    columns = _question_counts(answered)
+    return Tally(grouped(columns, _images(answered)), _question_ratios, columns["right"])
+
+
+def _question_counts(answered: Sequence[tuple[Item, str]]) -> dict[str, Numbers]:
     """ "No" is the positive class; what is neither "Yes" nor "No" to the letter is wrong."""
     absent = np.array([item.answer == "no" for item, _ in answered])
     no = np.array([text == "No" for _, text in answered])
     yes = np.array([text == "Yes" for _, text in answered])
-    right = (no & absent) | (yes & ~absent)
     columns = {
         "asked": np.ones(len(answered)),
-        "right": right,
+        "right": (no & absent) | (yes & ~absent),
         "right_no": no & absent,
         "said_no": no,
         "labelled_no": absent,
         "unreadable": ~no & ~yes,
     }
-    images = [item.image or str(place) for place, (item, _) in enumerate(answered)]
-    return Tally(grouped(columns, images), _question_ratios, right)
+    return {name: column.astype(np.float64) for name, column in columns.items()}
+
+
+def _images(given: Sequence[tuple[Item, str]]) -> list[str]:
+    """What is drawn together: the image of each response, or where it is unknown its place."""
+    return [item.image or str(place) for place, (item, _) in enumerate(given)]
+
+
+def _overall(
+    generative: Mapping[str, Numbers],
+    described: Sequence[tuple[Item, str]],
+    answered: Sequence[tuple[Item, str]],
+) -> Tally:
+    """What each image adds by its description and by its questions."""
+    questions = _question_counts(answered)
+    none, no_question = np.zeros(len(described)), np.zeros(len(answered))
+    columns = {name: np.concatenate((column, no_question)) for name, column in generative.items()}
+    columns |= {name: np.concatenate((none, column)) for name, column in questions.items()}
+    return Tally(grouped(columns, _images([*described, *answered])), _overall_ratios)
+
+
+def _overall_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+    """The AMBER score, (1 - CHAIR + F1) / 2, as one fraction."""
+    chair, f1 = _generative_ratios(c)["chair"], _question_ratios(c)["f1"]
+    share = 1 - ratio(*chair) + ratio(*f1)
+    return {"amber_score": (share, np.full_like(share, 2))}
 
 
 def _question_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:

@@ -91,7 +91,7 @@ def _amber_score(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str
 
 def _amber_tallies(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Tally]:
     found = amber.tallies(*_amber_given(rows, out), settings["nouns"])
-    apart = {amber.GENERATIVE: amber.GENERATIVE}
+    apart = {name: name for name in (amber.GENERATIVE, amber.OVERALL)}
     return {apart.get(name, f"discriminative {name}"): part for name, part in found.items()}
 
 

@@ -137,7 +137,7 @@ def test_questions() -> None:
     assert result["official"]["discriminative"]["F1"] == 57.2
     assert result["official"]["relation"]["F1"] == 0.0
     assert "generative" not in result
-    assert "amber_score" not in result
+    assert "overall" not in result
 
 
 def test_questions_about_one_image_are_drawn_together() -> None:
@@ -152,6 +152,23 @@ def test_questions_about_one_image_are_drawn_together() -> None:
     assert 0.2 < low < high < 0.8
 
 
+def test_the_amber_score_draws_what_is_said_of_an_image_together() -> None:
+    """Of every image the description and the answer are both right, or both wrong."""
+    items = {
+        n: Item("generative", ["dog"], ["cat"], image=f"{n}")
+        if n < 20
+        else Item("relation", (), answer="no", image=f"{n - 20}")
+        for n in range(40)
+    }
+    given = [(n, ("A dog.", "A cat.", "No", "Yes")[2 * (n // 20) + n % 2]) for n in range(40)]
+    found = score(given, items, LEXICON, nouns="approximate")["overall"]
+    assert found["n"] == 20
+    assert found["amber_score"] == pytest.approx((1 - 0.5 + 2 / 3) / 2)
+    # with k of 20 images right the score is (1 - (20 - k) / 20 + 2 k / (k + 20)) / 2
+    drawn = {round((k / 20 + 2 * k / (k + 20)) / 2, 9) for k in range(21)}
+    assert {round(bound, 9) for bound in found["intervals"]["amber_score"]} <= drawn
+
+
 def test_descriptions_and_questions_give_the_amber_score() -> None:
     items = {1: Item("generative", ["dog", "sky"], ["cat"]), 2: item("relation", "no")}
     result = score([(1, "A dog and a cat."), (2, "No")], items, LEXICON, nouns="approximate")
@@ -160,7 +177,8 @@ def test_descriptions_and_questions_give_the_amber_score() -> None:
     assert (generative["hal"], generative["cog"]) == (1.0, 1.0)
     assert generative["mean_words"] == 5
     assert (generative["nouns"], generative["similarity"]) == ("approximate", "exact")
-    assert result["amber_score"] == (1 - 0.5 + 1.0) / 2
+    assert result["overall"]["amber_score"] == (1 - 0.5 + 1.0) / 2
+    assert result["overall"]["n"] == 2
     assert result["official"]["generative"] == {
         "CHAIR": 50.0,
         "Cover": 50.0,
