@@ -21,7 +21,7 @@ settings.load_profile("suite")
 # read when Triton is first imported; the kernels' tests run on the CPU
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-FAMILIES = ("test_families.py", "test_special_models.py")
+FAMILIES = ("test_families.py", "test_planted_sinks.py", "test_special_models.py")
 """They give their models image features."""
 
 
