@@ -79,12 +79,13 @@ Plan: TypeAlias = list[tuple[Tensor, list[Part]]]
 
 @dataclass
 class Work:
-    """What is done in one layer. loud: the methods that may scale its head outputs. direct: every
-    row and head is edited, so that the stock kernel need not run. fused: whether that is one edit
-    by groups of keys and nothing else, which kernels of our own can do."""
+    """What is done in one layer. loud: the methods that may scale its head outputs, and of which
+    heads `[H]`, None for all. direct: every row and head is edited, so that the stock kernel need
+    not run. fused: whether that is one edit by groups of keys and nothing else, which kernels of
+    our own can do."""
 
     tasks: list[Task]
-    loud: list[Active]
+    loud: list[tuple[Active, Tensor | None]]
     plan: Plan
     direct: bool
     fused: bool
@@ -130,8 +131,8 @@ class Editing:
             return call.stock()
         cut = call.without_tail(self.forward.image.shape[1])
         output = self._rows(cut, work)
-        for active in work.loud:
-            gain = self._gain(call.layer, output, active)
+        for active, heads in work.loud:
+            gain = self._gain(call.layer, output, active, heads)
             if gain is not None:
                 gain = gain.to(output.dtype)[:, None, :, None]
                 output = output * gain if output.requires_grad else output.mul_(gain)
@@ -139,7 +140,7 @@ class Editing:
 
     def _prepare(self, call: Call) -> Work | None:
         tasks = list(self._tasks(call))
-        loud = [active for active in self.actives if call.layer in active.heads]
+        loud = [(a, _heads(a, call)) for a in self.actives if call.layer in a.heads]
         if not tasks and not loud:
             return None
         if tasks:
@@ -153,10 +154,11 @@ class Editing:
         alone = direct and len(tasks) == 1 and isinstance(tasks[0].active.method, Regrouping)
         return Work(tasks, loud, plan, direct, alone and fused.serves(call))
 
-    def _gain(self, layer: int, output: Tensor, active: Active) -> Tensor | None:
+    def _gain(
+        self, layer: int, output: Tensor, active: Active, heads: Tensor | None
+    ) -> Tensor | None:
         forward = self.forward.on(output.device)
         gain = active.method.output_gain(layer, output, forward, active.memory)
-        heads = active.heads[layer]
         return gain if gain is None or heads is None else torch.where(heads, gain, 1.0)
 
     def _tasks(self, call: Call) -> Iterator[Task]:
@@ -165,7 +167,7 @@ class Editing:
             if watched is not None and watched[0] == layer:
                 yield Task(active, False, watched[1].to(device), None)
             if edited is not None and layer in active.heads:
-                yield Task(active, True, edited.to(device), active.heads[layer])
+                yield Task(active, True, edited.to(device), _heads(active, call))
 
     def _plan(self, call: Call, tasks: list[Task]) -> Plan:
         """The same for every layer of a device with the same tasks."""
@@ -234,6 +236,12 @@ class Editing:
         if task.heads is not None:
             new = torch.where(task.heads[:, None, None], new, mine)
         return new if part.index is None else weights.index_copy(2, part.index, new)
+
+
+def _heads(active: Active, call: Call) -> Tensor | None:
+    """The heads of a layer that are on, where it computes; None for all of them."""
+    heads = active.heads[call.layer]
+    return None if heads is None else heads.to(call.query.device)
 
 
 def _chunks(tasks: list[Task], size: int) -> Plan:

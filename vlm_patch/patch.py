@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_patch import attention, heads
 from vlm_patch.catalogue import fit, instances, unknown, values
@@ -205,29 +205,16 @@ class Patch:
         table = self.heads[name]
         known = self._switches.get(name)
         if known is None or known[0] is not table or known[1] != table._version:
-            with torch.inference_mode(False):  # kept for later forwards, perhaps with gradients
-                on = {
-                    layer.index: None
-                    if row.all()
-                    else self._shard.mine(row, 0).to(_device(layer.block))
-                    for layer in self._decoder.layers
-                    if (row := table[layer.index]).any()
-                }
+            on = {
+                layer.index: None if row.all() else self._shard.mine(row, 0)
+                for layer in self._decoder.layers
+                if (row := table[layer.index]).any()
+            }
             known = self._switches[name] = (table, table._version, on)
         return known[2]
 
     def _learned(self, before: Method, after: Method) -> None:
         self._methods = [after if method is before else method for method in self._methods]
-
-
-def _device(block: nn.Module) -> torch.device:
-    """Where a block computes, which an offloaded one does not do where its weights are."""
-    found = next(block.parameters()).device
-    if found.type != "meta":
-        return found
-    hooks = (getattr(module, "_hf_hook", None) for module in block.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 def _tables(
