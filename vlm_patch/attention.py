@@ -186,6 +186,8 @@ def attention(
             shown, query, key, value, attention_mask, **options
         )
         return stock
+    # this kernel leaves the cap out, or refuses it in newer versions of transformers
+    left_out = {"softcap": None} if name == "sdpa" and "softcap" in options else {}
     call = Call(
         slot.layer,
         module,
@@ -193,7 +195,7 @@ def attention(
         key,
         value,
         attention_mask,
-        options,
+        options | left_out,
         lambda: kernel(shown, query, key, value, attention_mask, **options),
     )
     if torch.is_autocast_enabled(query.device.type):

@@ -50,6 +50,9 @@ def shard_of(model: Any, attention: nn.Module) -> Shard:
 
 
 def _split(attention: nn.Module) -> bool:
-    """Whether the weights of an attention lie in several processes."""
+    """Whether the weights of an attention lie in several processes: as distributed tensors, or in
+    some versions of transformers as plain parts, in modules that it marks.
+    """
     placed = (getattr(weight, "placements", ()) for weight in attention.parameters())
-    return any(place.is_shard() for places in placed for place in places)
+    marks = (getattr(module, "_hf_tp_plan", None) for module in attention.modules())
+    return "colwise" in marks or any(place.is_shard() for places in placed for place in places)
