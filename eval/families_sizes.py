@@ -146,6 +146,12 @@ MADE: Mapping[str, Mapping[str, Any]] = {
 """Arguments of the configuration class, where its defaults cannot be built."""
 
 ADJUSTED: Mapping[str, Mapping[str, Any]] = {
+    "apertus1p5": {
+        "vision_config.codebook_size": 32,
+        "audio_config.codebook_size": 32,
+        "image_token_offset": 32,
+        "audio_token_offset": 64,
+    },
     "blip-2": _QFORMER,
     "cohere_compass": {
         "text_config.rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}
@@ -174,6 +180,7 @@ ADJUSTED: Mapping[str, Mapping[str, Any]] = {
         "vision_config.vision_output_dim": 192,
     },
     "mistral_large4": {"text_config.num_key_value_heads": 4},
+    "molmo2": {"adapter_config.vision_feature_layer": [2, 1]},
     "ovis2": {"visual_indicator_token_ids": [11, 21]},
     "phi4_multimodal": {
         "vision_config.image_size": 56,

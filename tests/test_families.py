@@ -5,6 +5,7 @@ batch, with new tokens from the cache.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +22,7 @@ from tests.compare import NO_PROCESSOR
 from tests.family import STEPS, Family
 from tests.reference import Gift, Var, Vhr, trace
 from tests.reference.decoder import Run
+from tests.untouched import check_untouched
 from vlm_patch import GIFT, VAR, VHR
 from vlm_patch.method import Forward, Memory, Method
 from vlm_patch.methods import sinks
@@ -142,6 +144,14 @@ def test_against_the_reference(named: tuple[str, Family]) -> None:
             continue
         assert apart(tiny, names, 0) <= bound, label
         assert (apart(tiny, names, 1) <= bound) != (kind in BREAKS_PADDING), label
+
+
+def test_nothing_is_left_behind(named: tuple[str, Family], tmp_path: Path) -> None:
+    kind, tiny = named
+    both = pairs(softmax_layers(tiny.model))
+    names = [name for name in ("var", "gift", "vhr") if name not in WITHOUT.get(kind, ())]
+    methods = [both[name][1] for name in names]
+    check_untouched(tiny.model, lambda: tiny.generate()[0], methods, tmp_path)
 
 
 def test_every_type_is_either_compared_or_known_to_be_out() -> None:

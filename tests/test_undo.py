@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tests import tiny
-from tests.untouched import check_error_in_method, check_interrupt, check_untouched, files, state_of
+from tests.untouched import (
+    answers,
+    check_error_in_method,
+    check_interrupt,
+    check_untouched,
+    files,
+    state_of,
+)
 from vlm_patch import GIFT, VAR, VHR, PatchError, patch, wrap
 from vlm_patch.method import Method
 
@@ -54,7 +61,8 @@ def planted(kind: str = "llava") -> nn.Module:
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_left_behind(kind: str, tmp_path: Path) -> None:
     model = tiny.plant(KINDS[kind]())
-    check_untouched(model, tiny.inputs(model, tiny.BATCH_OF_3), METHODS, tmp_path)
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    check_untouched(model, lambda: answers(model, batch), METHODS, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,7 +146,9 @@ def test_an_error_at_any_stage_of_a_method(method: Method) -> None:
     model = planted()
     before = state_of(model)
     for stage in STAGES[method.name]:
-        check_error_in_method(model, tiny.inputs(model), METHODS, method, stage)
+        check_error_in_method(
+            model, lambda: answers(model, tiny.inputs(model)), METHODS, method, stage
+        )
         assert state_of(model) == before
 
 
@@ -147,7 +157,7 @@ def test_an_interrupt_anywhere(at: int) -> None:
     """In a pass of a method's own, in the prompt, between and within steps."""
     model = planted()
     before = state_of(model)
-    check_interrupt(model, tiny.inputs(model), METHODS, at)
+    check_interrupt(model, lambda: answers(model, tiny.inputs(model)), METHODS, at)
     assert state_of(model) == before
 
 
