@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from eval.families_sizes import BOS, IMAGE, PAD
@@ -20,7 +21,39 @@ from eval.families_sizes import BOS, IMAGE, PAD
 Inputs: TypeAlias = dict[str, Any]
 FORMS = ("tensor", "list", "deep", "layers")
 """Of image features: one tensor, one per image, the same with some for deeper layers, or with the
-layers named. Which one a model takes is found out by trying."""
+layers named. Which one a model takes is found out by trying. Where features are given in the place
+of pixels, the last two wrap them as transformers 5 does."""
+
+TAKES_FEATURES = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
+"""Whether this version of transformers takes image features. Where it does not, they are given in
+the place of pixels, and the vision tower passes them on."""
+
+
+def _passed_on(pixel_values: Tensor, *_: Any, **__: Any) -> Tensor:
+    return pixel_values
+
+
+def _listed(pixel_values: Tensor, *_: Any, **__: Any) -> list[Tensor]:
+    return list(pixel_values)
+
+
+def _wrapped(pixel_values: Tensor, *_: Any, **__: Any) -> BaseModelOutputWithPooling:
+    return BaseModelOutputWithPooling(pooler_output=pixel_values)
+
+
+def _listed_and_wrapped(pixel_values: Tensor, *_: Any, **__: Any) -> BaseModelOutputWithPooling:
+    output = BaseModelOutputWithPooling()
+    output["pooler_output"] = list(pixel_values)
+    return output
+
+
+PASSED_ON: Mapping[str, Callable[..., Any]] = {
+    "tensor": _passed_on,
+    "list": _listed,
+    "deep": _wrapped,
+    "layers": _listed_and_wrapped,
+}
+"""The tower that passes features on, by form; that of transformers 5 wraps what it returns."""
 
 IMAGE_TOKENS = 16
 OTHER_SIZES: Mapping[str, int] = {"hunyuan_vl": 20, "phi4_multimodal": 13, "mllama": 1}
@@ -75,6 +108,12 @@ def images(kind: str, model: Any, seed: int, form: str) -> Inputs:
         return PIXELS[kind](model, draw)
     count, width = OTHER_SIZES.get(kind, IMAGE_TOKENS), model.get_input_embeddings().weight.shape[1]
     drawn = torch.randn(2, count, width, generator=draw)
+    grid = "image_grid_thw" in inspect.signature(model.forward).parameters
+    found: Inputs = {"image_grid_thw": torch.tensor([[1, 8, 8]] * 2)} if grid else {}
+    if not TAKES_FEATURES:
+        tower = model.model if hasattr(model.model, "get_image_features") else model
+        tower.get_image_features = PASSED_ON[form]
+        return found | {"pixel_values": drawn}
     output = BaseModelOutputWithPooling(last_hidden_state=drawn)
     output["pooler_output"] = drawn if form == "tensor" else list(drawn)
     output["router_logits"] = None
@@ -83,8 +122,6 @@ def images(kind: str, model: Any, seed: int, form: str) -> Inputs:
         output["deepstack_features"] = [list(0.1 * drawn) for _ in range(3)]
     if form == "layers":
         output["deepstack_features"] = [(layer, list(drawn)) for layer in range(3)]
-    grid = "image_grid_thw" in inspect.signature(model.forward).parameters
-    found: Inputs = {"image_grid_thw": torch.tensor([[1, 8, 8]] * 2)} if grid else {}
     return found | {"mm_encoder_outputs": {"image": output}}
 
 

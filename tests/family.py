@@ -1,12 +1,15 @@
 """A tiny model of any family with its prompts, and each prompt alone for the literal reference."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
-from eval.families_build import build
-from eval.families_prompts import FORMS, Inputs, around, image_id, prompt
+from eval.families import quietly
+from eval.families_build import CLASSES, build
+from eval.families_prompts import FORMS, TAKES_FEATURES, Inputs, around, image_id, prompt
 from eval.families_sizes import BOS, EOS, IMAGE, PAD, VIDEO, VISION_START
 from tests.reference import Hooked, Sample, Turn
 
@@ -22,6 +25,36 @@ TEXT_PART = {
     "kosmos-2.5": "text_model",
 }
 """What answers to text alone, in models that insist on an image."""
+
+STATEFUL = ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni", "qwen3_5")
+BREAKS_PADDING = ("hunyuan_vl", "kosmos-2", "kosmos-2.5")
+"""The unpatched model answers a padded prompt otherwise than the same prompt alone."""
+WITHOUT = {"mllama": ("var", "gift"), "muse_spark": ("vhr",)}
+UNSUPPORTED = (
+    *("blip", "git", "idefics", "evolla", "mistral4", "pi0", "diffusion_gemma", "dots3_note"),
+    *("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
+    *("glm5_next", "mistral_large4", "qwen4_exp", "gemma3n", "inkling_mm_model", "inkling2"),
+)
+NEWER = ("inkling2_loop", "hy_v4_vl")
+"""Unsupported too, and known to transformers since 5.24."""
+BROKEN = {"5.24.0": ("llama4",)}
+"""Types whose stock model does not run in a version of transformers, by version."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "paligemma-2": ("paligemma", {"text_config": {"model_type": "gemma2"}}),
+    "llava-mistral": ("llava", {"text_config": {"model_type": "mistral"}}),
+    "llava-gemma2": ("llava", {"text_config": {"model_type": "gemma2"}}),
+    "instructblip-opt": ("instructblip", {"text_config": {"model_type": "opt"}}),
+}
+WITHOUT_FEATURES = (
+    *("aria", "aya_vision", "blip-2", "chameleon", "cohere2_vision", "deepseek_vl", "gemma3"),
+    *("got_ocr2", "idefics3", "instructblip", "instructblip-opt", "internvl", "janus", "lfm2_vl"),
+    *("llava", "llava-mistral", "llava_next", "llava_next_video", "llava_onevision", "mistral3"),
+    *("shieldgemma2", "smolvlm", "vipllava"),
+)
+"""What can be compared in versions of transformers that take no image features."""
+LEFT_OUT = (*UNSUPPORTED, *NEWER, *BROKEN.get(transformers.__version__, ()))
+KNOWN = (*CLASSES, *VARIANTS) if TAKES_FEATURES else WITHOUT_FEATURES
+KINDS = [kind for kind in KNOWN if kind not in LEFT_OUT]
 
 
 class Family:
@@ -112,3 +145,12 @@ def _pick(value: Any, index: int) -> Any:
     if isinstance(value, list | tuple):
         return [_pick(part, index) for part in value]
     return value
+
+
+def made(kind: str) -> Family:
+    name, changes = VARIANTS.get(kind, (kind, {}))
+    with quietly():
+        return Family(name, **changes)
+
+
+family = lru_cache(maxsize=4)(made)

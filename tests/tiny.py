@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
-    GenerationMixin,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -22,6 +21,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+
+from eval.families_prompts import TAKES_FEATURES
 
 from .reference import Sample, capture
 from .tiny_text import (
@@ -69,7 +70,7 @@ WIDTH = 64
 # of the random weights; the head's keeps float32 rounding of the logits near 1e-6
 GAINS = {"q_proj": 1.6, "k_proj": 1.6, "lm_head": 0.4, "out_proj": 0.3, "attn.proj": 0.3}
 SINK_DIMS = (3, 10)
-FEATURES = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
+FEATURES = TAKES_FEATURES
 """Whether transformers encodes images before a prompt runs. Where it does not, a prompt cannot run
 in chunks, nor prompts of several images be repeated, and no image features can be given."""
 EXACT_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen2VLRMSNorm")
