@@ -152,7 +152,7 @@ SHAPES: dict[str, Shape] = {
     "attention-3000": layers(ALONE, LLAVA_7B.thin(), 1, 3000, attention=35),
     "memory-3000": layers(f"{ALONE}, two layers", LLAVA_7B.thin(), 2, 3000, memory=60),
     "layer-640": layers(ONE, LLAVA_7B, 1, 640, prefill=8, decode=6),
-    "layer-1500": layers(ONE, LLAVA_7B, 1, 1500, prefill=12, decode=25),
+    "layer-1500": layers(ONE, LLAVA_7B, 1, 1500, decode=25),
     "layer-3000": layers(ONE, LLAVA_7B, 1, 3000, prefill=30, decode=10),
     "gqa-640": layers("1 layer of Qwen2-VL-7B", QWEN2_VL_7B, 1, 640, prefill=8, decode=6),
     "stack-640": layers(FOUR, LLAVA_7B, 4, 640, prefill=90),
