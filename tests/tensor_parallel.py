@@ -4,6 +4,7 @@ As a program it is one of the processes: it reads the model and the jobs from a 
 there what came out.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -97,7 +98,9 @@ def work(folder: Path) -> None:
         new = output.sequences[:, batch["input_ids"].shape[1] :]
         results[name] = new, torch.stack(output.logits, 1)
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of gloo may still run, and the interpreter's end would trip over them
 
 
 if __name__ == "__main__":
