@@ -37,13 +37,14 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if left_out and not tiny.FEATURES else None
 
 
-def pytest_report_header() -> str:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from transformers import __version__
 
     from tests import tiny
 
-    left_out = f"; takes no image features, so left out: {', '.join(FAMILIES)}"
-    return f"transformers {__version__}" + left_out * (not tiny.FEATURES)
+    if not tiny.FEATURES:
+        names = ", ".join(FAMILIES)
+        terminalreporter.write_line(f"left out with transformers {__version__}: {names}")
 
 
 @pytest.fixture(scope="session", autouse=True)
