@@ -199,9 +199,12 @@ def _check_images(model: Any, ids: torch.Tensor, batch: Sequence[Sample]) -> Non
 
 
 def _end_tokens(model: Any) -> set[int]:
-    """What ends an answer; some models (InstructBLIP) leave generating to their language model."""
+    """What ends an answer. A model with a `generate` of its own (InstructBLIP) leaves it to its
+    language model.
+    """
+    leaves_it = type(model).generate is not GenerationMixin.generate
     part = getattr(model, "language_model", None)
-    writer = part if isinstance(part, GenerationMixin) else model
+    writer = part if leaves_it and isinstance(part, GenerationMixin) else model
     ends = writer.generation_config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends}
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig, GenerationMixin
 
 from eval import generate
 from eval.dataset import Sample
@@ -275,3 +276,20 @@ def test_a_model_that_is_not_there_is_explained(settings: Settings, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     with pytest.raises(EvalError, match=r"model .*empty cannot be loaded \(expected: pocket"):
         generate.load_model(settings(model=str(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["generates by itself", "leaves it to a part"])
+def test_what_ends_an_answer_stands_with_who_writes_it(own: bool) -> None:
+    """Llama 4 holds a language model that could generate, and InstructBLIP one that does."""
+
+    class Writer(GenerationMixin):
+        def __init__(self, end: int) -> None:
+            self.generation_config = GenerationConfig(eos_token_id=end)
+
+    class Asking(Writer):
+        def generate(self, *_: Any, **__: Any) -> Any:
+            return self.language_model.generate()
+
+    model: Any = (Asking if own else Writer)(7)
+    model.language_model = Writer(2)
+    assert generate._end_tokens(model) == {2 if own else 7}

@@ -152,9 +152,10 @@ def _generate(
         **padding,
     ).to(model.device, dtype=model.dtype)
     output = model.generate(**inputs, **settings, pad_token_id=tokenizer.pad_token_id)
-    # some models (InstructBLIP) leave generating to their language model
+    # a model with a `generate` of its own (InstructBLIP) leaves it to its language model
+    leaves_it = type(model).generate is not GenerationMixin.generate
     part = getattr(model, "language_model", None)
-    writer = part if isinstance(part, GenerationMixin) else model
+    writer = part if leaves_it and isinstance(part, GenerationMixin) else model
     ends = writer.generation_config.eos_token_id
     ends = {*ends} if isinstance(ends, list) else {ends}
     new = output[:, inputs["input_ids"].shape[1] :].tolist()
