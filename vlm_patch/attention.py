@@ -187,7 +187,8 @@ def attention(
         )
         return stock
     # this kernel leaves the cap out, or refuses it in newer versions of transformers
-    left_out = {"softcap": None} if name == "sdpa" and "softcap" in options else {}
+    capped = name == "sdpa" and "softcap" in options
+    seen = {**options, "softcap": None} if capped else options
     call = Call(
         slot.layer,
         module,
@@ -195,7 +196,7 @@ def attention(
         key,
         value,
         attention_mask,
-        options | left_out,
+        seen,
         lambda: kernel(shown, query, key, value, attention_mask, **options),
     )
     if torch.is_autocast_enabled(query.device.type):
