@@ -58,7 +58,7 @@ class Call:
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         batch, heads, _, size = self.query.shape
         groups, keys = self.key.shape[1:3]
-        query = self.query if len(rows) == self.query.shape[2] else self.query[:, :, rows]
+        query = self.query if rows.shape[0] == self.query.shape[2] else self.query[:, :, rows]
         packed = query.to(dtype).reshape(batch * groups, -1, size)
         key = self.key.to(dtype).reshape(batch * groups, keys, size).transpose(1, 2)
         # baddbmm scales as it multiplies; with beta=0 its first argument is not read
@@ -78,8 +78,8 @@ class Call:
     def output(self, weights: Tensor) -> Tensor:
         """Head outputs `[B, R, H, Dv]` of weights `[B, H, R, K]`."""
         batch, heads, rows, keys = weights.shape
-        packed = weights.reshape(batch, self.value.shape[1], -1, keys)
-        output = packed @ self.value.to(weights.dtype)
+        packed = weights.reshape(batch * self.value.shape[1], -1, keys)
+        output = torch.bmm(packed, self.value.to(weights.dtype).flatten(0, 1))
         return output.view(batch, heads, rows, -1).transpose(1, 2).to(self.query.dtype)
 
     @property

@@ -44,19 +44,25 @@ def _constant(
         return torch.tensor(values, device=device, dtype=dtype).view(-1, *[1] * behind)
 
 
+def peak_share(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
+    """The largest of some channels as a share of the whole vector, `[...]` in [0, 1]: max over dims
+    of |x[d]| / |x| for hidden `[..., D]`; a zero vector has 0.
+    """
+    norm = torch.linalg.vector_norm(hidden, dim=-1)
+    if eps:
+        norm = (norm.square() + eps * hidden.shape[-1]).sqrt()
+    channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device, torch.long))
+    peak: Tensor = torch.linalg.vector_norm(channels, math.inf, dim=-1)
+    return peak / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
 def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
     """How far the sink channels stick out of a residual stream (paper, equation 5).
 
     hidden `[..., D]`: the stream entering a block, before its norm. dims: the sink channels.
     Returns `[...]`: max over dims of |x[d]| / RMS(x), at most sqrt(D); a zero vector scores 0.
     """
-    rms = torch.linalg.vector_norm(hidden, dim=-1) / math.sqrt(hidden.shape[-1])
-    if eps:
-        rms = (rms.square() + eps).sqrt()
-    channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device, torch.long))
-    peak = torch.linalg.vector_norm(channels, math.inf, dim=-1)
-    score: Tensor = peak / rms.clamp_min(torch.finfo(rms.dtype).tiny)
-    return score
+    return peak_share(hidden, dims, eps) * math.sqrt(hidden.shape[-1])
 
 
 def key_groups(image: Tensor, sinks: Tensor) -> Tensor:
@@ -87,22 +93,22 @@ def sink_shares(
     line. Returns 0, -move_fraction, g - 1 and 1 where it is edited, else 0, 0, 0 and 1,
     `[B, 4, H, R]`.
     """
-    image, sinks, rest, _ = torch.split(masses, 1, 1)
-    tiny = torch.finfo(masses.dtype).tiny
-    chosen = image >= min_image_mass
+    tiny, kind = torch.finfo(masses.dtype).tiny, (masses.device, masses.dtype)
+    image, sinks, rest, _ = masses.unbind(1)
+    chosen = image >= _constant((min_image_mass,), *kind)
     if release:
-        floor = 1e-6 * groups[:, :1].sum(-1)[..., None, None]
+        floor = 1e-6 * groups[:, 0].sum(-1)[:, None, None]
         chosen &= image - rest <= (1 - rho_nonsink) * (image + floor)
         chosen &= rest >= tiny
     else:
-        chosen &= rest >= (rho_nonsink * image).clamp_min(tiny)
+        least = torch.addcmul(_constant((tiny,), *kind), _constant((rho_nonsink,), *kind), image)
+        chosen &= rest >= least
     if require_visual_sink:
-        chosen &= (groups[:, 0] > groups[:, 2]).any(-1)[:, None, None, None]
-    kind = masses.device, masses.dtype
+        chosen &= (groups[:, 0] > groups[:, 2]).any(-1)[:, None, None]
     taken = _constant((0, -move_fraction, 0, 1), *kind, 2)
     given = _constant((0, 0, move_fraction, 0), *kind, 2)
-    edited = torch.addcmul(taken, given, sinks / rest.clamp_min(tiny))
-    return torch.where(chosen, edited, _constant((0, 0, 0, 1), *kind, 2))
+    edited = torch.addcmul(taken, given, (sinks / rest.clamp_min(tiny)).unsqueeze(1))
+    return torch.where(chosen.unsqueeze(1), edited, _constant((0, 0, 0, 1), *kind, 2))
 
 
 def redistribute(weights: Tensor, groups: Tensor, *options: Any, **named: Any) -> Tensor:
@@ -217,19 +223,20 @@ class VAR(Regrouping):
     def _groups(self, hidden: Tensor, forward: Forward) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        kind = hidden.device, hidden.dtype
         if self.release and not (forward.first and forward.prompt):
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
-            score = sink_score(hidden, self.dims or (), 1e-6 if self.release else 0.0)
+            share = peak_share(hidden, self.dims or (), 1e-6 if self.release else 0.0)
             tau = math.inf if self.tau is None else self.tau
-            sinks = score > tau if self.release else score >= tau
+            least = _constant((tau / math.sqrt(hidden.shape[-1]),), *kind)
+            sinks = share > least if self.release else share >= least
             if self.release:
                 sinks[:, forward.prompt :] = False
         if not forward.generated:
             return key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
-        kind = hidden.device, hidden.dtype
         sink, other = _constant((0, 1, 0, 1), *kind, 1), _constant((0, 0, 0, 1), *kind, 1)
-        return torch.where(sinks[:, None], sink, other)
+        return torch.where(sinks.unsqueeze(1), sink, other)
 
     def edited(self, forward: Forward) -> Tensor | None:
         return forward.text if self.dims else None
