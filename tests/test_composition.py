@@ -96,6 +96,20 @@ def test_1_as_few_passes_as_give_the_map(names: list[str], expected: list[int]) 
         assert passes == [(1, rows) for rows in expected]
 
 
+def test_1_vhr_reads_a_text_once_for_all_its_images() -> None:
+    """Two pictures asked the same, one asked something else, each as three beams."""
+    model = model_of()
+    rows = [tiny.ONE_IMAGE[0], tiny.ONE_IMAGE[0], [*tiny.ONE_IMAGE[0][:-1], 29]]
+    batch = batch_of(model, rows)
+    assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+    with vlm_patch.wrap(model, *ours(["vhr"])), passes_of(model) as passes:
+        output = generate(model, batch, num_beams=3, num_return_sequences=3)
+        assert passes[:2] == [(2, 9), (9, 25)]
+        alone = generate(model, batch)
+    assert error(model, batch, alone, ["vhr"]) <= EXACT
+    assert len({tuple(row) for row in generated(batch, output).tolist()}) == 9
+
+
 def test_1_vhr_chooses_anew_with_gift_on() -> None:
     """Somewhere the heads differ between the map's pass and the one that answers."""
     model, names = model_of(), ("gift-inside", "vhr")

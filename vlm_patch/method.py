@@ -257,7 +257,7 @@ class Regrouping(Method, ABC):
         left, and the shares by masses on them.
         """
         total = forward.image.shape[1]
-        every = self.groups(layer, forward, memory)[..., :total].to(forward.image.device)
+        every = self.groups(layer, forward, memory).narrow(-1, 0, total).to(forward.image.device)
         shares = self._shares_in(forward)
         if keys == total:
             return every, shares

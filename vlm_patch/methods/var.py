@@ -44,25 +44,26 @@ def _constant(
         return torch.tensor(values, device=device, dtype=dtype).view(-1, *[1] * behind)
 
 
-def peak_share(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
-    """The largest of some channels as a share of the whole vector, `[...]` in [0, 1]: max over dims
-    of |x[d]| / |x| for hidden `[..., D]`; a zero vector has 0.
+def peak_and_norm(hidden: Tensor, dims: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    """max over dims of |x[d]|, and |x|, each `[...]`, for hidden `[..., D]`. eps: see
+    `sink_score`.
     """
     norm = torch.linalg.vector_norm(hidden, dim=-1)
     if eps:
         norm = (norm.square() + eps * hidden.shape[-1]).sqrt()
     channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device, torch.long))
-    peak: Tensor = torch.linalg.vector_norm(channels, math.inf, dim=-1)
-    return peak / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return torch.linalg.vector_norm(channels, math.inf, dim=-1), norm
 
 
 def sink_score(hidden: Tensor, dims: Sequence[int], eps: float = 0.0) -> Tensor:
     """How far the sink channels stick out of a residual stream (paper, equation 5).
 
-    hidden `[..., D]`: the stream entering a block, before its norm. dims: the sink channels.
-    Returns `[...]`: max over dims of |x[d]| / RMS(x), at most sqrt(D); a zero vector scores 0.
+    hidden `[..., D]`: the stream entering a block, before its norm. dims: the sink channels. eps:
+    added to the mean square, as the release does. Returns `[...]`: max over dims of |x[d]| /
+    RMS(x), at most sqrt(D); a zero vector scores 0.
     """
-    return peak_share(hidden, dims, eps) * math.sqrt(hidden.shape[-1])
+    peak, norm = peak_and_norm(hidden, dims, eps)
+    return peak / norm.clamp_min(torch.finfo(norm.dtype).tiny) * math.sqrt(hidden.shape[-1])
 
 
 def key_groups(image: Tensor, sinks: Tensor) -> Tensor:
@@ -227,10 +228,11 @@ class VAR(Regrouping):
         if self.release and not (forward.first and forward.prompt):
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
-            share = peak_share(hidden, self.dims or (), 1e-6 if self.release else 0.0)
+            peak, norm = peak_and_norm(hidden, self.dims or (), 1e-6 if self.release else 0.0)
             tau = math.inf if self.tau is None else self.tau
-            least = _constant((tau / math.sqrt(hidden.shape[-1]),), *kind)
-            sinks = share > least if self.release else share >= least
+            share = _constant((tau / math.sqrt(hidden.shape[-1]),), *kind)
+            least = torch.addcmul(_constant((torch.finfo(norm.dtype).tiny,), *kind), share, norm)
+            sinks = peak > least if self.release else peak >= least
             if self.release:
                 sinks[:, forward.prompt :] = False
         if not forward.generated:

@@ -83,6 +83,20 @@ def without_image(forward: Forward) -> dict[str, Any]:
     }
 
 
+def distinct(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Decoder inputs without the samples that equal the one before, and which of those left stands
+    for each sample, `[B]`.
+
+    Beams are equal, and so are the texts of pictures that are all asked the same.
+    """
+    new = torch.ones_like(inputs["position_ids"][:, 0], dtype=torch.bool)
+    if isinstance(inputs["attention_mask"], Mapping):
+        return inputs, new.cumsum(0) - 1
+    differ = [(value[1:] != value[:-1]).flatten(1).any(1) for value in inputs.values()]
+    new[1:] = torch.stack(differ).any(0)
+    return {name: value[new] for name, value in inputs.items()}, new.cumsum(0) - 1
+
+
 def _text_mask(given: Any, order: Tensor, valid: Tensor) -> Any:
     """The mask of the text alone, made from the prompt's if text looks ahead in that.
 
@@ -166,12 +180,13 @@ class VHR(Method):
                 'out, or generate inside `with patch.disabled("vhr"):`'
             )
         memory.clear()
+        inputs, place = distinct(without_image(forward))
 
         def keep(layer: int, output: Tensor) -> None:
             if layer in layers:
-                memory["text", layer] = output[:, -1].clone()
+                memory["text", layer] = output[:, -1].index_select(0, place.to(output.device))
 
-        run(without_image(forward), Watcher(heads=keep))
+        run(inputs, Watcher(heads=keep))
         return self
 
     def begin(self, forward: Forward, memory: Memory) -> None:
