@@ -28,9 +28,9 @@ from eval.speed_models import Loaded
 from eval.speed_shapes import METHODS, SHAPES, Shape, chosen
 from eval.speed_sides import Side, check_acting, sides
 
-COARSE = ("eager", "release")
-"""Kinds whose ratios are far from 1: they run in every third round only, several of them next to
-one run of the stock model."""
+COARSE = ("again", "eager", "release")
+"""Kinds whose ratios are far from 1, and the stock model next to itself: they run in every third
+round only, several of them next to one run of the stock model."""
 IDLE_STEPS = 100
 
 
@@ -96,6 +96,7 @@ def wanted_sides(
 ) -> list[tuple[str, str]]:
     """The (kind, method) pairs that a phase compares with stock.
 
+    "again" is the stock model once more, which tells what a ratio means on this machine.
     Release-style has batch 1 only. In one layer alone GIFT would read its map where it acts, which
     takes a pass more than in a model: prefill is not compared there.
     """
@@ -104,7 +105,7 @@ def wanted_sides(
     if layers == 1 and phase in ("prefill", "attention"):
         methods = [method for method in methods if method in ("var", "vhr")]
     found = [("ours", method) for method in methods]
-    found.append(("eager", ""))
+    found += [("eager", "")] if phase == "memory" else [("again", ""), ("eager", "")]
     if batch == 1:
         found += [("release", method) for method in methods]
     if phase == "prefill" and "vhr" in methods:

@@ -31,9 +31,9 @@ from eval.speed_shapes import Acting, acting, ours, specs
 class Side:
     """One way of running a model on a prompt.
 
-    kind: "stock", "eager", "text only" (the stock model on the prompt without its image), "ours",
-    "release" (release-style), "idle" (wrapped, every head off). on: the layers, in words. cache,
-    logits `[B, 1, V]`: of the last prefill.
+    kind: "stock", "again" (the same once more), "eager", "text only" (the stock model on the prompt
+    without its image), "ours", "release" (release-style), "idle" (wrapped, every head off). on: the
+    layers, in words. cache, logits `[B, 1, V]`: of the last prefill.
     """
 
     kind: str

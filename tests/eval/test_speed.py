@@ -193,6 +193,7 @@ def test_the_command_writes_the_table(
     assert ("generate", 2, "ours", "all") in kinds
     assert ("generate", 2, "release", "all") not in kinds
     assert ("prefill", 1, "text only", "") in kinds
+    assert ("decode", 1, "again", "") in kinds
     table = (out / "speed.md").read_text()
     assert table in capsys.readouterr().out
     assert "| prefill, 4 stacked 7B layers, S = 640" in table
@@ -235,12 +236,14 @@ def test_bounds_are_judged_as_written() -> None:
         row("stack-640", "prefill", "ours", "gift", 1.0201),
         row("stack-640", "prefill", "ours", "vhr", 1.12),
         row("stack-640", "prefill", "text only", "", 0.11),
+        row("stack-640", "prefill", "again", "", 1.01),
     )
     assert found[goal, "var"] == ("1.030 [1.030, 1.030]", "yes")
     assert found[goal, "gift"] == ("1.020 [1.020, 1.020]", "**no**")
     assert found[goal, "vhr"][1] == "**no**"
     assert found[f"{goal}, text-only pass allowed for", "vhr"][1] == "yes"
     assert found[goal, "all"] == ("-", "not measured")
+    assert found[goal, "stock, again"] == ("1.010 [1.010, 1.010]", "-")
 
 
 def test_memory_release_style_and_idle_cost() -> None:
