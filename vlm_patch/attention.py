@@ -172,7 +172,9 @@ def attention(
     """
     slot: Slot = module.__dict__[SLOT]
     config = module.__dict__[SLOT + "_config"]
-    name = config._attn_implementation
+    # past the lookups that transformers puts before every attribute of a config: they cost almost
+    # as much as the rest of this function
+    name = object.__getattribute__(config, "_attn_implementation_internal")
     kernel = ALL_ATTENTION_FUNCTIONS.get(name)
     if kernel is None:
         kernel = sys.modules[type(module).__module__].eager_attention_forward
