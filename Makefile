@@ -9,6 +9,8 @@ OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' py
 TORCHAO := .venv-torchao
 LMMS_VENV ?= .venv-lmms
 LMMS_READY := $(LMMS_VENV)/.ready
+# a test runs on one core
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-oldest test-torchao test-lmms lint types pocket clean
 
@@ -22,7 +24,7 @@ demo: $(READY)
 	$(BIN)/python -m eval demo --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
@@ -32,7 +34,7 @@ $(OLDEST)/.ready: pyproject.toml
 	touch $(OLDEST)/.ready
 
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE)
 
 # What lmms-eval needs to start and to run its image tasks; its video and judge packages stay out.
 $(LMMS_READY): pyproject.toml

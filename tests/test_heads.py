@@ -119,7 +119,7 @@ def test_a_wrong_spelling_says_what_is_wrong(spec: heads.HeadSpec, message: str)
         ("2-3,0", [0, 2, 3]),
         ("*", [0, 1, 2, 3]),
         ("1-1", [1]),
-        ((number for number in (2, 1)), [1, 2]),
+        pytest.param((number for number in (2, 1)), [1, 2], id="a generator"),
         ({2, 1}, [1, 2]),
         ([np.int64(2)], [2]),
         (np.int64(2), [2]),
