@@ -33,6 +33,11 @@ UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices", 
 Stock: TypeAlias = Callable[[], tuple[Tensor, Tensor | None]]
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which costs a microsecond even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 @dataclass
 class Call:
     """One call of a layer's attention: query `[B, H, S, D]`, key and value `[B, KV, K, D]`."""
@@ -59,8 +64,8 @@ class Call:
         batch, heads, _, size = self.query.shape
         groups, keys = self.key.shape[1:3]
         query = self.query if rows.shape[0] == self.query.shape[2] else self.query[:, :, rows]
-        packed = query.to(dtype).reshape(batch * groups, -1, size)
-        key = self.key.to(dtype).reshape(batch * groups, keys, size).transpose(1, 2)
+        packed = cast(query, dtype).reshape(batch * groups, -1, size)
+        key = cast(self.key, dtype).reshape(batch * groups, keys, size).transpose(1, 2)
         # baddbmm scales as it multiplies; with beta=0 its first argument is not read
         scores = torch.baddbmm(packed.new_empty(1, 1, 1), packed, key, beta=0, alpha=self.scaling)
         scores = scores.view(batch, heads, -1, keys)
@@ -79,8 +84,8 @@ class Call:
         """Head outputs `[B, R, H, Dv]` of weights `[B, H, R, K]`."""
         batch, heads, rows, keys = weights.shape
         packed = weights.reshape(batch * self.value.shape[1], -1, keys)
-        output = torch.bmm(packed, self.value.to(weights.dtype).flatten(0, 1))
-        return output.view(batch, heads, rows, -1).transpose(1, 2).to(self.query.dtype)
+        output = torch.bmm(packed, cast(self.value, weights.dtype).flatten(0, 1))
+        return cast(output.view(batch, heads, rows, -1).transpose(1, 2), self.query.dtype)
 
     @property
     def scaling(self) -> float:

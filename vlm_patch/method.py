@@ -222,7 +222,8 @@ def reweigh(weights: Tensor, groups: Tensor, shares: Shares) -> Tensor:
     With the masses m_g = sum_k a_k groups_gk and c = shares(m, groups), the new weights are
     a_k sum_g c_g groups_gk.
     """
-    groups, flat = groups.to(weights.dtype), weights.flatten(1, 2)
+    groups = groups if groups.dtype == weights.dtype else groups.to(weights.dtype)
+    flat = weights.flatten(1, 2)
     masses = torch.bmm(groups, flat.transpose(1, 2))
     parts = shares(masses.view(*groups.shape[:2], *weights.shape[1:3]), groups)
     factor = torch.bmm(parts.flatten(2).transpose(1, 2), groups)
@@ -257,7 +258,9 @@ class Regrouping(Method, ABC):
         left, and the shares by masses on them.
         """
         total = forward.image.shape[1]
-        every = self.groups(layer, forward, memory).narrow(-1, 0, total).to(forward.image.device)
+        every = self.groups(layer, forward, memory).narrow(-1, 0, total)
+        if every.device != forward.image.device:
+            every = every.to(forward.image.device)
         shares = self._shares_in(forward)
         if keys == total:
             return every, shares

@@ -223,7 +223,8 @@ class VAR(Regrouping):
 
     def _groups(self, hidden: Tensor, forward: Forward) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        if hidden.dtype not in (torch.float32, torch.float64):
+            hidden = hidden.float()
         kind = hidden.device, hidden.dtype
         if self.release and not (forward.first and forward.prompt):
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
