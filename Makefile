@@ -37,11 +37,12 @@ test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE)
 
 # What lmms-eval needs to start and to run its image tasks; its video and judge packages stay out.
+# datasets 5.2 reads a module of filelock that version 4 no longer has.
 $(LMMS_READY): pyproject.toml
 	$(PYTHON) -m venv $(LMMS_VENV)
 	$(LMMS_VENV)/bin/pip install --quiet "torch==2.13.0"
 	$(LMMS_VENV)/bin/pip install --quiet --no-deps "lmms-eval>=0.7,<0.8"
-	$(LMMS_VENV)/bin/pip install --quiet datasets evaluate loguru pydantic pytablewriter pytz sacrebleu tenacity
+	$(LMMS_VENV)/bin/pip install --quiet datasets "filelock<4" evaluate loguru pydantic pytablewriter pytz sacrebleu tenacity
 	$(LMMS_VENV)/bin/pip install --quiet --editable ".[eval]" pytest
 	touch $(LMMS_READY)
 
