@@ -189,7 +189,7 @@ def _figure(row: Mapping[str, Any]) -> list[str]:
 def _notes(rows: Rows) -> Iterator[str]:
     """What a reader must know."""
     yield "release-style: eager attention with S x S weights, batch 1 (tests/release_style.py)"
-    phases = {row["phase"] for row in rows}
+    phases, kinds = ({row[key] for row in rows} for key in ("phase", "kind"))
     if "attention" in phases:
         yield "attention: seconds inside the attention function alone, linear layers left out"
     if "memory" in phases:
@@ -197,12 +197,12 @@ def _notes(rows: Rows) -> Iterator[str]:
             "memory: peak of a prefill above the model, whose linear layers are narrow: the peak "
             "of wide ones (the MLP's) would hide that of attention"
         )
-    if "again" in {row["kind"] for row in rows}:
+    if "again" in kinds:
         yield (
             "stock, again: the stock model timed next to itself, behind the other; how far that is "
             "from 1, and how widely it scatters, is what this machine adds to every ratio"
         )
-    if "text only" in {row["kind"] for row in rows}:
+    if "text only" in kinds:
         yield "stock, prompt without image: the extra pass that VHR needs, once a prompt"
     if "generate" in phases:
         yield "generate: every side makes equally many tokens"

@@ -27,7 +27,12 @@ TEXT_PART = {
 """What answers to text alone, in models that insist on an image."""
 
 STATEFUL = (
-    *("minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni", "qwen3_5", "qwen3_5_moe"),
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "nemotron_h_omni",
+    "qwen3_5",
+    "qwen3_5_moe",
 )
 BREAKS_PADDING = ("hunyuan_vl", "kosmos-2", "kosmos-2.5")
 """The unpatched model answers a padded prompt otherwise than the same prompt alone."""

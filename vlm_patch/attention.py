@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_patch.errors import PatchError, UnsupportedModelError
+from vlm_patch.method import cast
 from vlm_patch.model import Layer
 
 NAME = "vlm_patch"
@@ -31,11 +32,6 @@ UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices", 
 """Arguments of rarer attention kinds, whose rows could not be recomputed rightly."""
 
 Stock: TypeAlias = Callable[[], tuple[Tensor, Tensor | None]]
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, which costs a microsecond even where there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 @dataclass

@@ -19,6 +19,11 @@ Memory: TypeAlias = dict[tuple[str, int], Tensor]
 Every tensor has the batch first, so that beams can be reordered without knowing what it is."""
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which costs a microsecond even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def append(memory: Memory, key: tuple[str, int], new: Tensor, past: int) -> Tensor:
     """Writes `new` `[B, ..., S]` behind the first `past` entries kept under `key`; returns the
     buffer `[B, ..., at least past + S]` that holds them all.
@@ -222,8 +227,7 @@ def reweigh(weights: Tensor, groups: Tensor, shares: Shares) -> Tensor:
     With the masses m_g = sum_k a_k groups_gk and c = shares(m, groups), the new weights are
     a_k sum_g c_g groups_gk.
     """
-    groups = groups if groups.dtype == weights.dtype else groups.to(weights.dtype)
-    flat = weights.flatten(1, 2)
+    groups, flat = cast(groups, weights.dtype), weights.flatten(1, 2)
     masses = torch.bmm(groups, flat.transpose(1, 2))
     parts = shares(masses.view(*groups.shape[:2], *weights.shape[1:3]), groups)
     factor = torch.bmm(parts.flatten(2).transpose(1, 2), groups)

@@ -25,6 +25,7 @@ from vlm_patch.method import (
     Regrouping,
     StockPass,
     append,
+    cast,
     check_flag,
     check_number,
     check_whole,
@@ -223,8 +224,7 @@ class VAR(Regrouping):
 
     def _groups(self, hidden: Tensor, forward: Forward) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
-        if hidden.dtype not in (torch.float32, torch.float64):
-            hidden = hidden.float()
+        hidden = cast(hidden, torch.promote_types(hidden.dtype, torch.float32))
         kind = hidden.device, hidden.dtype
         if self.release and not (forward.first and forward.prompt):
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
