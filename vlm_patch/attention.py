@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from vlm_patch.model import Layer
 
 NAME = "vlm_patch"
 SLOT = "_vlm_patch"
+CONFIG = "_vlm_patch_config"
 CARRIED = "vlm_patch_run"
 """The argument in which a decoder hands down its `Run` under gradient checkpointing: layers are run
 again behind the forward, perhaps by another thread."""
@@ -73,7 +75,7 @@ class Call:
             # the lowest number, not -inf: a row of padding sees nothing, and must not become NaN
             scores = scores.masked_fill_(hidden, torch.finfo(dtype).min)
         elif self.mask is not None:
-            scores = scores + self.mask[:, :, rows].to(dtype)
+            scores = scores + self._mask_of(rows).to(dtype)
         return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
 
     def output(self, weights: Tensor) -> Tensor:
@@ -89,12 +91,16 @@ class Call:
         scaling = self.options.get("scaling")
         return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
 
+    def _mask_of(self, rows: Tensor) -> Any:
+        mask: Any = self.mask
+        return mask if rows.shape[0] == mask.shape[2] else mask[:, :, rows]
+
     def _hidden(self, rows: Tensor) -> Tensor | None:
         """Where a row must not look, broadcastable to `[B, H, R, K]`; None without a mask, or with
         an additive one.
         """
         if self.mask is not None:
-            return ~self.mask[:, :, rows] if self.mask.dtype == torch.bool else None
+            return ~self._mask_of(rows) if self.mask.dtype == torch.bool else None
         new, keys = self.query.shape[2], self.key.shape[2]
         causal = self.options.get("is_causal")
         if causal is None:
@@ -108,6 +114,18 @@ class Run(Protocol):
     """What happens in the attention during one forward."""
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Now(threading.local):
+    """What this thread does at the moment.
+
+    run: what attention serves. inside: the decoder runs for a pass of our own. first: the output of
+    a pass that did all of the prompt but its last token.
+    """
+
+    run: Run | None = None
+    inside: bool = False
+    first: Any = None
 
 
 def check(call: Call) -> None:
@@ -149,8 +167,8 @@ class Slot:
     is a stock model.
     """
 
-    def __init__(self, layer: int, current: Callable[[], Run | None] | None) -> None:
-        self.layer, self.current = layer, current
+    def __init__(self, layer: int, now: Now | None) -> None:
+        self.layer, self.now = layer, now
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         return Slot(self.layer, None)
@@ -159,7 +177,7 @@ class Slot:
         return Slot, (self.layer, None)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -169,10 +187,10 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' attention function for patched modules: `[B, H, S, D]` in, `[B, S, H, Dv]`
-    out. Under torch.compile it runs as it stands, since what it does differs from call to call.
+    out.
     """
     slot: Slot = module.__dict__[SLOT]
-    config = module.__dict__[SLOT + "_config"]
+    config = module.__dict__[CONFIG]
     # past the lookups that transformers puts before every attribute of a config: they cost almost
     # as much as the rest of this function
     name = object.__getattribute__(config, "_attn_implementation_internal")
@@ -182,8 +200,8 @@ def attention(
     # the plain kernels do not look at the config, and a view costs more than their call
     shown = module if name in ("sdpa", "eager") else View(module, config)
     run: Run | None = options.pop(CARRIED, None)
-    if run is None and slot.current is not None:
-        run = slot.current()
+    if run is None and slot.now is not None:
+        run = slot.now.run
     if run is None:
         stock: tuple[Tensor, Tensor | None] = kernel(
             shown, query, key, value, attention_mask, **options
@@ -202,7 +220,14 @@ def attention(
         seen,
         lambda: kernel(shown, query, key, value, attention_mask, **options),
     )
-    if torch.is_autocast_enabled(query.device.type):
+    edited: tuple[Tensor, Tensor | None] = _attend(run, call)
+    return edited
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend(run: Run, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Under torch.compile this runs as it stands, since what it does differs from call to call."""
+    if torch.is_autocast_enabled(call.query.device.type):
         return _outside_autocast(run, call)
     return run.attend(call)
 
@@ -226,20 +251,18 @@ AttentionInterface.register(NAME, attention)
 def occupied(layer: Layer) -> bool:
     """Whether a patch sits on this layer; what a deep copy left behind is none."""
     slot: Slot | None = layer.attention.__dict__.get(SLOT)
-    return slot is not None and slot.current is not None
+    return slot is not None and slot.now is not None
 
 
-def install(layer: Layer, current: Callable[[], Run | None], undo: ExitStack) -> None:
+def install(layer: Layer, now: Now, undo: ExitStack) -> None:
     """Lets a layer's attention go through this file; closing `undo` restores it exactly."""
     module: Any = layer.attention
     state = module.__dict__
-    config = state.pop(
-        SLOT + "_config", module.config
-    )  # left behind by a deep copy of a patched model
+    config = state.pop(CONFIG, module.config)  # left behind by a deep copy of a patched model
     own = copy.copy(config)
     own._attn_implementation_internal = NAME
-    state[SLOT], state[SLOT + "_config"] = Slot(layer.index, current), config
+    state[SLOT], state[CONFIG] = Slot(layer.index, now), config
     undo.callback(state.pop, SLOT)
-    undo.callback(state.pop, SLOT + "_config")
+    undo.callback(state.pop, CONFIG)
     module.config = own
     undo.callback(setattr, module, "config", config)

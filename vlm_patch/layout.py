@@ -87,7 +87,7 @@ class Layout(threading.local):
         self.owner, self.mask_name, self.shard = owner, mask_name, shard
         self.given: Given | None = None
         self.told: Told | None = None
-        self.pending: _Pending | None = None
+        self.pending: Mapping[str, Any] | None = None
         self.said: set[str] = set()
         self.reader = Reader(image_ids, reader, self._say)
 
@@ -104,10 +104,7 @@ class Layout(threading.local):
         """Called before the whole model runs: the only place where token ids and images are
         seen.
         """
-        mask = kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        where = None if self.mask_name is None else kwargs.get(self.mask_name)
-        self.pending = _Pending(kwargs.get("input_ids"), carries_images(kwargs), mask, where)
+        self.pending = kwargs
 
     def see_decoder(
         self, kwargs: dict[str, Any], cache: Any, question: bool, words: str | Tensor
@@ -118,7 +115,7 @@ class Layout(threading.local):
         question: whether a method wants to know the question; words: what it calls content (see
         `GIFT`).
         """
-        pending, self.pending = self.pending, None
+        seen, self.pending = self.pending, None
         embeds = kwargs.get("inputs_embeds")
         hidden = embeds if embeds is not None else kwargs["input_ids"]
         batch, rows = hidden.shape[:2]
@@ -132,6 +129,7 @@ class Layout(threading.local):
             return self._step(generation, past, rows), generation
         if not unfinished:
             generation.start, generation.end = past, self._end(past, rows)
+        pending = None if seen is None else self._pending(seen)
         valid = self._valid(kwargs, pending, past, batch, rows, hidden.device)
         if past + rows >= generation.end and not valid[:, -1].all():
             raise PatchError(
@@ -141,6 +139,12 @@ class Layout(threading.local):
         if not unfinished:
             self._read(generation, self._prompt(generation, pending, valid), question, words)
         return self._forward(generation, past, valid, kwargs), generation
+
+    def _pending(self, inputs: Mapping[str, Any]) -> _Pending:
+        mask = inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        where = None if self.mask_name is None else inputs.get(self.mask_name)
+        return _Pending(inputs.get("input_ids"), carries_images(inputs), mask, where)
 
     def see_continuous_batch(self) -> None:
         """Called where transformers packs requests in one row; they hold token ids alone."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from vlm_patch import cpu
 from vlm_patch.shard import WHOLE, Shard
 
 Memory: TypeAlias = dict[tuple[str, int], Tensor]
@@ -24,6 +25,16 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def room(memory: Memory, key: tuple[str, int], total: int) -> Tensor | None:
+    """The buffer kept under `key`, if `total` entries can be written to it as it is."""
+    buffer = memory.get(key)
+    if buffer is None or buffer.shape[-1] < total:
+        return None
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return None
+    return buffer
+
+
 def append(memory: Memory, key: tuple[str, int], new: Tensor, past: int) -> Tensor:
     """Writes `new` `[B, ..., S]` behind the first `past` entries kept under `key`; returns the
     buffer `[B, ..., at least past + S]` that holds them all.
@@ -31,15 +42,15 @@ def append(memory: Memory, key: tuple[str, int], new: Tensor, past: int) -> Tens
     It doubles when it is full, so that a step of decoding writes one column.
     """
     total = past + new.shape[-1]
-    buffer = memory.get(key)
-    if buffer is None or buffer.shape[-1] < total:
-        larger = new.new_zeros(*new.shape[:-1], max(256, 2 * total))
-        if buffer is not None:
-            larger[..., :past] = buffer[..., :past]
-        buffer = memory[key] = larger
-    if buffer.is_inference() and not torch.is_inference_mode_enabled():
-        buffer = memory[key] = buffer.clone()  # could not be written outside inference mode
-    buffer[..., past:total] = new
+    buffer = room(memory, key, total)
+    if buffer is None:
+        before = memory.get(key)
+        size = max(256, 2 * total) if before is None else max(before.shape[-1], 2 * total)
+        buffer = new.new_zeros(*new.shape[:-1], size)
+        if before is not None:
+            buffer[..., :past] = before[..., :past]
+        memory[key] = buffer
+    buffer.narrow(-1, past, new.shape[-1]).copy_(new)
     return buffer
 
 
@@ -238,8 +249,8 @@ def reweigh(weights: Tensor, groups: Tensor, shares: Shares) -> Tensor:
 class Regrouping(Method, ABC):
     """A method whose edit is one factor per key, made of groups of keys (see `reweigh`).
 
-    Whatever has this form runs as two small kernels at a generated token on a GPU. compares_heads:
-    a head's shares depend on the masses of the others.
+    Whatever has this form runs as two small kernels at a generated token on a GPU, and by `row` on
+    a CPU. compares_heads: a head's shares depend on the masses of the others.
     """
 
     compares_heads: ClassVar[bool] = False
@@ -261,22 +272,43 @@ class Regrouping(Method, ABC):
         """The groups `[B, G, keys]` of the newest keys, which are those that a sliding window has
         left, and the shares by masses on them.
         """
+        newest, every = self._newest(keys, layer, forward, memory)
+        shares = self._shares_in(forward)
+        return newest, shares if newest is every else lambda masses, _: shares(masses, every)
+
+    def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
+        keys = weights.shape[-1]
+        if weights.shape[2] == 1 and cpu.serves(weights) and self._sees_all(forward):
+            newest, _ = self._newest(keys, layer, forward, memory)
+            edited = self.row(weights, cast(newest, weights.dtype))
+            if edited is not None:
+                return edited
+        return reweigh(weights, *self.parts(keys, layer, forward, memory))
+
+    def row(self, weights: Tensor, groups: Tensor) -> Tensor | None:
+        """The same for one row `[B, H, 1, K]` by a compiled loop on a CPU; None if there is none
+        for it.
+        """
+        return None
+
+    def _newest(
+        self, keys: int, layer: int, forward: Forward, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        """The groups of the newest keys and of all, which are the same object without a window."""
         total = forward.image.shape[1]
         every = self.groups(layer, forward, memory).narrow(-1, 0, total)
         if every.device != forward.image.device:
             every = every.to(forward.image.device)
-        shares = self._shares_in(forward)
-        if keys == total:
-            return every, shares
-        return every[..., total - keys :], lambda masses, _: shares(masses, every)
+        return every if keys == total else every[..., total - keys :], every
 
-    def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
-        return reweigh(weights, *self.parts(weights.shape[-1], layer, forward, memory))
+    def _sees_all(self, forward: Forward) -> bool:
+        """Whether all heads that it has to see are computed here."""
+        return forward.shard.ranks == 1 or not self.compares_heads
 
     def _shares_in(self, forward: Forward) -> Shares:
         """`shares`, shown all heads where other processes compute some of them."""
         shard = forward.shard
-        if shard.ranks == 1 or not self.compares_heads:
+        if self._sees_all(forward):
             return self.shares
         return lambda m, groups: shard.mine(self.shares(shard.gather(m, 2), groups), 2)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from vlm_patch.attention import CARRIED, Call, Run
+from vlm_patch.attention import CARRIED, Call, Now, Run
 from vlm_patch.editing import Active, Editing, Watching
 from vlm_patch.errors import PatchError
 from vlm_patch.generation import Generation, attach
@@ -43,16 +42,19 @@ class Hook:
         return Hook, (None,)
 
 
-class Now(threading.local):
-    """What this thread does at the moment.
+class QuietHook(Hook):
+    """A hook that costs next to nothing while this thread runs nothing."""
 
-    run: what attention serves. inside: the decoder runs for a pass of our own. first: the output of
-    a pass that did all of the prompt but its last token.
-    """
+    def __init__(self, call: Callable[..., Any] | None, now: Now) -> None:
+        super().__init__(call)
+        self.now = now
 
-    run: Run | None = None
-    inside: bool = False
-    first: Any = None
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    def __call__(self, module: nn.Module, args: Any, more: Any) -> Any:
+        now = self.now
+        if now.run is None and now.first is None and not (type(more) is dict and CARRIED in more):
+            return None
+        return super().__call__(module, args, more)
 
 
 class Lost:

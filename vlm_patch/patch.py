@@ -18,7 +18,7 @@ from vlm_patch.generating import Generate, check_options, told
 from vlm_patch.layout import Layout
 from vlm_patch.method import Method
 from vlm_patch.model import Decoder, read
-from vlm_patch.passes import Hook, Passes
+from vlm_patch.passes import Hook, Passes, QuietHook
 from vlm_patch.prompt import Given
 from vlm_patch.question import QuestionReader
 from vlm_patch.shard import shard_of
@@ -91,9 +91,9 @@ class Patch:
         padding = config.pad_token_id if self._decoder.special.counts else None
         passes = Passes(decoder, self._layout, self._switched, self._learned, padding)
         for layer in self._decoder.layers:
-            attention.install(layer, lambda: passes.now.run, undo)
+            attention.install(layer, passes.now, undo)
             if any(method.reads_blocks for method in self._methods):
-                show = Hook(passes.before_block(layer.index))
+                show = QuietHook(passes.before_block(layer.index), passes.now)
                 handle = layer.block.register_forward_pre_hook(show, with_kwargs=True)
                 undo.callback(handle.remove)
         calls = {
@@ -104,7 +104,8 @@ class Patch:
         for module, call in calls.items():
             handle = module.register_forward_pre_hook(Hook(call), with_kwargs=True)
             undo.callback(handle.remove)
-        handle = decoder.register_forward_hook(Hook(passes.after_decoder), always_call=True)
+        after = QuietHook(passes.after_decoder, passes.now)
+        handle = decoder.register_forward_hook(after, always_call=True)
         undo.callback(handle.remove)
         speaker = self._decoder.speaker
         before = {name: call for name, call in speaker.__dict__.items() if name == "generate"}
@@ -196,7 +197,7 @@ class Patch:
 
     def _switched(self) -> list[tuple[Method, dict[int, Tensor | None]]]:
         """The methods that are on, and by layer their heads (None: all)."""
-        off = self._off()
+        off = self._off() if self._disabled else ()
         layers = [(m, self._layers(m.name)) for m in self._methods if m.name not in off]
         return [(method, on) for method, on in layers if on]
 

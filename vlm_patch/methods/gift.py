@@ -31,7 +31,7 @@ from vlm_patch.method import (
     check_wholes,
     reweigh,
 )
-from vlm_patch.methods import launch
+from vlm_patch.methods import launch, looped
 
 MOST_ALPHA = 80.0
 
@@ -268,6 +268,10 @@ class GIFT(Regrouping):
             memory.pop(("row before", 0))
             append(memory, ("groups", 0), key_groups(forward.image, forward.query, gain), 0)
         return memory["groups", 0]
+
+    def row(self, weights: Tensor, groups: Tensor) -> Tensor:
+        count = how_many(weights.shape[1], self.head_fraction)
+        return looped.gaze_row(weights, groups, self.beta, count)
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
         heads, beta, fraction = masses.shape[2], self.beta, self.head_fraction

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlm_patch import gpu
+from vlm_patch import cpu, gpu
 from vlm_patch.errors import PatchError
 from vlm_patch.method import (
     Facts,
@@ -31,8 +31,9 @@ from vlm_patch.method import (
     check_whole,
     check_wholes,
     reweigh,
+    room,
 )
-from vlm_patch.methods import launch
+from vlm_patch.methods import launch, looped
 from vlm_patch.methods.sinks import discover, one_stream, scaled_tau
 
 
@@ -210,17 +211,22 @@ class VAR(Regrouping):
         """Finds the sinks among the new tokens; the release looks at the first prompt only."""
         if not self.dims:
             return
-        hidden = one_stream(hidden)
-        if forward.generated and not self.release and gpu.possible(hidden.device.type):
+        hidden, past = one_stream(hidden), forward.past
+        if forward.generated and not self.release:
             dims, tau = _constant(tuple(self.dims), hidden.device, torch.long), self.tau or 0.0
-            groups = gpu.tried(
-                ("sink column", str(hidden.device), hidden.dtype, len(dims)),
-                lambda: launch.sink_column(hidden, dims, tau),
-                lambda: self._groups(hidden, forward),
-            )
-        else:
-            groups = self._groups(hidden, forward)
-        append(memory, ("groups", layer), groups, forward.past)
+            kept = room(memory, ("groups", layer), past + 1)
+            if kept is not None and cpu.serves(hidden):
+                looped.sink_column(hidden, dims, tau, kept, past)
+                return
+            if gpu.possible(hidden.device.type):
+                groups = gpu.tried(
+                    ("sink column", str(hidden.device), hidden.dtype, len(dims)),
+                    lambda: launch.sink_column(hidden, dims, tau),
+                    lambda: self._groups(hidden, forward),
+                )
+                append(memory, ("groups", layer), groups, past)
+                return
+        append(memory, ("groups", layer), self._groups(hidden, forward), past)
 
     def _groups(self, hidden: Tensor, forward: Forward) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
@@ -250,6 +256,12 @@ class VAR(Regrouping):
                 f'VAR(semantics="release") never acts below layer 2, but layer {layer} is on'
             )
         return memory["groups", layer]
+
+    def row(self, weights: Tensor, groups: Tensor) -> Tensor | None:
+        if self.require_visual_sink or self.release:
+            return None
+        numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass
+        return looped.sink_row(weights, groups, *numbers)
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
         numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass
