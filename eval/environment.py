@@ -13,7 +13,10 @@ import torch
 from eval import generate
 from eval.config import Config
 
-PACKAGES = ("vlm-patch", "torch", "transformers", "accelerate", "tokenizers", "numpy", "numba", "pillow")
+PACKAGES = (
+    *("vlm-patch", "torch", "transformers", "accelerate", "tokenizers"),
+    *("numpy", "numba", "pillow"),
+)
 
 
 def environment(config: Config) -> dict[str, Any]:
