@@ -31,7 +31,8 @@ from eval.speed_sides import Side, check_acting, sides
 COARSE = ("again", "eager", "release")
 """Kinds whose ratios are far from 1, and the stock model next to itself: they run in every third
 round only, several of them next to one run of the stock model."""
-IDLE_STEPS = 100
+IDLE_STEPS, IDLE_PAIRS = 8, 16
+"""Every head off costs a hundredth of a step: it takes short runs, and 16 times as many pairs."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def _phase(
     calls = {side.name: _call(side, phase, shape) for side in others}
     coarse = [side.name for side in others if side.kind in COARSE]
     run, most = _call(stock, phase, shape), shape.phases[phase]
-    pairs = interleaved(run, calls, rounds, most, coarse)
+    most_pairs = IDLE_PAIRS * rounds if phase == "idle" else rounds
+    pairs = interleaved(run, calls, most_pairs, most, coarse)
     for side in others:
         change = check_acting(side, stock) if side.kind in ("ours", "release") else None
         stocks, own = map(list, zip(*pairs[side.name], strict=True))

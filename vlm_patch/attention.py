@@ -194,8 +194,9 @@ def attention(
     # past the lookups that transformers puts before every attribute of a config: they cost almost
     # as much as the rest of this function
     name = object.__getattribute__(config, "_attn_implementation_internal")
-    kernel = ALL_ATTENTION_FUNCTIONS.get(name)
-    if kernel is None:
+    try:
+        kernel = ALL_ATTENTION_FUNCTIONS[name]
+    except KeyError:
         kernel = sys.modules[type(module).__module__].eager_attention_forward
     # the plain kernels do not look at the config, and a view costs more than their call
     shown = module if name in ("sdpa", "eager") else View(module, config)

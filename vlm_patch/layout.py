@@ -74,7 +74,11 @@ class _Pending:
 
 
 class Layout(threading.local):
-    """Turns the inputs of the model and of its decoder into a `Forward`; one state per thread."""
+    """Turns the inputs of the model and of its decoder into a `Forward`; one state per thread.
+
+    pending: the inputs of the whole model whose decoder is about to run, the only place where token
+    ids and images are seen.
+    """
 
     def __init__(
         self,
@@ -99,12 +103,6 @@ class Layout(threading.local):
             yield
         finally:
             self.told = before
-
-    def see_model(self, kwargs: Mapping[str, Any]) -> None:
-        """Called before the whole model runs: the only place where token ids and images are
-        seen.
-        """
-        self.pending = kwargs
 
     def see_decoder(
         self, kwargs: dict[str, Any], cache: Any, question: bool, words: str | Tensor

@@ -92,7 +92,7 @@ class Passes:
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model."""
         if not self.now.inside:
-            self.layout.see_model(_named(module, args, kwargs))
+            self.layout.pending = _named(module, args, kwargs) if args else kwargs
 
     def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the decoder."""

@@ -52,6 +52,7 @@ def tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shape]:
         ),
     }
     monkeypatch.setattr(speed, "IDLE_STEPS", 2)
+    monkeypatch.setattr(speed, "IDLE_PAIRS", 2)
     for name in list(SHAPES):
         monkeypatch.delitem(SHAPES, name)
     for name, shape in own.items():
@@ -183,7 +184,8 @@ def test_the_command_writes_the_table(
     assert record["machine"]["threads"] == torch.get_num_threads()
     for row in record["rows"]:
         pairs = 1 if row["kind"] in speed.COARSE else 2
-        assert len(row["values"]) == len(row["stock"]) == pairs
+        finer = 2 if row["phase"] == "idle" else 1
+        assert len(row["values"]) == len(row["stock"]) == finer * pairs
         both = zip(row["values"], row["stock"], strict=True)
         shares = sorted(own / stock for own, stock in both)
         assert (row["ratio"]["min"], row["ratio"]["max"]) == (shares[0], shares[-1])
