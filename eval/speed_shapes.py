@@ -137,7 +137,7 @@ SHAPES: dict[str, Shape] = {
         "pocket model",
         pocket,
         described,
-        {"prefill": 2, "decode": 2, "generate": 8, "idle": 8},
+        {"prefill": 2, "decode": 2, "generate": 8, "idle": 4},
         batches=(1, 4),
     ),
     "pocket-16": Shape(
