@@ -14,8 +14,14 @@ from eval import generate
 from eval.config import Config
 
 PACKAGES = (
-    *("vlm-patch", "torch", "transformers", "accelerate", "tokenizers"),
-    *("numpy", "numba", "pillow"),
+    "vlm-patch",
+    "torch",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "numpy",
+    "numba",
+    "pillow",
 )
 
 

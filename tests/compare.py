@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests import tiny
 from tests.reference import Gift, Method, Sample, Var, Vhr, logits
 from vlm_patch import GIFT, VAR, VHR
+from vlm_patch.methods.var import sink_score
 
 DIMS = tiny.SINK_DIMS
 TAU = 3.0
@@ -118,3 +119,17 @@ def error(
     samples = tiny.samples(model, batch, generated(batch, output), **masks)
     steps = torch.stack(output.logits, 1).double()
     return float((steps - answer_logits(model, samples, names, heads)).abs().max())
+
+
+def new_tokens(
+    size: int, dims: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The streams `[5, 1, size]` of new tokens, and VAR's groups `[5, 4]` of them at tau = 3: the
+    second and the third are sinks, the fourth is all zero.
+    """
+    hidden = torch.randn(5, 1, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    hidden[1, 0, dims[0]], hidden[2, 0, dims[-1]], hidden[3] = 40.0, -50.0, 0.0
+    flags = sink_score(hidden.float(), dims)[:, 0] >= 3.0
+    assert flags.tolist() == [False, True, True, False, False]
+    nothing, one = torch.zeros(5), torch.ones(5)
+    return hidden, torch.stack((nothing, flags.float(), nothing, one), 1)

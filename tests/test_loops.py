@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
-from tests.compare import NO_PROCESSOR, error, generate, ours, planted
+from tests.compare import NO_PROCESSOR, error, generate, new_tokens, ours, planted
 from vlm_patch import GIFT, VAR, cpu, wrap
 from vlm_patch.method import Memory, append, reweigh, room
 from vlm_patch.methods import gift, looped, var
@@ -83,14 +83,10 @@ def test_nothing_left_for_gift() -> None:
 
 @pytest.mark.parametrize(("size", "dims"), [(64, (3,)), (1500, (1499, 7, 30)), (64, (0, 63))])
 def test_sinks_of_new_tokens(size: int, dims: tuple[int, ...]) -> None:
-    hidden = torch.randn(5, 1, size, generator=torch.Generator().manual_seed(size))
-    hidden[1, 0, dims[0]], hidden[2, 0, dims[-1]], hidden[3] = 40.0, -50.0, 0.0
-    flags = var.sink_score(hidden, dims)[:, 0] >= 3.0
-    assert flags.tolist() == [False, True, True, False, False]
+    hidden, column = new_tokens(size, dims)
     groups = torch.full((5, 4, 9), 7.0)
     looped.sink_column(hidden, torch.tensor(dims), 3.0, groups, 6)
-    nothing, one = torch.zeros(5), torch.ones(5)
-    assert torch.equal(groups[..., 6], torch.stack((nothing, flags.float(), nothing, one), 1))
+    assert torch.equal(groups[..., 6], column)
     groups[..., 6] = 7.0
     assert (groups == 7.0).all()
 
@@ -128,9 +124,9 @@ def looped_rows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     edited = looped._edited
 
-    def noted(name: str, *more: Any) -> Tensor:
-        names.append(name)
-        return edited(name, *more)
+    def noted(loop: Any, *more: Any) -> Tensor:
+        names.append(loop.__name__)
+        return edited(loop, *more)
 
     monkeypatch.setattr(looped, "_edited", noted)
     return names

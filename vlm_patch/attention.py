@@ -187,7 +187,7 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' attention function for patched modules: `[B, H, S, D]` in, `[B, S, H, Dv]`
-    out.
+    out. torch.compile is kept out of this frame alone; where nothing is on, it sees the stock one.
     """
     slot: Slot = module.__dict__[SLOT]
     config = module.__dict__[CONFIG]

@@ -15,8 +15,9 @@ MOST = 2**16
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether the loops can take this tensor now; they know float32, rows without gaps
-    and no gradients."""
+    """Whether the loops can take this tensor now; they know float32, rows without gaps and
+    no gradients.
+    """
     return (
         tensor.dtype == torch.float32
         and tensor.device.type == "cpu"

@@ -15,30 +15,40 @@ TINY = np.finfo(np.float32).tiny
 
 
 @njit(fastmath=SUMS)
-def masses(weights, groups, found):
-    """Writes the attention `[3, H]` of a row's weights `[H, 1, K]` to the first three of its key
-    groups `[4, K]`; to the fourth, all keys, it is 1.
+def masses(weights, groups):
+    """The attention `[B, 3, H]` of weights `[B, H, 1, K]` to the first three of the key groups
+    `[B, 4, K]`; to the fourth, all keys, it is 1.
     """
-    for head in range(len(weights)):
-        first, second, third = np.float32(0), np.float32(0), np.float32(0)
-        for key in range(groups.shape[1]):
-            weight = weights[head, 0, key]
-            first += weight * groups[0, key]
-            second += weight * groups[1, key]
-            third += weight * groups[2, key]
-        found[0, head], found[1, head], found[2, head] = first, second, third
+    found = np.empty((len(weights), 3, weights.shape[1]), np.float32)
+    keys = np.empty(groups.shape[1:], np.float32)
+    for sample in range(len(weights)):
+        keys[:] = groups[sample]
+        for head in range(weights.shape[1]):
+            first, second, third = np.float32(0), np.float32(0), np.float32(0)
+            for key in range(keys.shape[1]):
+                weight = weights[sample, head, 0, key]
+                first += weight * keys[0, key]
+                second += weight * keys[1, key]
+                third += weight * keys[2, key]
+            found[sample, 0, head] = first
+            found[sample, 1, head] = second
+            found[sample, 2, head] = third
+    return found
 
 
 @njit(fastmath=SUMS)
 def scale(weights, groups, shares, edited):
-    """Writes a row's weights `[H, 1, K]` times what the shares `[3, H]` of a key's groups add up
+    """Writes the weights `[B, H, 1, K]` times what the shares `[B, 3, H]` of a key's groups add up
     to: of the second and the third group and of all keys.
     """
-    for head in range(len(weights)):
-        second, third, every = shares[0, head], shares[1, head], shares[2, head]
-        for key in range(groups.shape[1]):
-            factor = second * groups[1, key] + third * groups[2, key] + every
-            edited[head, 0, key] = weights[head, 0, key] * factor
+    keys = np.empty(groups.shape[1:], np.float32)
+    for sample in range(len(weights)):
+        keys[:] = groups[sample]
+        for head in range(weights.shape[1]):
+            second, third, every = shares[sample, :, head]
+            for key in range(keys.shape[1]):
+                factor = second * keys[1, key] + third * keys[2, key] + every
+                edited[sample, head, 0, key] = weights[sample, head, 0, key] * factor
 
 
 ROW = "void(f4[:, :, :, ::1], f4[:, :, :], {}, f4[:, :, :, ::1])"
@@ -47,19 +57,16 @@ ROW = "void(f4[:, :, :, ::1], f4[:, :, :], {}, f4[:, :, :, ::1])"
 @njit(ROW.format("f4, f4, f4"), fastmath=SUMS, cache=True)
 def sink_row(weights, groups, move_fraction, rho_nonsink, min_image_mass, edited):
     """VAR's edit of the weights `[B, H, 1, K]` by key groups `[B, 4, K]`; see `var.sink_shares`."""
-    keys = np.empty(groups.shape[1:], np.float32)
-    found = np.empty((3, weights.shape[1]), np.float32)
-    shares = np.empty_like(found)
+    found = masses(weights, groups)
+    shares = np.ones_like(found)
     for sample in range(len(weights)):
-        keys[:] = groups[sample]
-        masses(weights[sample], keys, found)
-        for head in range(found.shape[1]):
-            image, sinks, rest = found[0, head], found[1, head], found[2, head]
+        for head in range(weights.shape[1]):
+            image, sinks, rest = found[sample, :, head]
             chosen = image >= min_image_mass and rest >= rho_nonsink * image + TINY
             moved = move_fraction if chosen else np.float32(0)
-            shares[0, head], shares[1, head] = -moved, moved * sinks / max(rest, TINY)
-            shares[2, head] = 1
-        scale(weights[sample], keys, shares, edited[sample])
+            shares[sample, 0, head] = -moved
+            shares[sample, 1, head] = moved * sinks / max(rest, TINY)
+    scale(weights, groups, shares, edited)
 
 
 @njit
@@ -77,28 +84,26 @@ def gaze_row(weights, groups, beta, count, edited):
     """GIFT's edit of the weights `[B, H, 1, K]` by key groups `[B, 4, K]`, with `count` heads in
     each choice; see `gift.gaze_shares`.
     """
-    keys = np.empty(groups.shape[1:], np.float32)
-    found = np.empty((3, weights.shape[1]), np.float32)
-    shares = np.empty_like(found)
+    found = masses(weights, groups)
+    shares = np.ones_like(found)
     for sample in range(len(weights)):
-        keys[:] = groups[sample]
-        masses(weights[sample], keys, found)
+        image, gained, query = found[sample]
+        mine = shares[sample]
         mass, more = np.float32(0), np.float32(0)
-        for head in range(found.shape[1]):
-            looking = among_top(found[0], head, count)
-            shares[0, head] = 1 if looking else 0
-            mass += found[0, head] if looking else 0
-            more += found[1, head] if looking else 0
+        for head in range(len(image)):
+            looking = among_top(image, head, count)
+            mine[0, head] = 1 if looking else 0
+            mass += image[head] if looking else 0
+            more += gained[head] if looking else 0
         pace = beta * (more / max(mass, TINY)) + (beta - 1)
-        for head in range(found.shape[1]):
-            shares[1, head] = pace if among_top(found[2], head, count) else 0
-            shares[2, head] = 1
-            total = 1 + shares[0, head] * found[1, head] + shares[1, head] * found[2, head]
+        for head in range(len(image)):
+            mine[1, head] = pace if among_top(query, head, count) else 0
+            total = 1 + mine[0, head] * gained[head] + mine[1, head] * query[head]
             if total > 0:
-                shares[:, head] /= total
+                mine[:, head] /= total
             else:
-                shares[:2, head] = 0
-        scale(weights[sample], keys, shares, edited[sample])
+                mine[:2, head] = 0
+    scale(weights, groups, shares, edited)
 
 
 @njit("void(f4[:, :, ::1], i8[::1], f4, f4[:, :, ::1], i8)", fastmath=SUMS, cache=True)

@@ -45,8 +45,7 @@ def append(memory: Memory, key: tuple[str, int], new: Tensor, past: int) -> Tens
     buffer = room(memory, key, total)
     if buffer is None:
         before = memory.get(key)
-        size = max(256, 2 * total) if before is None else max(before.shape[-1], 2 * total)
-        buffer = new.new_zeros(*new.shape[:-1], size)
+        buffer = new.new_zeros(*new.shape[:-1], max(256, 2 * total))
         if before is not None:
             buffer[..., :past] = before[..., :past]
         memory[key] = buffer
@@ -273,17 +272,15 @@ class Regrouping(Method, ABC):
         left, and the shares by masses on them.
         """
         newest, every = self._newest(keys, layer, forward, memory)
-        shares = self._shares_in(forward)
-        return newest, shares if newest is every else lambda masses, _: shares(masses, every)
+        return newest, self._shares_by(newest, every, forward)
 
     def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
-        keys = weights.shape[-1]
+        newest, every = self._newest(weights.shape[-1], layer, forward, memory)
         if weights.shape[2] == 1 and cpu.serves(weights) and self._sees_all(forward):
-            newest, _ = self._newest(keys, layer, forward, memory)
             edited = self.row(weights, cast(newest, weights.dtype))
             if edited is not None:
                 return edited
-        return reweigh(weights, *self.parts(keys, layer, forward, memory))
+        return reweigh(weights, newest, self._shares_by(newest, every, forward))
 
     def row(self, weights: Tensor, groups: Tensor) -> Tensor | None:
         """The same for one row `[B, H, 1, K]` by a compiled loop on a CPU; None if there is none
@@ -304,6 +301,11 @@ class Regrouping(Method, ABC):
     def _sees_all(self, forward: Forward) -> bool:
         """Whether all heads that it has to see are computed here."""
         return forward.shard.ranks == 1 or not self.compares_heads
+
+    def _shares_by(self, newest: Tensor, every: Tensor, forward: Forward) -> Shares:
+        """`_shares_in` by masses on the newest keys, but shown the groups of all."""
+        shares = self._shares_in(forward)
+        return shares if newest is every else lambda masses, _: shares(masses, every)
 
     def _shares_in(self, forward: Forward) -> Shares:
         """`shares`, shown all heads where other processes compute some of them."""

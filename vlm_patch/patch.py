@@ -197,7 +197,7 @@ class Patch:
 
     def _switched(self) -> list[tuple[Method, dict[int, Tensor | None]]]:
         """The methods that are on, and by layer their heads (None: all)."""
-        off = self._off() if self._disabled else ()
+        off = self._off()
         layers = [(m, self._layers(m.name)) for m in self._methods if m.name not in off]
         return [(method, on) for method, on in layers if on]
 

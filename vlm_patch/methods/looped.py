@@ -28,15 +28,17 @@ def sink_row(
     min_image_mass: float,
 ) -> Tensor:
     """VAR's edit of weights `[B, H, 1, K]` by key groups `[B, 4, K]`, in the paper's semantics."""
-    return _edited("sink_row", weights, groups, move_fraction, rho_nonsink, min_image_mass)
+    return _edited(
+        cpu.loops().sink_row, weights, groups, move_fraction, rho_nonsink, min_image_mass
+    )
 
 
 def gaze_row(weights: Tensor, groups: Tensor, beta: float, count: int) -> Tensor:
     """GIFT's edit of weights `[B, H, 1, K]` by key groups `[B, 4, K]`; `count` heads are chosen."""
-    return _edited("gaze_row", weights, groups, beta, count)
+    return _edited(cpu.loops().gaze_row, weights, groups, beta, count)
 
 
-def _edited(name: str, weights: Tensor, groups: Tensor, *numbers: Any) -> Tensor:
+def _edited(loop: Any, weights: Tensor, groups: Tensor, *numbers: Any) -> Tensor:
     edited = torch.empty_like(weights)
-    getattr(cpu.loops(), name)(weights.numpy(), groups.numpy(), *numbers, edited.numpy())
+    loop(weights.numpy(), groups.numpy(), *numbers, edited.numpy())
     return edited

@@ -211,22 +211,22 @@ class VAR(Regrouping):
         """Finds the sinks among the new tokens; the release looks at the first prompt only."""
         if not self.dims:
             return
-        hidden, past = one_stream(hidden), forward.past
-        if forward.generated and not self.release:
-            dims, tau = _constant(tuple(self.dims), hidden.device, torch.long), self.tau or 0.0
-            kept = room(memory, ("groups", layer), past + 1)
-            if kept is not None and cpu.serves(hidden):
-                looped.sink_column(hidden, dims, tau, kept, past)
-                return
-            if gpu.possible(hidden.device.type):
-                groups = gpu.tried(
-                    ("sink column", str(hidden.device), hidden.dtype, len(dims)),
-                    lambda: launch.sink_column(hidden, dims, tau),
-                    lambda: self._groups(hidden, forward),
-                )
-                append(memory, ("groups", layer), groups, past)
-                return
-        append(memory, ("groups", layer), self._groups(hidden, forward), past)
+        hidden, key = one_stream(hidden), ("groups", layer)
+        dims, tau = _constant(tuple(self.dims), hidden.device, torch.long), self.tau or 0.0
+        fast = forward.generated and not self.release
+        kept = room(memory, key, forward.past + 1) if fast and cpu.serves(hidden) else None
+        if kept is not None:
+            looped.sink_column(hidden, dims, tau, kept, forward.past)
+            return
+        if fast and gpu.possible(hidden.device.type):
+            groups = gpu.tried(
+                ("sink column", str(hidden.device), hidden.dtype, len(dims)),
+                lambda: launch.sink_column(hidden, dims, tau),
+                lambda: self._groups(hidden, forward),
+            )
+        else:
+            groups = self._groups(hidden, forward)
+        append(memory, key, groups, forward.past)
 
     def _groups(self, hidden: Tensor, forward: Forward) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
