@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlm_patch
 from eval import pocket
 from eval.__main__ import parser
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,10 +42,14 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the pages' programs may use without saying where it comes from."""
     folder = tmp_path_factory.mktemp("page")
     Image.new("RGB", (96, 96), "gray").save(folder / "street.jpg")
-    processor = AutoProcessor.from_pretrained(pocket.MODEL)
-    model = AutoModelForImageTextToText.from_pretrained(pocket.MODEL)
+    processor, model = tiny.processor(), tiny.llava(layers=24)  # pages switch heads of layer 20
     text = {"type": "text", "text": "Describe this image."}
-    chat = [{"role": "user", "content": [{"type": "image", "url": f"{folder}/street.jpg"}, text]}]
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": Image.open(folder / "street.jpg")}, text],
+        }
+    ]
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
