@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from eval.errors import EvalError
 
@@ -60,7 +60,7 @@ def read_image(path: Path) -> Image.Image:
     Example: `{"type": "image", "image": read_image(Path("scan.tif"))}` in a chat.
     """
     try:
-        with Image.open(path) as image:
+        with _whole_files_only(), Image.open(path) as image:
             _check_size(path, image)
             picture = _rgb(path, image)
             _say_frames(image)
@@ -85,6 +85,16 @@ def pixel_count(path: Path) -> int:
             return image.width * image.height
     except Exception:
         return 0
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """Within, Pillow does not fill up with grey what a file lacks (a model's code may set that)."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _unreadable(path: Path, reason: str) -> UnreadableImageError:
@@ -167,9 +177,7 @@ def _not_an_image(path: Path) -> str:
         return "it is empty" if not head else "it begins with zeros or blanks only: fetch it again"
     if head[4:8] == b"ftyp":
         kind = head[8:12].decode("ascii", "replace")
-        return (
-            f"this Pillow cannot read its kind ({kind}; HEIC or AVIF?): convert it to JPEG or PNG"
-        )
+        return f"Pillow lacks a plugin for its kind ({kind}: HEIC or AVIF?): convert it to JPEG"
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     found = (reason for begin, reason in BEGINNINGS.items() if start.startswith(begin))
     return next(found, f"Pillow knows no image that begins with {head[:12]!r}")
