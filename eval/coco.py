@@ -35,6 +35,8 @@ _FOLDERS = (
     *(f"{split}{year}" for year in (2014, 2017) for split in ("val", "train")),
 )
 
+LONGEST_NAME = 1000
+"""Of the path of an image in characters; what is longer is the image itself."""
 _NAMED = re.compile(
     r"(?:COCO_(?:train|val|test)20[0-9]{2}_([0-9]{12})|([0-9]+))(?:\.[A-Za-z][A-Za-z0-9]*)?"
 )
@@ -272,7 +274,13 @@ def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
     Tried are the folder itself, `images/`, `val2014/` and its siblings, also below `images/`, with
     the record's file name and with the names that the 2014 and 2017 releases give the image.
     """
-    names: list[str] = [record["file_name"], *_release_names(record)]
+    given = record["file_name"]
+    if not isinstance(given, str) or given.startswith("data:") or len(given) > LONGEST_NAME:
+        raise EvalError(
+            f"{folder}: image {repr(given)[:60]}: expected a file name. Images that lie in the rows "
+            "themselves (bytes, base64) are not read: write each to a file."
+        )
+    names: list[str] = [given, *_release_names(record)]
     for place in dict.fromkeys([*_FOLDERS, *(f"images/{part}" for part in _FOLDERS)]):
         for path in (folder / place / name for name in names):
             if path.is_file():
