@@ -277,8 +277,8 @@ def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
     given = record["file_name"]
     if not isinstance(given, str) or given.startswith("data:") or len(given) > LONGEST_NAME:
         raise EvalError(
-            f"{folder}: image {repr(given)[:60]}: expected a file name. Images that lie in the rows "
-            "themselves (bytes, base64) are not read: write each to a file."
+            f"{folder}: image {repr(given)[:60]}: expected a file name. Images within the rows "
+            "(bytes, base64) are not read: write each to a file."
         )
     names: list[str] = [given, *_release_names(record)]
     for place in dict.fromkeys([*_FOLDERS, *(f"images/{part}" for part in _FOLDERS)]):
