@@ -79,6 +79,15 @@ JUDGE = (
 TEMPLATE = file("--template", "prompt for the judge (default: our own wording)", required=False)
 EXPORT = file("--export", "write the answers as the published judge takes them", required=False)
 
+SUBSET = Option(
+    "--subset",
+    {
+        "action": "store_const",
+        "const": True,
+        "help": "leave out answers to questions that are not in the file",
+    },
+)
+
 SCORES: Mapping[str, Score] = {
     "chair": Score(
         "captions made elsewhere, against COCO objects",
@@ -94,9 +103,14 @@ SCORES: Mapping[str, Score] = {
         "yes/no answers made elsewhere, against POPE questions",
         scoring.score_pope,
         (
-            file("--answers", "JSON lines, in the questions' order"),
-            file("--questions", "JSON lines with labels"),
+            file("--answers", "JSON, JSON lines, TSV or XLSX; a log of lmms-eval or VLMEvalKit"),
+            file(
+                "--questions",
+                "official, LLaVA's or the hub's (not needed where a log holds the labels)",
+                required=False,
+            ),
             choice("--parser", "how an answer is read", PARSERS),
+            SUBSET,
         ),
     ),
     "amber": Score(
@@ -133,6 +147,7 @@ SCORES: Mapping[str, Score] = {
             file("--answers", "rows with question_id and response"),
             file("--questions", "Questions.csv"),
             choice("--labels", "as published, or four of them corrected", mmvp.LABELS),
+            SUBSET,
             *JUDGE,
             TEMPLATE,
         ),
@@ -155,6 +170,7 @@ SCORES: Mapping[str, Score] = {
         (
             file("--answers", "the official form, or rows in the questions' order"),
             file("--questions", "the official form without answers", required=False),
+            SUBSET,
             EXPORT,
             *JUDGE,
             TEMPLATE,
@@ -166,6 +182,7 @@ SCORES: Mapping[str, Score] = {
         (
             file("--answers", "JSON lines with question_id and text"),
             file("--data", "questions, context and answers_gpt4 .jsonl", metavar="DIR"),
+            SUBSET,
             EXPORT,
             *JUDGE,
             file("--rules", "rule.json of LLaVA (default: our own wording)", required=False),
