@@ -60,7 +60,9 @@ def _of_lmms_eval(row: Row) -> Row:
     known: dict[str, Any] = dict(doc) if isinstance(doc, Mapping) else {}
     for metric in (value for value in row.fields.values() if isinstance(value, Mapping)):
         # a log without `doc` keeps these beside its scores
-        known |= {k: metric[k] for k in ("question_id", "category") if k in metric and k not in known}
+        known |= {
+            k: metric[k] for k in ("question_id", "category") if k in metric and k not in known
+        }
     labels = {"label": known.pop("answer")} if "answer" in known else {}
     if isinstance(row.fields.get("input"), str):
         known.setdefault("question", row.fields["input"])

@@ -29,7 +29,7 @@ from eval import (
 from eval.amber_nouns import READERS
 from eval.coco import RULES, Vocabulary, named_truth
 from eval.errors import EvalError
-from eval.parsers import PARSERS
+from eval.parsers import AMBER_PARSERS, HALLUSIONBENCH_PARSERS, MME_PARSERS, PARSERS
 from eval.pope import STRATEGIES, build_questions
 
 
@@ -121,12 +121,20 @@ SCORES: Mapping[str, Score] = {
             file("--data", "annotations.json, relation.json, safe_words.txt", metavar="DIR"),
             choice("--nouns", "what counts as a noun; nltk is official", READERS),
             choice("--similarity", "when two nouns mean the same", ("exact", "spacy")),
+            choice("--parser", "how an answer is read", ("official", *AMBER_PARSERS)),
         ),
     ),
     "mme": Score(
         "MME answers: hallucination subset, perception, cognition, as far as there are files",
         mme.score_folder,
-        (file("--answers", "SUBTASK.txt with four columns", metavar="DIR"),),
+        (
+            file(
+                "--answers",
+                "folder of SUBTASK.txt with four columns, or a log of lmms-eval or VLMEvalKit",
+                metavar="DIR|FILE",
+            ),
+            choice("--parser", "how an answer is read", ("official", *MME_PARSERS)),
+        ),
     ),
     "hallusionbench": Score(
         "HallusionBench answers, by a parser or a judge",
@@ -134,7 +142,7 @@ SCORES: Mapping[str, Score] = {
         (
             file("--answers", "rows with model_prediction"),
             file("--questions", "HallusionBench.json"),
-            choice("--parser", "how an answer is read without a judge", ("strict", *PARSERS)),
+            choice("--parser", "how an answer is read without a judge", HALLUSIONBENCH_PARSERS),
             *JUDGE,
             TEMPLATE,
             file("--same-template", "prompt that holds two answers together", required=False),

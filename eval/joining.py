@@ -136,9 +136,7 @@ def _candidates(asked: Side, given: Side) -> Iterator[tuple[str, _Keys, _Keys]]:
             yield by, contents[0], contents[1]
 
 
-def _matched(
-    wanted: _Keys, found: _Keys, answers: Sequence[Row], subset: bool
-) -> list[Row] | None:
+def _matched(wanted: _Keys, found: _Keys, answers: Sequence[Row], subset: bool) -> list[Row] | None:
     """The answer to each wanted key, if each has exactly one and there is nothing else."""
     kept = set(wanted)
     pairs = [(key, row) for key, row in zip(found, answers, strict=True) if key in kept]
@@ -239,4 +237,3 @@ def _id(value: Any) -> str:
     """1, 1.0 (from a table) and "1" are one id."""
     whole = isinstance(value, float) and value.is_integer()
     return str(int(value) if whole else value).strip()
-

@@ -42,7 +42,11 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """Questions of an official file, of LLaVA's, whose `category` becomes the split, or of the
     hub's (`question`, `answer`, `image_source`)."""
-    return questions_of([logs.plain(row) for row in read_rows(path)])
+    rows = [logs.plain(row) for row in read_rows(path)]
+    for row in rows:
+        if not image_name(row):
+            row.text("image", "image_source", "image_path")  # says what is missing
+    return questions_of(rows)
 
 
 def questions_of(rows: Sequence[Row]) -> list[Question]:

@@ -106,7 +106,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Objects of a JSON list, of JSON lines, or of the `{"imgToEval": {...}}` form; rows of a table.
+    """Objects of a JSON list, of JSON lines, or of the `{"imgToEval": {...}}` form; table rows.
 
     In the `imgToEval` form an object without `image_id` takes its key for one.
     """

@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval import chair, pope
+from eval import chair, echo, pope
 from eval.answers import answer_text, label, plain, read_answers
 from eval.coco import Vocabulary, image_id, read_truth
 from eval.errors import EvalError
 from eval.joining import join
 from eval.records import Row, read_rows
+
+CAPTION = ("response", "caption", "text", "answer")
 
 
 def score_chair(
@@ -29,16 +31,19 @@ def score_chair(
     `synonyms` is the standard CHAIR list (or a YAML of the shipped form); None is the shipped one.
     """
     vocabulary = Vocabulary.load(synonyms, rules)
-    pairs, objects = read_captions(captions, truth, vocabulary)
-    return chair.score(pairs, objects, vocabulary)
+    pairs, objects, echoes = read_captions(captions, truth, vocabulary)
+    found = chair.score(pairs, objects, vocabulary)
+    return {**found, "flags": [*found["flags"], *echoes]}
 
 
 def read_captions(
     captions: Path, truth: Path, vocabulary: Vocabulary
-) -> tuple[list[tuple[int, str]], dict[int, list[str]]]:
-    """(image id, caption) pairs of a file, and the true objects of each of their images."""
-    rows = read_rows(captions)
-    pairs = [(_image(row), row.text("caption", "text", "answer")) for row in rows]
+) -> tuple[list[tuple[int, str]], dict[int, list[str]], list[str]]:
+    """(image id, caption) pairs of a file, the true objects of each of their images, and the flag
+    of captions that hold their prompt."""
+    rows = read_answers(captions)
+    pairs = [(_image(row), row.text(*CAPTION)) for row in rows]
+    prompts = [row.text("prompt") if row.has("prompt") else "" for row in rows]
     objects = read_truth(truth, vocabulary, {image for image, _ in pairs})
     for row, (image, _) in zip(rows, pairs, strict=True):
         if image not in objects:
@@ -46,7 +51,8 @@ def read_captions(
                 f"{row.where}: image {image} is not in the truth {truth}. Score against the "
                 "annotations of the images that were captioned."
             )
-    return pairs, objects
+    texts = [text for _, text in pairs]
+    return pairs, objects, echo.flags(list(zip(texts, prompts, strict=True)))
 
 
 def _image(row: Row) -> int:
