@@ -329,7 +329,9 @@ def score_files(
     lexicon = amber_nouns.read_lexicon(data)
     found = score(pairs, items, lexicon, nouns, similarity, parser=parser)
     captions = [(text, prompts.get(n, "")) for n, text in pairs if items[n].type == GENERATIVE]
-    return {**found, "flags": [*_unanswered(pairs, items), *echo.flags(captions)]}
+    if GENERATIVE in found:
+        found[GENERATIVE]["flags"] = echo.flags(captions)
+    return {**found, "flags": _unanswered(pairs, items)}
 
 
 def _unanswered(responses: Sequence[tuple[int, str]], items: Mapping[int, Item]) -> list[str]:

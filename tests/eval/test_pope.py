@@ -108,7 +108,7 @@ def test_reading_questions(tmp_path: Path) -> None:
         ('{"image": "a", "text": "a", "label": "perhaps"}', "line 2: label 'perhaps'; expected"),
         (
             '{"image": "a", "question_id": "x", "text": "a", "label": "no"}',
-            "'question_id' is 'x'; expected a whole",
+            "'question_id' is 'x'",
         ),
         ('{"image": "a"', "line 2: broken JSON"),
         ("3", "line 2: expected a JSON object, found int"),

@@ -327,3 +327,52 @@ def test_a_missing_file_is_named(
     (folder / file).unlink()
     with pytest.raises(EvalError, match=message):
         tasks.samples(settings(**sections(folder, name)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parser", "accuracy", "flags"), [("official", 0.0, 2), ("strict", 1.0, 0)]
+)
+def test_a_run_reads_answers_as_score_does(
+    settings: Settings, folder: Path, tmp_path: Path, parser: str, accuracy: float, flags: int
+) -> None:
+    """The parser that the setting names, by default the official one, and what it leaves unread."""
+    given = sections(folder, "amber", "mme", "hallusionbench")
+    for name in given["tasks"]:
+        given[name]["parser"] = parser
+    runs.run(settings(**given), tmp_path / "run")
+    said = STOCK | {"existence-0000": "The answer is yes", "existence-0001": "It says: no"}
+    metrics = answered(tmp_path / "run", said | {"1": "Describe this image. A dog."})
+    asked = metrics["amber"]["all"]["discriminative"]["all"]
+    assert (asked["accuracy"], asked["parser"], len(asked["flags"])) == (accuracy, parser, flags)
+    part = metrics["mme"]["all"]["subtasks"]["existence"]
+    assert (part["counts"]["right"], metrics["mme"]["all"]["parser"]) == (
+        1 + 2 * accuracy - 1,
+        parser,
+    )
+    assert metrics["hallusionbench"]["all"]["parser"] == parser
+    shown = table.markdown([tmp_path / "run"])
+    assert "amber generative, 1 of 2 captions hold their own prompt" in shown
+    unread = (
+        "amber discriminative all, 1 of 1 answers are neither yes nor no to the official parser"
+    )
+    assert (unread in shown) is (parser == "official")
+
+
+def test_official_is_the_default_and_other_parsers_do_not_compare(
+    settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    given = sections(folder, "mme")
+    one = settings(**given)
+    assert (one.amber.parser, one.mme.parser, one.hallusionbench.parser) == (
+        "official",
+        "official",
+        "strict",
+    )
+    runs.run(one, tmp_path / "one")
+    given["mme"]["parser"] = "strict"
+    runs.run(settings(**given), tmp_path / "two")
+    with pytest.raises(EvalError, match="mme is read by .*official parser and by .*strict parser"):
+        compare.compare(tmp_path / "one", tmp_path / "two")
+    given["mme"]["parser"] = "mine"
+    with pytest.raises(EvalError, match=r"unknown name in mme\.parser: mine"):
+        settings(**given)
