@@ -178,7 +178,7 @@ def test_a_log_of_lmms_eval_as_it_is_saved(score: Score) -> None:
     ]
     found = score(jsonl(*rows))
     assert (found["accuracy"], found["joined_by"]) == (1.0, "doc_id")
-    with pytest.raises(EvalError, match="doc_id does not fit .*without an answer: 1, 3"):
+    with pytest.raises(EvalError, match=r"doc_id does not fit .*without an answer: 1, 3"):
         score(jsonl(*rows[:2]))
 
 

@@ -346,7 +346,7 @@ def test_a_run_reads_answers_as_score_does(
     assert (asked["accuracy"], asked["parser"], len(asked["flags"])) == (accuracy, parser, flags)
     part = metrics["mme"]["all"]["subtasks"]["existence"]
     assert (part["counts"]["right"], metrics["mme"]["all"]["parser"]) == (
-        1 + 2 * accuracy - 1,
+        2 * accuracy,
         parser,
     )
     assert metrics["hallusionbench"]["all"]["parser"] == parser
@@ -371,8 +371,24 @@ def test_official_is_the_default_and_other_parsers_do_not_compare(
     runs.run(one, tmp_path / "one")
     given["mme"]["parser"] = "strict"
     runs.run(settings(**given), tmp_path / "two")
-    with pytest.raises(EvalError, match="mme is read by .*official parser and by .*strict parser"):
+    with pytest.raises(EvalError, match=r"mme is read by .*official parser and by .*strict parser"):
         compare.compare(tmp_path / "one", tmp_path / "two")
     given["mme"]["parser"] = "mine"
     with pytest.raises(EvalError, match=r"unknown name in mme\.parser: mine"):
         settings(**given)
+
+
+def test_captions_of_a_run_that_hold_their_prompt_are_flagged(
+    settings: Settings, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    runs.run(settings(tasks=["chair"], limit=2, chair={"max_new_tokens": 2}), out)
+    first, second = (row["id"] for row in RunFolder(out).rows())
+    said = {
+        first: "USER: Please describe this image in detail. ASSISTANT: A dog.",
+        second: "A dog.",
+    }
+    (split,) = answered(out, said)["chair"].values()
+    assert [flag.partition(" hold")[0] for flag in split["flags"]] == ["1 of 2 captions"]
+    answered(out, {first: "A cat.", second: "A dog."})
+    assert "hold their own prompt" not in table.markdown([out])
