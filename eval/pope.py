@@ -57,7 +57,7 @@ def questions_of(rows: Sequence[Row]) -> list[Question]:
 def _question(row: Row, position: int) -> Question:
     # in the hub's form, and in no other, `answer` is the label
     label = logs.label(row, "label", "answer")
-    text = row.text("text", "question")
+    text = row.text("text", "question", "query")
     ids = [name for name in ("question_id", "index", "id") if row.has(name)]
     number = row.number(*ids) if ids else position
     split = row.text("category") if row.has("category") else ""
