@@ -86,7 +86,8 @@ def score_pope(
     names = list(dict.fromkeys(name for question in asked for name in _splits(question)))
     if len(names) > 1:
         result["splits"] = {name: _score(*_select(asked, texts, name), parser) for name in names}
-    result["flags"] = [*joined.notes, *result["flags"]]
+    notes = [] if questions is None else joined.notes
+    result["flags"] = [*notes, *result["flags"]]
     return {**result, "joined_by": joined.by if questions else "labels in the answer file"}
 
 
