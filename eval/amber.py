@@ -4,11 +4,12 @@ Wang et al. 2023, https://arxiv.org/abs/2311.07397; data and official script: ju
 A row of each file: `{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this image."}`,
 `{"id": 1, "type": "generative", "truth": ["sky", "forest"], "hallu": ["cloud", "sun"]}`,
 `{"id": 1, "response": "The image features three people walking ..."}`; ids from 1005 on are
-questions with `truth` yes or no, to be answered by exactly "Yes" or "No".
+questions with `truth` yes or no, which the official parser wants answered by exactly "Yes" or "No".
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from eval import amber_nouns
+from eval import amber_nouns, echo
 from eval.amber_nouns import Lexicon, Similar
+from eval.answers import answer_text, read_answers
 from eval.errors import EvalError
 from eval.intervals import Numbers, Tally, grouped, ratio
+from eval.joining import capped
+from eval.parsers import AMBER_PARSERS, parser_named, reading_flags
 from eval.records import Row, read_rows
 
 GENERATIVE = "generative"
@@ -111,15 +115,17 @@ def score(
     nouns: str = "nltk",
     similarity: str = "exact",
     seed: int = 0,
+    parser: str = "official",
 ) -> dict[str, Any]:
     """AMBER's measures of (id, response) pairs, as shares in [0, 1] with 95 % intervals.
 
-    `nouns` names how descriptions are read and `similarity` when two nouns mean the same (see
-    `eval.amber_nouns`). Only the parts that there are responses for are reported. `official` holds
-    the percentages as the script prints them. `EvalError` if an id is unknown or answered twice.
+    `nouns` names how descriptions are read, `similarity` when two nouns mean the same (see
+    `eval.amber_nouns`), and `parser`, one of AMBER_PARSERS, how answers are read. Only the parts
+    that there are responses for are reported. `official` holds the percentages as the script prints
+    them. `EvalError` if an id is unknown or answered twice.
     """
     result: dict[str, Any] = {"responses": len(responses)}
-    for name, part in tallies(responses, items, lexicon, nouns, similarity).items():
+    for name, part in tallies(responses, items, lexicon, nouns, similarity, parser).items():
         if name == GENERATIVE:
             result[name] = {**part.report(seed), "nouns": nouns, "similarity": similarity}
         elif name == OVERALL:
@@ -127,6 +133,10 @@ def score(
         else:
             asked = {"n": int(part.counts["asked"].sum())}
             result.setdefault("discriminative", {})[name] = part.report(seed) | asked
+    if "discriminative" in result:
+        answers = [text for number, text in responses if items[number].type != GENERATIVE]
+        flags = reading_flags(answers, parser, AMBER_PARSERS)
+        result["discriminative"]["all"] |= {"parser": parser, "flags": flags}
     result["official"] = official(result)
     return result
 
@@ -137,6 +147,7 @@ def tallies(
     lexicon: Lexicon,
     nouns: str = "nltk",
     similarity: str = "exact",
+    parser: str = "official",
 ) -> dict[str, Tally]:
     """What each response adds: "generative", of the questions "all" and every dimension, and what
     each image adds to the AMBER score, "overall".
@@ -150,22 +161,21 @@ def tallies(
     parts = {"all": answered}
     for name, kinds in DIMENSIONS.items():
         parts[name] = [pair for pair in answered if pair[0].type in kinds]
-    found |= {name: _questions(part) for name, part in parts.items() if part}
+    found |= {name: _questions(part, parser) for name, part in parts.items() if part}
     if described and answered:
-        found[OVERALL] = _overall(found[GENERATIVE].counts, described, answered)
+        found[OVERALL] = _overall(found[GENERATIVE].counts, described, answered, parser)
     return found
 
 
 def _require_items(numbers: Sequence[int], items: Mapping[int, Item]) -> None:
     if not numbers:
         raise EvalError("AMBER: there are no responses to score.")
-    seen: set[int] = set()
-    for number in numbers:
-        if number not in items:
-            raise EvalError(f"AMBER: id {number} is not in the annotations ({len(items)} ids).")
-        if number in seen:
-            raise EvalError(f"AMBER: id {number} has more than one response; keep one of them.")
-        seen.add(number)
+    if unknown := [str(number) for number in dict.fromkeys(numbers) if number not in items]:
+        raise EvalError(
+            f"AMBER: id {capped(unknown)} is not in the annotations ({len(items)} ids)."
+        )
+    if twice := [str(number) for number, times in Counter(numbers).items() if times > 1]:
+        raise EvalError(f"AMBER: id {capped(twice)} has more than one response; keep one of them.")
 
 
 def _generative(
@@ -194,16 +204,17 @@ def _generative_ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Num
     }
 
 
-def _questions(answered: Sequence[tuple[Item, str]]) -> Tally:
-    columns = _question_counts(answered)
+def _questions(answered: Sequence[tuple[Item, str]], parser: str) -> Tally:
+    columns = _question_counts(answered, parser)
     return Tally(grouped(columns, _images(answered)), _question_ratios, columns["right"])
 
 
-def _question_counts(answered: Sequence[tuple[Item, str]]) -> dict[str, Numbers]:
-    """ "No" is the positive class; what is neither "Yes" nor "No" to the letter is wrong."""
+def _question_counts(answered: Sequence[tuple[Item, str]], parser: str) -> dict[str, Numbers]:
+    """ "No" is the positive class; what the parser reads as neither is wrong."""
+    read = parser_named(parser, AMBER_PARSERS)
+    said = np.array([read(text) or "" for _, text in answered])
     absent = np.array([item.answer == "no" for item, _ in answered])
-    no = np.array([text == "No" for _, text in answered])
-    yes = np.array([text == "Yes" for _, text in answered])
+    no, yes = said == "no", said == "yes"
     columns = {
         "asked": np.ones(len(answered)),
         "right": (no & absent) | (yes & ~absent),
@@ -224,9 +235,10 @@ def _overall(
     generative: Mapping[str, Numbers],
     described: Sequence[tuple[Item, str]],
     answered: Sequence[tuple[Item, str]],
+    parser: str,
 ) -> Tally:
     """What each image adds by its description and by its questions."""
-    questions = _question_counts(answered)
+    questions = _question_counts(answered, parser)
     none, no_question = np.zeros(len(described)), np.zeros(len(answered))
     columns = {name: np.concatenate((column, no_question)) for name, column in generative.items()}
     columns |= {name: np.concatenate((none, column)) for name, column in questions.items()}
@@ -291,22 +303,49 @@ def _printed(part: Mapping[str, Any], dimension: str) -> dict[str, float]:
 
 
 def score_files(
-    responses: Path, data: Path, nouns: str = "nltk", similarity: str = "exact"
+    responses: Path,
+    data: Path,
+    nouns: str = "nltk",
+    similarity: str = "exact",
+    parser: str = "official",
 ) -> dict[str, Any]:
     """AMBER of a response file in the official form; `data` holds the benchmark's own files.
 
     Which image a question is about stands in `query_all.json`; without it each is drawn alone.
     """
     items = read_items(data / "annotations.json")
+    prompts: dict[int, str] = {}
     if (queries := data / "query_all.json").is_file():
-        images = {_id(row): row.text("image") for row in read_rows(queries)}
+        asked = {_id(row): row for row in read_rows(queries)}
+        prompts = {n: row.text("query") for n, row in asked.items()}
+        images = {n: row.text("image") for n, row in asked.items()}
         items = {n: replace(item, image=images.get(n, "")) for n, item in items.items()}
-    given = [(row, _id(row), row.text("response")) for row in read_rows(responses)]
-    for row, number, _ in given:
-        if number not in items:
-            raise EvalError(f"{row.where}: id {number} is not in {data / 'annotations.json'}.")
+    given = [(row, _id(row), answer_text(row)) for row in read_answers(responses)]
+    unknown = [(row, number) for row, number, _ in given if number not in items]
+    if unknown:
+        ids = capped([str(number) for _, number in unknown])
+        raise EvalError(f"{unknown[0][0].where}: id {ids} is not in {data / 'annotations.json'}.")
     pairs = [(number, text) for _, number, text in given]
-    return score(pairs, items, amber_nouns.read_lexicon(data), nouns, similarity)
+    lexicon = amber_nouns.read_lexicon(data)
+    found = score(pairs, items, lexicon, nouns, similarity, parser=parser)
+    captions = [(text, prompts.get(n, "")) for n, text in pairs if items[n].type == GENERATIVE]
+    if GENERATIVE in found:
+        found[GENERATIVE]["flags"] = echo.flags(captions)
+    return {**found, "flags": _unanswered(pairs, items)}
+
+
+def _unanswered(responses: Sequence[tuple[int, str]], items: Mapping[int, Item]) -> list[str]:
+    """How many ids of the parts that are scored have no response."""
+    answered = {number for number, _ in responses}
+    flags = []
+    for name, described in (("descriptions", True), ("questions", False)):
+        wanted = [n for n, item in items.items() if (item.type == GENERATIVE) == described]
+        missing = [str(number) for number in wanted if number not in answered]
+        if 0 < len(missing) < len(wanted):
+            flags.append(
+                f"{len(missing)} of {len(wanted)} {name} have no response: id {capped(missing)}"
+            )
+    return flags
 
 
 def read_items(path: Path) -> dict[int, Item]:

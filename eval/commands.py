@@ -29,7 +29,7 @@ from eval import (
 from eval.amber_nouns import READERS
 from eval.coco import RULES, Vocabulary, named_truth
 from eval.errors import EvalError
-from eval.parsers import PARSERS
+from eval.parsers import AMBER_PARSERS, HALLUSIONBENCH_PARSERS, MME_PARSERS, PARSERS
 from eval.pope import STRATEGIES, build_questions
 
 
@@ -79,6 +79,15 @@ JUDGE = (
 TEMPLATE = file("--template", "prompt for the judge (default: our own wording)", required=False)
 EXPORT = file("--export", "write the answers as the published judge takes them", required=False)
 
+SUBSET = Option(
+    "--subset",
+    {
+        "action": "store_const",
+        "const": True,
+        "help": "leave out answers to questions that are not in the file",
+    },
+)
+
 SCORES: Mapping[str, Score] = {
     "chair": Score(
         "captions made elsewhere, against COCO objects",
@@ -94,9 +103,14 @@ SCORES: Mapping[str, Score] = {
         "yes/no answers made elsewhere, against POPE questions",
         scoring.score_pope,
         (
-            file("--answers", "JSON lines, in the questions' order"),
-            file("--questions", "JSON lines with labels"),
+            file("--answers", "JSON, JSON lines, TSV or XLSX; a log of lmms-eval or VLMEvalKit"),
+            file(
+                "--questions",
+                "official, LLaVA's or the hub's (not needed where a log holds the labels)",
+                required=False,
+            ),
             choice("--parser", "how an answer is read", PARSERS),
+            SUBSET,
         ),
     ),
     "amber": Score(
@@ -107,12 +121,20 @@ SCORES: Mapping[str, Score] = {
             file("--data", "annotations.json, relation.json, safe_words.txt", metavar="DIR"),
             choice("--nouns", "what counts as a noun; nltk is official", READERS),
             choice("--similarity", "when two nouns mean the same", ("exact", "spacy")),
+            choice("--parser", "how an answer is read", ("official", *AMBER_PARSERS)),
         ),
     ),
     "mme": Score(
         "MME answers: hallucination subset, perception, cognition, as far as there are files",
         mme.score_folder,
-        (file("--answers", "SUBTASK.txt with four columns", metavar="DIR"),),
+        (
+            file(
+                "--answers",
+                "folder of SUBTASK.txt with four columns, or a log of lmms-eval or VLMEvalKit",
+                metavar="DIR|FILE",
+            ),
+            choice("--parser", "how an answer is read", ("official", *MME_PARSERS)),
+        ),
     ),
     "hallusionbench": Score(
         "HallusionBench answers, by a parser or a judge",
@@ -120,7 +142,7 @@ SCORES: Mapping[str, Score] = {
         (
             file("--answers", "rows with model_prediction"),
             file("--questions", "HallusionBench.json"),
-            choice("--parser", "how an answer is read without a judge", ("strict", *PARSERS)),
+            choice("--parser", "how an answer is read without a judge", HALLUSIONBENCH_PARSERS),
             *JUDGE,
             TEMPLATE,
             file("--same-template", "prompt that holds two answers together", required=False),
@@ -133,6 +155,7 @@ SCORES: Mapping[str, Score] = {
             file("--answers", "rows with question_id and response"),
             file("--questions", "Questions.csv"),
             choice("--labels", "as published, or four of them corrected", mmvp.LABELS),
+            SUBSET,
             *JUDGE,
             TEMPLATE,
         ),
@@ -155,6 +178,7 @@ SCORES: Mapping[str, Score] = {
         (
             file("--answers", "the official form, or rows in the questions' order"),
             file("--questions", "the official form without answers", required=False),
+            SUBSET,
             EXPORT,
             *JUDGE,
             TEMPLATE,
@@ -166,6 +190,7 @@ SCORES: Mapping[str, Score] = {
         (
             file("--answers", "JSON lines with question_id and text"),
             file("--data", "questions, context and answers_gpt4 .jsonl", metavar="DIR"),
+            SUBSET,
             EXPORT,
             *JUDGE,
             file("--rules", "rule.json of LLaVA (default: our own wording)", required=False),

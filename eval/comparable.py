@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from eval import runs
+from eval import runs, tasks
 from eval.errors import EvalError
 from eval.folder import RunFolder, row_key
 
@@ -46,16 +46,16 @@ class Run:
         return {key: row for key, row in both.items() if key[0] == task}
 
 
-def obstacles(one: Run, two: Run, tasks: Sequence[str]) -> Iterator[str]:
+def obstacles(one: Run, two: Run, both: Sequence[str]) -> Iterator[str]:
     """Everything that was asked differently of the two runs."""
-    if not tasks:
+    if not both:
         yield "they have no task in common"
     if one.record.get("decoding") != two.record.get("decoding"):
         yield f"decoding is {one.record.get('decoding')} and {two.record.get('decoding')}"
     asked = [[run.record["settings"].get(key) for key in RENDERING] for run in (one, two)]
     if asked[0][0] == asked[1][0] and asked[0] != asked[1]:
         yield f"the prompts are rendered by chat_template {asked[0][1]!r} and {asked[1][1]!r}"
-    for task in tasks:
+    for task in both:
         mine, others = (run.record["settings"][task] for run in (one, two))
         if mine["max_new_tokens"] != others["max_new_tokens"]:
             limits = f"{mine['max_new_tokens']} and {others['max_new_tokens']} tokens"
@@ -95,4 +95,8 @@ def _scorer(run: Run, task: str) -> str:
         return f"{vocabulary.rules} rules with {vocabulary.name}"
     if task == "pope":
         return f"the {runs.pope_parser(run.record)} parser"
-    return f"{run.record['settings'][task].get('nouns', 'one')} rules"
+    settings = run.record["settings"][task]
+    rules = f"{settings.get('nouns', 'one')} rules"
+    if task not in tasks.PARSERS_BEFORE:
+        return rules
+    return f"{rules} with the {tasks.parser_of(task, settings)} parser"

@@ -28,6 +28,7 @@ import yaml
 from eval.errors import EvalError
 from eval.images import MAX_PIXELS
 from eval.mmvp import LABELS
+from eval.parsers import AMBER_PARSERS, HALLUSIONBENCH_PARSERS, MME_PARSERS, PARSERS
 from eval.pope import STRATEGIES
 from eval.records import read_text
 from eval.values import (
@@ -72,7 +73,8 @@ class PopeTask:
     `questions`: path of the official question files with {strategy} in it. Null builds them from
     the annotations with the run's seed, for `images` images of each split, `per_image` objects that
     are there and as many that are not. `prompt` holds {question}. `parser` reads the answers:
-    official (all that it cannot read is a yes) or strict (that is neither, and wrong).
+    official (all that it cannot read is a yes), strict (that is neither, and wrong) or another of
+    `eval.parsers`.
     """
 
     prompt: str = "{question}"
@@ -86,7 +88,7 @@ class PopeTask:
     def __post_init__(self) -> None:
         check_positive("pope", self, "max_new_tokens", "images", "per_image")
         check_names("pope.strategies", self.strategies, STRATEGIES)
-        check_names("pope.parser", (self.parser,), ("official", "strict"))
+        check_names("pope.parser", (self.parser,), PARSERS)
         if "{question}" not in self.prompt:
             raise EvalError(f"pope.prompt is {self.prompt!r}: it must hold {{question}}")
         if self.questions is not None and "{strategy}" not in self.questions:
@@ -116,21 +118,31 @@ class FolderTask:
 @dataclass(frozen=True)
 class AmberTask(FolderTask):
     """AMBER (arXiv 2311.07397): `parts` generative and discriminative; `nouns` nltk (official) or
-    approximate, see `eval.amber_nouns`."""
+    approximate, see `eval.amber_nouns`; `parser` official ("Yes" or "No" to the letter) or another
+    of `eval.parsers`."""
 
     max_new_tokens: int = 512
     parts: tuple[str, ...] = ("generative", "discriminative")
     nouns: str = "nltk"
+    parser: str = "official"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names("amber.parts", self.parts, ("generative", "discriminative"))
         check_names("amber.nouns", (self.nouns,), ("nltk", "approximate"))
+        check_names("amber.parser", (self.parser,), AMBER_PARSERS)
 
 
 @dataclass(frozen=True)
 class MmeTask(FolderTask):
-    """MME (arXiv 2306.13394): SUBTASK.txt with the questions, and the images in SUBTASK/."""
+    """MME (arXiv 2306.13394): SUBTASK.txt with the questions, and the images in SUBTASK/; `parser`
+    official (the first four characters) or another of `eval.parsers`."""
+
+    parser: str = "official"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("mme.parser", (self.parser,), MME_PARSERS)
 
 
 @dataclass(frozen=True)
@@ -147,9 +159,18 @@ class MmvpTask(FolderTask):
 
 @dataclass(frozen=True)
 class HallusionBenchTask(FolderTask):
-    """HallusionBench (arXiv 2310.14566): HallusionBench.json, and the figures by category."""
+    """HallusionBench (arXiv 2310.14566): HallusionBench.json, and the figures by category.
+
+    `parser`: a name of `eval.parsers`. The published reading is a judge's, which a run has not:
+    `eval score hallusionbench --judge`.
+    """
 
     max_new_tokens: int = 128
+    parser: str = "strict"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("hallusionbench.parser", (self.parser,), HALLUSIONBENCH_PARSERS)
 
 
 OWN_FOLDER: Mapping[str, Any] = {

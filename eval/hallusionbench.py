@@ -17,7 +17,7 @@ import numpy as np
 from eval.diagnosis import KINDS, RIGHT, UNCLEAR, WRONG, diagnose
 from eval.errors import EvalError
 from eval.intervals import Numbers, Tally
-from eval.parsers import parser_named
+from eval.parsers import HALLUSIONBENCH_PARSERS, parser_named, reading_flags
 
 Key: TypeAlias = tuple[str, ...]
 
@@ -67,7 +67,7 @@ class Question:
 
 def verdict(answer: str, label: str, parser: str = "strict") -> int:
     """RIGHT, WRONG or UNCLEAR without a judge: what the parser reads against the label."""
-    reading = parser_named(parser)(answer)
+    reading = parser_named(parser, HALLUSIONBENCH_PARSERS)(answer)
     return UNCLEAR if reading is None else RIGHT if reading == label else WRONG
 
 
@@ -191,10 +191,21 @@ def repeated(
     questions: Sequence[Question], texts: Sequence[str], parser: str = "strict"
 ) -> set[Key]:
     """The questions whose answer is read like that to their first form."""
-    read = parser_named(parser)
+    read = parser_named(parser, HALLUSIONBENCH_PARSERS)
     said = {question.key: read(text) for question, text in zip(questions, texts, strict=True)}
     return {
         question.key
         for question in questions
         if question.first in said and said[question.key] == said[question.first]
     }
+
+
+def score_parsed(
+    questions: Sequence[Question], texts: Sequence[str], parser: str = "strict"
+) -> dict[str, Any]:
+    """The scores of answers that a parser reads, with what a reader should know of how it did."""
+    pairs = zip(questions, texts, strict=True)
+    values = [verdict(text, question.label, parser) for question, text in pairs]
+    found = score(questions, values, repeated(questions, texts, parser))
+    flags = reading_flags(texts, parser, HALLUSIONBENCH_PARSERS)
+    return {**found, "flags": [*flags, *found.get("flags", ())], "judge": None, "parser": parser}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.answers import answer_text, read_answers
 from eval.diagnosis import diagnose
 from eval.errors import EvalError
-from eval.hallusionbench import Key, Question, repeated, score, verdict, verdict_of
+from eval.hallusionbench import Key, Question, score, score_parsed, verdict_of
+from eval.joining import capped
 from eval.judge import Judge, Template, judge_of, shipped
 from eval.records import Row, read_rows
 
@@ -29,28 +32,19 @@ def score_files(
     have an image, and many evaluations ask no others, so the two kinds of run do not compare.
     """
     known = {question.key: question for question in read_questions(questions)}
-    rows = read_rows(answers)
-    asked = [_asked(row, known, questions) for row in rows]
-    texts = [row.text("model_prediction", "answer") for row in rows]
+    rows = read_answers(answers)
+    asked = _asked(rows, known, questions)
+    texts = [answer_text(row) for row in rows]
+    sizes = {"answered": len(asked), "all_questions": len(known)}
     chosen = judge_of(judge, judge_model, verdicts)
     if chosen is None:
-        pairs = zip(asked, texts, strict=True)
-        values = [verdict(text, question.label, parser) for question, text in pairs]
-        same = repeated(asked, texts, parser)
-        how = {"judge": None, "parser": parser}
-    else:
-        prompt = Template.load(template or shipped("hallusionbench"))
-        values = _judged(chosen, prompt, asked, texts)
-        second = Template.load(same_template or shipped("hallusionbench_same"))
-        same = _judged_same(chosen, second, asked, texts, values)
-        how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-        how["same_template"] = second.name
-    return {
-        **score(asked, values, same),
-        "answered": len(asked),
-        "all_questions": len(known),
-        **how,
-    }
+        return {**score_parsed(asked, texts, parser), **sizes}
+    prompt = Template.load(template or shipped("hallusionbench"))
+    values = _judged(chosen, prompt, asked, texts)
+    second = Template.load(same_template or shipped("hallusionbench_same"))
+    same = _judged_same(chosen, second, asked, texts, values)
+    how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
+    return {**score(asked, values, same), **sizes, **how, "same_template": second.name}
 
 
 def _judged(
@@ -114,8 +108,22 @@ def _question(row: Row) -> Question:
     )
 
 
-def _asked(row: Row, known: Mapping[Key, Question], path: Path) -> Question:
-    key = _key(row)
-    if key not in known:
-        raise EvalError(f"{row.where}: question {'/'.join(key)} is not in {path}.")
-    return known[key]
+def _asked(rows: Sequence[Row], known: Mapping[Key, Question], path: Path) -> list[Question]:
+    """The question of each answer, by its five ids; `EvalError` names unknown and repeated ones."""
+    keys = [_answer_key(row) for row in rows]
+    unknown = [(row, key) for row, key in zip(rows, keys, strict=True) if key not in known]
+    if unknown:
+        names = capped(["/".join(key) for _, key in unknown])
+        raise EvalError(f"{unknown[0][0].where}: question {names} is not in {path}.")
+    if twice := ["/".join(key) for key, times in Counter(keys).items() if times > 1]:
+        raise EvalError(f"HallusionBench: question {capped(twice)} is answered more than once.")
+    return [known[key] for key in keys]
+
+
+def _answer_key(row: Row) -> Key:
+    """Of an answer: the five ids, or VLMEvalKit's `index`, which ends in set, figure, question."""
+    index = str(row.fields.get("index", "")).split("_")
+    if row.has("set_id") or len(index) != 6:
+        return _key(row)
+    category, subcategory, _, *numbers = index
+    return category, subcategory, *numbers

@@ -17,8 +17,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from eval.answers import answer_text, read_answers
 from eval.errors import EvalError
 from eval.intervals import Numbers, measure
+from eval.joining import join
 from eval.judge import Template, judge_of, shipped
 from eval.records import Row, read_json, read_rows
 
@@ -79,6 +81,7 @@ def score_files(
     judge_model: str | None = None,
     verdicts: Path | None = None,
     rules: Path | None = None,
+    subset: bool = False,
 ) -> dict[str, Any]:
     """LLaVA-Bench of an answer file; `data` holds questions, contexts and GPT-4's answers.
 
@@ -86,9 +89,9 @@ def score_files(
     answers in the form that the published judge script takes.
     """
     questions = read_rows(data / "questions.jsonl")
-    given = _by_question(answers)
-    if missing := [q.where for q in questions if q.number("question_id") not in given]:
-        raise EvalError(f"{answers}: no answer to {len(missing)} questions, first {missing[0]}.")
+    joined = join(questions, read_answers(answers), (data / "questions.jsonl", answers), subset)
+    pairs = zip(questions, joined.rows, strict=True)
+    given = {question.number("question_id"): answer_text(row) for question, row in pairs}
     if export is not None:
         lines = (
             _exported(question, given[question.number("question_id")]) for question in questions
@@ -106,7 +109,8 @@ def score_files(
     replies = chosen.replies(prompts)
     categories = [question.text("category") for question in questions]
     result = score([marks(reply) for reply in replies.values()], categories)
-    return {**result, "rules": name, "judge": judge_model or f"verdicts {verdicts}"}
+    how = {"rules": name, "judge": judge_model or f"verdicts {verdicts}"}
+    return {**result, **how, "joined_by": joined.by, "flags": joined.notes}
 
 
 def _prompts(

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from eval.answers import answer_text, label, read_answers
 from eval.errors import EvalError
 from eval.intervals import Numbers, Tally
-from eval.parsers import Reading
+from eval.joining import capped
+from eval.parsers import MME_PARSERS, parser_named, reading_flags
 from eval.records import read_text
 
 HALLUCINATION = ("existence", "count", "position", "color")
@@ -48,36 +50,40 @@ class Answer:
     text: str
 
 
-def read_answer(text: str) -> Reading:
-    """The official rule: the first four characters hold "yes", else "no"; "Nope" is a no."""
-    start = text.lower()[:4]
-    return "yes" if "yes" in start else "no" if "no" in start else None
-
-
-def score(subtasks: Mapping[str, Sequence[Answer]], seed: int = 0) -> dict[str, Any]:
+def score(
+    subtasks: Mapping[str, Sequence[Answer]], seed: int = 0, parser: str = "official"
+) -> dict[str, Any]:
     """Accuracy and acc+ of every subtask, as shares with 95 % intervals over images.
 
     `score` of a subtask is 100 (accuracy + acc+), 200 at most; the totals are there as far as all
-    their subtasks are. Answers of one image follow each other, two an image (see `read_folder`).
+    their subtasks are. `parser` is one of MME_PARSERS. Answers of one image follow each other, two
+    an image (see `read_folder`).
     """
     if not subtasks:
         raise EvalError("MME: there are no answers to score.")
-    parts = {name: tally(answers).report(seed) for name, answers in subtasks.items()}
+    parts = {
+        name: {
+            **tally(answers, parser=parser).report(seed),
+            "flags": reading_flags([answer.text for answer in answers], parser, MME_PARSERS),
+        }
+        for name, answers in subtasks.items()
+    }
     totals = {
         total: sum(parts[name]["score"] for name in names)
         for total, names in TOTALS.items()
         if parts.keys() >= set(names)
     }
-    return {"subtasks": parts, "totals": totals}
+    return {"subtasks": parts, "totals": totals, "parser": parser}
 
 
-def tally(*subtasks: Sequence[Answer]) -> Tally:
+def tally(*subtasks: Sequence[Answer], parser: str = "official") -> Tally:
     """What each image adds to the score of a subtask, or to the sum over several.
 
     The two answers about an image follow each other.
     """
     answers = [answer for subtask in subtasks for answer in subtask]
-    said = np.array([read_answer(answer.text) or "" for answer in answers]).reshape(-1, 2)
+    read = parser_named(parser, MME_PARSERS)
+    said = np.array([read(answer.text) or "" for answer in answers]).reshape(-1, 2)
     labels = np.array([answer.label for answer in answers]).reshape(-1, 2)
     right = said == labels
     # in a sum every subtask counts as much as the others, however many images it has
@@ -104,9 +110,31 @@ def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
     }
 
 
-def score_folder(answers: Path) -> dict[str, Any]:
-    """MME of a folder of official answer files, `SUBTASK.txt` with four columns."""
-    return score(read_folder(answers))
+def score_folder(answers: Path, parser: str = "official") -> dict[str, Any]:
+    """MME of a folder of official answer files, `SUBTASK.txt` with four columns, or of a log."""
+    return score(read_log(answers) if answers.is_file() else read_folder(answers), parser=parser)
+
+
+def read_log(path: Path) -> dict[str, list[Answer]]:
+    """Answers in a log of VLMEvalKit or lmms-eval: rows with `category`, label and answer.
+
+    Two rows are about one image: those whose `image_path` is the same, or `question_id` (lmms-eval
+    calls the image so).
+    """
+    images: dict[tuple[str, str], list[Answer]] = {}
+    for row in read_answers(path):
+        name = str(row.first("image_path", "image", "question_id"))
+        answer = Answer(name, label(row, "label"), answer_text(row))
+        images.setdefault((row.text("category"), name), []).append(answer)
+    odd = [f"{name} ({len(pair)})" for (_, name), pair in images.items() if len(pair) != 2]
+    if odd:
+        raise EvalError(f"{path}: expected two answers an image; found {capped(odd)}.")
+    subtasks: dict[str, list[Answer]] = {}
+    for (subtask, _), pair in images.items():
+        subtasks.setdefault(subtask, []).extend(pair)
+    if strange := sorted(set(subtasks) - {*PERCEPTION, *COGNITION}):
+        raise EvalError(f"{path}: {capped(strange)} is no subtask of MME.")
+    return subtasks
 
 
 def read_folder(folder: Path) -> dict[str, list[Answer]]:

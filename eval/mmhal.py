@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from eval.answers import answer_text, read_answers
 from eval.errors import EvalError
 from eval.intervals import Numbers, measure
+from eval.joining import Joined, join
 from eval.judge import Template, judge_of, shipped
 from eval.records import Row, read_rows
 
@@ -70,12 +72,13 @@ def score_files(
     judge_model: str | None = None,
     verdicts: Path | None = None,
     template: Path | None = None,
+    subset: bool = False,
 ) -> dict[str, Any]:
-    """MMHal-Bench of an answer file: the official form, or any rows in the order of `questions`.
+    """MMHal-Bench of an answer file: the official form, or any rows that join with `questions`.
 
     `export` writes the official form, which is what the published judge script takes.
     """
-    rows = _filled(answers, questions)
+    rows, joined = _filled(answers, questions, subset)
     if export is not None:
         export.write_text(json.dumps([dict(row.fields) for row in rows], indent=2) + "\n")
     chosen = judge_of(judge, judge_model, verdicts)
@@ -91,7 +94,8 @@ def score_files(
     replies = chosen.replies(prompts)
     types = [row.text("question_type") for row in rows]
     result = score([rating(reply) for reply in replies.values()], types)
-    return {**result, "template": prompt.name, "judge": judge_model or f"verdicts {verdicts}"}
+    how = {"template": prompt.name, "judge": judge_model or f"verdicts {verdicts}"}
+    return {**result, **how, "joined_by": joined.by, "flags": joined.notes}
 
 
 def _prompt(template: Template, row: Row) -> str:
@@ -103,18 +107,17 @@ def _prompt(template: Template, row: Row) -> str:
     )
 
 
-def _filled(answers: Path, questions: Path | None) -> list[Row]:
-    """Rows of the official form with the model's answers in them."""
-    given = read_rows(answers)
-    asked = given if questions is None else read_rows(questions)
-    if len(asked) != len(given):
-        raise EvalError(
-            f"{answers} has {len(given)} answers, {questions} {len(asked)} questions. They are "
-            "paired by position, so the counts must agree."
-        )
-    texts = [row.text("model_answer", "answer", "text", "response") for row in given]
-    for row, text in zip(given, texts, strict=True):
+def _filled(answers: Path, questions: Path | None, subset: bool) -> tuple[list[Row], Joined]:
+    """Rows of the official form with the model's answers in them, and how they were joined."""
+    given = read_answers(answers)
+    if questions is None:
+        asked, joined = given, Joined(given, "the answer file", [])
+    else:
+        asked = read_rows(questions)
+        joined = join(asked, given, (questions, answers), subset)
+    texts = [answer_text(row) for row in joined.rows]
+    for row, text in zip(joined.rows, texts, strict=True):
         if not text.strip():
             raise EvalError(f"{row.where}: the answer is empty; every question must be answered.")
     pairs = zip(asked, texts, strict=True)
-    return [Row(row.where, {**row.fields, "model_answer": text}) for row, text in pairs]
+    return [Row(row.where, {**row.fields, "model_answer": text}) for row, text in pairs], joined

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from eval.answers import answer_text, read_answers
 from eval.errors import EvalError
 from eval.intervals import Numbers, Tally
+from eval.joining import join
 from eval.judge import Template, judge_of, shipped
 from eval.parsers import first_word
-from eval.records import read_rows, read_text
+from eval.records import Row, read_text
 
 COLUMNS = ("Index", "Question", "Options", "Correct Answer")
 LABELS = ("published", "corrected")
@@ -94,6 +96,7 @@ def score_files(
     verdicts: Path | None = None,
     template: Path | None = None,
     labels: str = "published",
+    subset: bool = False,
 ) -> dict[str, Any]:
     """MMVP of an answer file against `Questions.csv`, with the labels as published or `corrected`.
 
@@ -101,26 +104,30 @@ def score_files(
     script asks a judge.
     """
     asked = read_questions(questions, labels)
-    given = {
-        row.number("question_id", "index"): row.text("response", "answer", "text")
-        for row in read_rows(answers)
-    }
-    if missing := [question.index for question in asked if question.index not in given]:
-        raise EvalError(
-            f"{answers}: no answer to {len(missing)} of {len(asked)} questions, first: "
-            f"question_id {missing[0]}."
-        )
-    texts = [given[question.index] for question in asked]
+    joined = join(_rows(asked, questions), read_answers(answers), (questions, answers), subset)
+    texts = [answer_text(row) for row in joined.rows]
     endpoint = judge_of(judge, judge_model, verdicts)
+    said_of_files = {"joined_by": joined.by, "flags": joined.notes}
     if endpoint is None:
-        found = score(_read(asked, texts))
+        found = score(_read(asked, texts)) | said_of_files
         return {**found, "variant": "letters", "labels": labels, "judge": None}
     prompt = Template.load(template or shipped("mmvp"))
     replies = endpoint.replies(_prompts(asked, texts, prompt))
     said = [first_word(reply) for reply in replies.values()]
     result = score([None if word is None else word == "yes" for word in said])
     how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**result, "variant": "judge", "labels": labels, **how}
+    return {**result, **said_of_files, "variant": "judge", "labels": labels, **how}
+
+
+def _rows(questions: Sequence[Question], path: Path) -> list[Row]:
+    """The questions as `join` takes them; their number goes by three names."""
+    return [
+        Row(
+            f"{path}, row {number}",
+            {**dict.fromkeys(("question_id", "id", "index"), q.index), "question": q.text},
+        )
+        for number, q in enumerate(questions, 1)
+    ]
 
 
 def _read(questions: Sequence[Question], texts: Sequence[str]) -> list[bool | None]:

@@ -106,10 +106,11 @@ def score_files(
     With a judge it lists the objects of every response.
     """
     vocabulary = Vocabulary.load(synonyms, rules)
-    pairs, objects = read_captions(responses, truth, vocabulary)
+    pairs, objects, echoes = read_captions(responses, truth, vocabulary)
     chosen = judge_of(judge, judge_model, verdicts)
     if chosen is None:
-        return score(pairs, objects, vocabulary)
+        found = score(pairs, objects, vocabulary)
+        return {**found, "flags": [*found["flags"], *echoes]}
     prompt = Template.load(template or shipped("object_halbench"))
     prompts = {
         f"{number}/{image}": prompt.fill(answer=text)
@@ -122,6 +123,7 @@ def score_files(
         for number, (image, _) in enumerate(pairs, 1)
     ]
     found = score(pairs, objects, vocabulary, listed)
+    found["flags"] += echoes
     if unread := [*lists.values()].count(None):
         found["flags"].append(f"{unread} replies of the judge hold no list: they name no object")
     how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}

@@ -8,7 +8,6 @@ Li et al. 2023, https://arxiv.org/abs/2305.10355; official files and code: RUCAI
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from eval import answers as logs
 from eval.errors import EvalError
 from eval.intervals import Numbers, Tally, grouped, measure
-from eval.parsers import parser_named, readable
+from eval.joining import asked_object, image_name
+from eval.parsers import otherwise, parser_named, read_otherwise, readable
 from eval.records import Row, read_rows
 
 Strategy: TypeAlias = Literal["random", "popular", "adversarial"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-
-_OBJECT = re.compile(r"\bis there an? (.+?) in the im\w*ge\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,26 +39,29 @@ class Question:
     split: str = ""
 
 
-def asked_object(text: str) -> str:
-    """ "snowboard" of "Is there a snowboard in the image?" (or "imange": v1 files), else ""."""
-    found = _OBJECT.search(text)
-    return found.group(1).lower() if found else ""
-
-
 def read_questions(path: Path) -> list[Question]:
-    """Questions of an official file, or of LLaVA's, whose `category` becomes the split."""
-    return [_question(row, number) for number, row in enumerate(read_rows(path), 1)]
+    """Questions of an official file, of LLaVA's, whose `category` becomes the split, or of the
+    hub's (`question`, `answer`, `image_source`)."""
+    rows = [logs.plain(row) for row in read_rows(path)]
+    for row in rows:
+        if not image_name(row):
+            row.text("image", "image_source", "image_path")  # says what is missing
+    return questions_of(rows)
+
+
+def questions_of(rows: Sequence[Row]) -> list[Question]:
+    """The questions in rows that hold a label."""
+    return [_question(row, number) for number, row in enumerate(rows, 1)]
 
 
 def _question(row: Row, position: int) -> Question:
-    text, label = row.text("text", "question"), row.text("label").lower()
-    if label not in ("yes", "no"):
-        raise EvalError(f"{row.where}: label {row.fields['label']!r}; expected 'yes' or 'no'.")
-    number = row.fields.get("question_id", position)
-    if not isinstance(number, int):
-        raise EvalError(f"{row.where}: question_id {number!r}; expected a whole number.")
+    # in the hub's form, and in no other, `answer` is the label
+    label = logs.label(row, "label", "answer")
+    text = row.text("text", "question", "query")
+    ids = [name for name in ("question_id", "index", "id") if row.has(name)]
+    number = row.number(*ids) if ids else position
     split = row.text("category") if row.has("category") else ""
-    return Question(number, row.text("image"), text, label, asked_object(text), split)
+    return Question(number, image_name(row), text, label, asked_object(text), split)
 
 
 def build_questions(
@@ -176,7 +178,8 @@ def score(
     """Counts, accuracy, precision, recall, F1 and yes-ratio of paired answers; "yes" is positive.
 
     An answer that the parser (see `eval.parsers`) leaves unread is wrong: neither a yes nor a no.
-    `unreadable` is the share of answers that the strict parser cannot read, whichever is used.
+    `unreadable` is the share of answers that the strict parser cannot read, whichever is used;
+    `read_otherwise` counts those that it reads, but not as the parser does.
     Shares lie in [0, 1]. The 95 % intervals are drawn over questions, or over `images` where they
     are given (the questions about one image stand or fall together). `EvalError` on unpaired or
     unknown labels.
@@ -186,6 +189,7 @@ def score(
     if unknown := sorted({label for label in labels if label not in ("yes", "no")}):
         raise EvalError(f"POPE: label {unknown[0]!r}; expected 'yes' or 'no'.")
     counts = tally(answers, labels, images, parser).counts
+    other = read_otherwise(answers, parser)
     measured = measure(counts, ratios, seed)
     return {
         "n": len(answers),
@@ -194,8 +198,10 @@ def score(
         "questions": len(answers),
         "intervals": measured["intervals"],
         "parser": parser,
+        "read_otherwise": other,
         "flags": [
-            f"{name}: nothing to divide by, 0 by definition" for name in measured["undefined"]
+            *(f"{name}: nothing to divide by, 0 by definition" for name in measured["undefined"]),
+            *otherwise(other, len(answers), parser),
         ],
     }
 

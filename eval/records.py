@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
+import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval import tables
 from eval.errors import EvalError
 
 
@@ -19,13 +24,23 @@ class Row:
     fields: Mapping[str, Any]
 
     def has(self, *names: str) -> bool:
-        return any(name in self.fields for name in names)
+        return any(self._spelled(name) is not None for name in names)
+
+    def _spelled(self, name: str) -> str | None:
+        """How the row writes the name of a field: as asked, else in other letters ("Index")."""
+        if name in self.fields:
+            return name
+        return next((key for key in self.fields if key.lower() == name.lower()), None)
+
+    def _found(self, names: Sequence[str]) -> str:
+        """The first of these names that the row has."""
+        return next(name for name in names if self.has(name))
 
     def first(self, *names: str) -> Any:
         """Value of the first of these fields that is there; `EvalError` if none is."""
         for name in names:
-            if name in self.fields:
-                return self.fields[name]
+            if (spelled := self._spelled(name)) is not None:
+                return self.fields[spelled]
         raise EvalError(
             f"{self.where}: no field {_either(names)}; found {', '.join(self.fields) or 'none'}."
         )
@@ -34,9 +49,11 @@ class Row:
         """Like `first`, for a field that must be a string."""
         value = self.first(*names)
         if not isinstance(value, str):
+            nothing = value is None or (isinstance(value, float) and math.isnan(value))
+            cure = ' An answer that is empty is written "".' if nothing else ""
             raise EvalError(
-                f"{self.where}: the field {_either(names)} is {type(value).__name__} ({value!r}); "
-                "expected a string."
+                f"{self.where}: the field {self._found(names)!r} is {type(value).__name__} "
+                f"({value!r}); expected a string.{cure}"
             )
         return value
 
@@ -60,13 +77,21 @@ class Row:
 
 
 def read_text(path: Path) -> str:
-    """Content of a UTF-8 file; `EvalError` where there is none or it cannot be read."""
+    """Content of a UTF-8 file, also of a gzipped one, or of one that starts with UTF-16's mark.
+
+    `EvalError` where there is none or it cannot be read.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
     except FileNotFoundError:
         raise EvalError(f"{path}: no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise EvalError(f"{path}: cannot be read as UTF-8 text: {error}.") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise EvalError(f"{path}: the file is empty.")
     return text
@@ -81,10 +106,14 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Objects of a JSON list, of JSON lines, or of the `{"imgToEval": {...}}` form.
+    """Objects of a JSON list, of JSON lines, or of the `{"imgToEval": {...}}` form; table rows.
 
-    In the last form an object without `image_id` takes its key for one.
+    In the `imgToEval` form an object without `image_id` takes its key for one.
     """
+    if (cure := tables.REFUSED.get(tables.kind(path))) is not None:
+        raise EvalError(f"{path}: {tables.kind(path)} files are not read; {cure}.")
+    if tables.is_table(path):
+        return _table(path)
     text = read_text(path)
     if text.lstrip().startswith("["):
         rows = [_row(f"{path}, entry {n}", value) for n, value in enumerate(read_json(path), 1)]
@@ -98,6 +127,15 @@ def read_rows(path: Path) -> list[Row]:
             for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
+    if not rows:
+        raise EvalError(f"{path}: the file holds no rows.")
+    return rows
+
+
+def _table(path: Path) -> list[Row]:
+    sheet = tables.kind(path) == ".xlsx"
+    found = tables.sheet(path) if sheet else tables.separated(path, read_text(path))
+    rows = [Row(where, cells) for where, cells in found]
     if not rows:
         raise EvalError(f"{path}: the file holds no rows.")
     return rows

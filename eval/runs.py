@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import answering, chair, crew, dataset, generate, pope, tasks
+from eval import answering, chair, crew, dataset, echo, generate, pope, tasks
 from eval.answering import Desk, Load
 from eval.coco import Vocabulary
 from eval.config import Config
@@ -132,7 +132,9 @@ def _chair(
     captions = [(int(row["image_id"]), str(row["answer"])) for row in rows]
     truth = {int(row["image_id"]): row["truth"] for row in rows}
     ended = sum(bool(row["ended"]) for row in rows) / len(rows)
-    return {**chair.score(captions, truth, vocabulary(out, record)), "ended_share": ended}
+    found = chair.score(captions, truth, vocabulary(out, record))
+    found["flags"] += echo.flags([(str(row["answer"]), str(row.get("prompt", ""))) for row in rows])
+    return {**found, "ended_share": ended}
 
 
 def vocabulary(out: Path, record: Mapping[str, Any]) -> Vocabulary:

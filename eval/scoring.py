@@ -2,7 +2,8 @@
 
 Captions: a JSON list, JSON lines, or `{"imgToEval": {...}}`, with the image under `image_id` (or
 `image`, or `question_id`) and the caption under `caption` (or `text`, or `answer`). POPE answers:
-official (`question`, `answer`) or LLaVA's (`question_id`, `prompt`, `text`).
+official (`question`, `answer`), LLaVA's (`question_id`, `prompt`, `text`), or the logs of lmms-eval
+and VLMEvalKit (see `eval.answers`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval import chair, pope
+from eval import chair, echo, pope
+from eval.answers import answer_text, label, plain, read_answers
 from eval.coco import Vocabulary, image_id, read_truth
 from eval.errors import EvalError
+from eval.joining import join
 from eval.records import Row, read_rows
+
+CAPTION = ("response", "caption", "text", "answer")
 
 
 def score_chair(
@@ -26,16 +31,19 @@ def score_chair(
     `synonyms` is the standard CHAIR list (or a YAML of the shipped form); None is the shipped one.
     """
     vocabulary = Vocabulary.load(synonyms, rules)
-    pairs, objects = read_captions(captions, truth, vocabulary)
-    return chair.score(pairs, objects, vocabulary)
+    pairs, objects, echoes = read_captions(captions, truth, vocabulary)
+    found = chair.score(pairs, objects, vocabulary)
+    return {**found, "flags": [*found["flags"], *echoes]}
 
 
 def read_captions(
     captions: Path, truth: Path, vocabulary: Vocabulary
-) -> tuple[list[tuple[int, str]], dict[int, list[str]]]:
-    """(image id, caption) pairs of a file, and the true objects of each of their images."""
-    rows = read_rows(captions)
-    pairs = [(_image(row), row.text("caption", "text", "answer")) for row in rows]
+) -> tuple[list[tuple[int, str]], dict[int, list[str]], list[str]]:
+    """(image id, caption) pairs of a file, the true objects of each of their images, and the flag
+    of captions that hold their prompt."""
+    rows = read_answers(captions)
+    pairs = [(_image(row), row.text(*CAPTION)) for row in rows]
+    prompts = [row.text("prompt") if row.has("prompt") else "" for row in rows]
     objects = read_truth(truth, vocabulary, {image for image, _ in pairs})
     for row, (image, _) in zip(rows, pairs, strict=True):
         if image not in objects:
@@ -43,7 +51,8 @@ def read_captions(
                 f"{row.where}: image {image} is not in the truth {truth}. Score against the "
                 "annotations of the images that were captioned."
             )
-    return pairs, objects
+    texts = [text for _, text in pairs]
+    return pairs, objects, echo.flags(list(zip(texts, prompts, strict=True)))
 
 
 def _image(row: Row) -> int:
@@ -54,59 +63,66 @@ def _image(row: Row) -> int:
         raise EvalError(f"{row.where}: {error}") from None
 
 
-def score_pope(answers: Path, questions: Path, parser: str = "official") -> dict[str, Any]:
-    """POPE scores of an answer file, paired with the question file by position; see `pope.score`.
+def score_pope(
+    answers: Path, questions: Path | None = None, parser: str = "official", subset: bool = False
+) -> dict[str, Any]:
+    """POPE scores of an answer file, joined with the questions as `eval.joining` says.
 
-    The files must have equally many rows, and where both name the image or the object asked for,
-    they must name the same one. Wording is not compared: published files differ in it ("imange", an
-    instruction after the question), and ids are numbered anew by some. A question file with several
-    splits (`category`) gives `splits` beside the overall scores.
+    Without `questions` the rows must hold their labels, as logs do. `subset` leaves out answers to
+    other questions. A question file with several splits (`category`; one question may belong to
+    some, with commas between) gives `splits` beside the overall scores, which count each once.
     """
-    asked, given = pope.read_questions(questions), read_rows(answers)
-    if len(asked) != len(given):
+    given = read_answers(answers)
+    file, rows = (answers, given) if questions is None else (questions, _question_rows(questions))
+    if questions is None and (bare := next((r for r in rows if not r.has("label")), None)):
         raise EvalError(
-            f"{answers} has {len(given)} answers, {questions} {len(asked)} questions. They are "
-            "paired by position, so the counts must agree: use the question file that was asked."
+            f"{bare.where}: no label in it, so the questions are needed: --questions FILE."
         )
-    for question, row in zip(asked, given, strict=True):
-        _require_same(question, row)
-    texts = [row.text("answer", "text", "ans") for row in given]
+    joined = join(rows, given, (file, answers), subset)
+    asked = pope.questions_of(rows)
+    _require_labels(asked, joined.rows)
+    texts = [answer_text(row) for row in joined.rows]
     result = _score(asked, texts, parser)
-    names = list(dict.fromkeys(question.split for question in asked))
+    names = list(dict.fromkeys(name for question in asked for name in _splits(question)))
     if len(names) > 1:
         result["splits"] = {name: _score(*_select(asked, texts, name), parser) for name in names}
-    return result
+    notes = [] if questions is None else joined.notes
+    result["flags"] = [*notes, *result["flags"]]
+    return {**result, "joined_by": joined.by if questions else "labels in the answer file"}
+
+
+def _question_rows(path: Path) -> list[Row]:
+    return [plain(row) for row in read_rows(path)]
+
+
+def _require_labels(questions: list[pope.Question], rows: list[Row]) -> None:
+    """Refuse answers that were logged with other labels than those of the questions."""
+    labels = [label(row, "label") if row.has("label") else None for row in rows]
+    pairs = zip(rows, labels, questions, strict=True)
+    other = [(row, question) for row, said, question in pairs if said not in (None, question.label)]
+    if other:
+        row, question = other[0]
+        raise EvalError(
+            f"{row.where}: the answer is logged with another label than {question.label!r}, that "
+            f"of question {question.question_id} ({len(other)} such rows): use the question file "
+            "that was asked."
+        )
+
+
+def _splits(question: pope.Question) -> list[str]:
+    return question.split.split(",")
 
 
 def _select(
     questions: list[pope.Question], answers: list[str], split: str
 ) -> tuple[list[pope.Question], list[str]]:
-    kept = [number for number, question in enumerate(questions) if question.split == split]
+    kept = [number for number, question in enumerate(questions) if split in _splits(question)]
     return [questions[number] for number in kept], [answers[number] for number in kept]
 
 
 def _score(questions: list[pope.Question], answers: list[str], parser: str) -> dict[str, Any]:
     labels, images = [q.label for q in questions], [q.image for q in questions]
-    return pope.score(answers, labels, images, parser=parser)
-
-
-def _require_same(question: pope.Question, row: Row) -> None:
-    """Refuse an answer that was given to another question."""
-    prompts = (row.fields.get(name) for name in ("question", "prompt", "query"))
-    prompt = next((text for text in prompts if isinstance(text, str)), "")
-    image = Path(str(row.fields.get("image") or "")).stem
-    compared = (
-        ("object", pope.asked_object(prompt), question.object),
-        ("image", image, Path(question.image).stem),
-    )
-    for name, given, asked in compared:
-        # COCO_val2014_000000000009 and 000000000009 are one image
-        if given and asked and not (given.endswith(asked) or asked.endswith(given)):
-            raise EvalError(
-                f"{row.where}: answers a question about the {name} {given!r}, but question "
-                f"{question.question_id} asks about {asked!r}. Answers are paired with questions "
-                "by position: use the question file that was asked."
-            )
+    return pope.score(answers, labels, images if all(images) else None, parser=parser)
 
 
 def print_result(result: Mapping[str, Any], as_json: bool = False) -> None:

@@ -12,16 +12,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from eval import amber, amber_nouns, dataset, hallusionbench, hallusionbench_files, mme, mmvp
+from eval import (
+    amber,
+    amber_nouns,
+    dataset,
+    echo,
+    hallusionbench,
+    hallusionbench_files,
+    mme,
+    mmvp,
+)
 from eval.config import OWN_FOLDER, Config
 from eval.dataset import Sample
 from eval.errors import EvalError
 from eval.intervals import Tally
-from eval.parsers import strict
 from eval.records import read_rows
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 SPLIT = "all"
+# how answers were read by runs from before this was a setting
+PARSERS_BEFORE = {"amber": "strict", "mme": "official", "hallusionbench": "strict"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,11 @@ def samples(config: Config, scenes: Path) -> list[Sample]:
         _require_files(name, sorted(wanted))
         found += [sample for sample in asked if sample.image in wanted]
     return found
+
+
+def parser_of(task: str, settings: Mapping[str, Any]) -> str:
+    """The name of the rule by which the answers of a run are read."""
+    return str(settings.get("parser", PARSERS_BEFORE[task]))
 
 
 def _require_files(task: str, images: Sequence[Path]) -> None:
@@ -86,11 +101,19 @@ def _amber_samples(folder: Path, settings: Mapping[str, Any]) -> Iterable[Sample
 
 
 def _amber_score(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return amber.score(*_amber_given(rows, out), settings["nouns"])
+    found = amber.score(
+        *_amber_given(rows, out), settings["nouns"], parser=parser_of("amber", settings)
+    )
+    described = [row for row in rows if row["type"] == amber.GENERATIVE]
+    if described:
+        captions = [(row["answer"], row.get("prompt", "")) for row in described]
+        found[amber.GENERATIVE]["flags"] = echo.flags(captions)
+    return found
 
 
 def _amber_tallies(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Tally]:
-    found = amber.tallies(*_amber_given(rows, out), settings["nouns"])
+    parser = parser_of("amber", settings)
+    found = amber.tallies(*_amber_given(rows, out), settings["nouns"], parser=parser)
     apart = {name: name for name in (amber.GENERATIVE, amber.OVERALL)}
     return {apart.get(name, f"discriminative {name}"): part for name, part in found.items()}
 
@@ -98,21 +121,13 @@ def _amber_tallies(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[s
 def _amber_given(
     rows: Rows, out: Path
 ) -> tuple[list[tuple[int, str]], dict[int, amber.Item], amber_nouns.Lexicon]:
-    """An answer to a question is read by the strict parser; the official script wants the word."""
     items = {
         row["amber_id"]: amber.Item(
             row["type"], row["truth"], row["hallu"], row["label"], row["image"]
         )
         for row in rows
     }
-    words = {"yes": "Yes", "no": "No", None: ""}
-    given = [
-        (
-            row["amber_id"],
-            row["answer"] if row["type"] == amber.GENERATIVE else words[strict(row["answer"])],
-        )
-        for row in rows
-    ]
+    given = [(row["amber_id"], row["answer"]) for row in rows]
     return given, items, amber_nouns.read_lexicon(out)
 
 
@@ -127,16 +142,18 @@ def _mme_samples(folder: Path, settings: Mapping[str, Any]) -> Iterable[Sample]:
 
 
 def _mme_score(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return mme.score(_mme_answers(rows))
+    return mme.score(_mme_answers(rows), parser=parser_of("mme", settings))
 
 
 def _mme_tallies(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Tally]:
     """By subtask, and of the subtasks that make up a total."""
-    subtasks = _mme_answers(rows)
-    found = {f"subtasks {name}": mme.tally(answers) for name, answers in subtasks.items()}
+    subtasks, parser = _mme_answers(rows), parser_of("mme", settings)
+    found = {
+        f"subtasks {name}": mme.tally(answers, parser=parser) for name, answers in subtasks.items()
+    }
     for total, names in mme.TOTALS.items():
         if subtasks.keys() >= set(names):
-            found[f"totals {total}"] = mme.tally(*(subtasks[name] for name in names))
+            found[f"totals {total}"] = mme.tally(*(subtasks[name] for name in names), parser=parser)
     return found
 
 
@@ -193,22 +210,18 @@ def _hallusionbench_samples(folder: Path, settings: Mapping[str, Any]) -> Iterab
 
 
 def _hallusionbench_score(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    found = hallusionbench.score(*_hallusionbench_judged(rows))
-    return {**found, "judge": None, "parser": "strict"}
+    questions = [hallusionbench.Question(**row["question"]) for row in rows]
+    texts = [row["answer"] for row in rows]
+    return hallusionbench.score_parsed(questions, texts, parser_of("hallusionbench", settings))
 
 
 def _hallusionbench_tallies(rows: Rows, out: Path, settings: Mapping[str, Any]) -> dict[str, Tally]:
-    return {"": hallusionbench.tally(*_hallusionbench_judged(rows))}
-
-
-def _hallusionbench_judged(
-    rows: Rows,
-) -> tuple[list[hallusionbench.Question], list[int], set[hallusionbench.Key]]:
     questions = [hallusionbench.Question(**row["question"]) for row in rows]
-    texts = [row["answer"] for row in rows]
+    texts, parser = [row["answer"] for row in rows], parser_of("hallusionbench", settings)
     pairs = zip(questions, texts, strict=True)
-    verdicts = [hallusionbench.verdict(text, q.label) for q, text in pairs]
-    return questions, verdicts, hallusionbench.repeated(questions, texts)
+    verdicts = [hallusionbench.verdict(text, q.label, parser) for q, text in pairs]
+    same = hallusionbench.repeated(questions, texts, parser)
+    return {"": hallusionbench.tally(questions, verdicts, same)}
 
 
 def _pairs(rows: Rows, *keys: str) -> list[Rows]:

@@ -10,12 +10,12 @@ from eval.mme import (
     HALLUCINATION,
     PERCEPTION,
     Answer,
-    read_answer,
     read_folder,
     score,
     score_folder,
     tally,
 )
+from eval.parsers import mme_official
 from tests.shared_data import SHARED, shared
 
 MME = SHARED / "mme"
@@ -38,7 +38,7 @@ MME = SHARED / "mme"
     ],
 )
 def test_the_first_four_characters(text: str, reading: str | None) -> None:
-    assert read_answer(text) == reading
+    assert mme_official(text) == reading
 
 
 def pairs(*answers: str) -> list[Answer]:

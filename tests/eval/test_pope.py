@@ -102,11 +102,14 @@ def test_reading_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"text": "a", "label": "yes"}', "line 2: no field 'image'; found text, label"),
-        ('{"image": "a", "text": "a"}', "line 2: no field 'label'; found image, text"),
+        ('{"text": "a", "label": "yes"}', "line 2: no field 'image' or .*; found text, label"),
+        ('{"image": "a", "text": "a"}', "line 2: no field 'label' or 'answer'; found image, text"),
         ('{"image": "a", "text": 3, "label": "yes"}', "line 2: the field 'text'.* is int"),
         ('{"image": "a", "text": "a", "label": "perhaps"}', "line 2: label 'perhaps'; expected"),
-        ('{"image": "a", "question_id": "x", "text": "a", "label": "no"}', "question_id 'x'"),
+        (
+            '{"image": "a", "question_id": "x", "text": "a", "label": "no"}',
+            "'question_id' is 'x'",
+        ),
         ('{"image": "a"', "line 2: broken JSON"),
         ("3", "line 2: expected a JSON object, found int"),
     ],

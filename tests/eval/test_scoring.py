@@ -68,10 +68,10 @@ def test_a_single_json_line(tmp_path: Path, truth: Path) -> None:
         ('[{"image_id": 1},\n {"image_id" 2}]', "captions.jsonl, line 2: broken JSON"),
         (
             '{"image_id": 1, "sentence": "a"}',
-            "line 1: no field 'caption' or 'text' or 'answer'; found image_id",
+            "line 1: no field .*'caption' or 'text' or 'answer'; found image_id",
         ),
         ('[{"caption": "a", "id": 1}]', "entry 1: no field 'image_id' or .*; found caption, id"),
-        ('{"image_id": 1, "caption": null}', "line 1: the field 'caption' .* is NoneType"),
+        ('{"image_id": 1, "caption": null}', "line 1: the field 'caption' is NoneType"),
         ('{"image_id": "cat.jpg", "caption": "a"}', "line 1: image id 'cat.jpg': expected a whole"),
         ("[3]", "entry 1: expected a JSON object, found int"),
         (
@@ -159,15 +159,15 @@ def test_splits_of_one_file(tmp_path: Path) -> None:
     ("answers", "message"),
     [
         ([{"answer": "Yes"}], r"has 1 answers, .*questions.json 2 questions"),
-        ([{"answer": "Yes"}, {"reply": "No"}], "line 2: no field 'answer' or .*; found reply"),
-        ([{"answer": "Yes"}, {"answer": 0}], "line 2: the field 'answer' .* is int"),
+        ([{"answer": "Yes"}, {"reply": "No"}], "line 2: no field .*'answer' or .*; found reply"),
+        ([{"answer": "Yes"}, {"answer": 0}], "line 2: the field 'answer' is int"),
         (
             [{"answer": "Yes"}, {"question": "Is there a dog in the image?", "answer": "No"}],
-            "line 2: answers a question about the object 'dog', but question 2 asks about 'apple'",
+            "line 2: answers a question about the object 'dog', but .*line 2 asks about 'apple'",
         ),
         (
             [{"answer": "Yes", "image": "000000000002.jpg"}, {"answer": "No"}],
-            "line 1: answers a question about the image '000000000002', but question 1",
+            "line 1: answers a question about the image '2', but .*questions.json, line 1 asks",
         ),
     ],
 )

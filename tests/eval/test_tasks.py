@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
 def sections(folder: Path, *names: str) -> dict[str, Any]:
     own = {name: {"data": str(folder), "max_new_tokens": 3} for name in names}
     if "amber" in own:
-        own["amber"]["nouns"] = "approximate"
+        own["amber"] |= {"nouns": "approximate", "parser": "strict"}
     return {"tasks": list(names), **own}
 
 
@@ -284,7 +284,7 @@ def test_other_rules_for_nouns_are_refused(
     shutil.copytree(one, tmp_path / "two")
     file = tmp_path / "two" / "config.yaml"
     file.write_text(file.read_text().replace("nouns: approximate", "nouns: nltk"))
-    with pytest.raises(EvalError, match="amber is read by approximate rules and by nltk rules"):
+    with pytest.raises(EvalError, match=r"amber is read by approximate rules .* and by nltk rules"):
         compare.compare(one, tmp_path / "two")
 
 
@@ -327,3 +327,68 @@ def test_a_missing_file_is_named(
     (folder / file).unlink()
     with pytest.raises(EvalError, match=message):
         tasks.samples(settings(**sections(folder, name)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parser", "accuracy", "flags"), [("official", 0.0, 2), ("strict", 1.0, 0)]
+)
+def test_a_run_reads_answers_as_score_does(
+    settings: Settings, folder: Path, tmp_path: Path, parser: str, accuracy: float, flags: int
+) -> None:
+    """The parser that the setting names, by default the official one, and what it leaves unread."""
+    given = sections(folder, "amber", "mme", "hallusionbench")
+    for name in given["tasks"]:
+        given[name]["parser"] = parser
+    runs.run(settings(**given), tmp_path / "run")
+    said = STOCK | {"existence-0000": "The answer is yes", "existence-0001": "It says: no"}
+    metrics = answered(tmp_path / "run", said | {"1": "Describe this image. A dog."})
+    asked = metrics["amber"]["all"]["discriminative"]["all"]
+    assert (asked["accuracy"], asked["parser"], len(asked["flags"])) == (accuracy, parser, flags)
+    part = metrics["mme"]["all"]["subtasks"]["existence"]
+    assert (part["counts"]["right"], metrics["mme"]["all"]["parser"]) == (
+        2 * accuracy,
+        parser,
+    )
+    assert metrics["hallusionbench"]["all"]["parser"] == parser
+    shown = table.markdown([tmp_path / "run"])
+    assert "amber generative, 1 of 2 captions hold their own prompt" in shown
+    unread = (
+        "amber discriminative all, 1 of 1 answers are neither yes nor no to the official parser"
+    )
+    assert (unread in shown) is (parser == "official")
+
+
+def test_official_is_the_default_and_other_parsers_do_not_compare(
+    settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    given = sections(folder, "mme")
+    one = settings(**given)
+    assert (one.amber.parser, one.mme.parser, one.hallusionbench.parser) == (
+        "official",
+        "official",
+        "strict",
+    )
+    runs.run(one, tmp_path / "one")
+    given["mme"]["parser"] = "strict"
+    runs.run(settings(**given), tmp_path / "two")
+    with pytest.raises(EvalError, match=r"mme is read by .*official parser and by .*strict parser"):
+        compare.compare(tmp_path / "one", tmp_path / "two")
+    given["mme"]["parser"] = "mine"
+    with pytest.raises(EvalError, match=r"unknown name in mme\.parser: mine"):
+        settings(**given)
+
+
+def test_captions_of_a_run_that_hold_their_prompt_are_flagged(
+    settings: Settings, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    runs.run(settings(tasks=["chair"], limit=2, chair={"max_new_tokens": 2}), out)
+    first, second = (row["id"] for row in RunFolder(out).rows())
+    said = {
+        first: "USER: Please describe this image in detail. ASSISTANT: A dog.",
+        second: "A dog.",
+    }
+    (split,) = answered(out, said)["chair"].values()
+    assert [flag.partition(" hold")[0] for flag in split["flags"]] == ["1 of 2 captions"]
+    answered(out, {first: "A cat.", second: "A dog."})
+    assert "hold their own prompt" not in table.markdown([out])
