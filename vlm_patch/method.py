@@ -201,8 +201,8 @@ class Method:
         """The rows `[B, S]` whose weights it rewrites, or None."""
         return None
 
-    def watched(self, forward: Forward) -> tuple[int, Tensor] | None:
-        """A layer, and the rows `[B, S]` that it must be shown there."""
+    def watched(self, forward: Forward) -> tuple[Sequence[int], Tensor] | None:
+        """Layers, and the rows `[B, S]` that it must be shown in each of them."""
         return None
 
     def observe(
