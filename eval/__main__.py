@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     ways = commands.add_parser("modes", help="every way of generating, against the slow reference")
     ways.add_argument("--json", action="store_true", help="print one JSON list")
     ways.add_argument("--out", type=Path, metavar="FILE", help="write it there too")
+    ways.add_argument("--docs", action="store_true", help="write it into docs/generation.md")
     ways.set_defaults(command=_modes)
     return top
 
@@ -112,7 +113,7 @@ def _add_models(families: argparse.ArgumentParser) -> None:
     families.add_argument("--types", help="names with commas between (default: every one)")
     families.add_argument("--json", action="store_true", help="print JSON")
     families.add_argument("--out", type=Path, help="write it to this file too")
-    families.add_argument("--readme", action="store_true", help="put the table into the README")
+    families.add_argument("--docs", action="store_true", help="write it into docs/models.md")
     families.set_defaults(command=_models)
 
 
@@ -153,7 +154,7 @@ def _score(options: argparse.Namespace) -> None:
 def _models(options: argparse.Namespace) -> None:
     from eval import families  # builds a model of every type, which no other command needs
 
-    families.models(options.types, options.json, options.out, options.readme)
+    families.models(options.types, options.json, options.out, options.docs)
 
 
 def _speed(options: argparse.Namespace) -> None:
@@ -172,7 +173,7 @@ def _speed(options: argparse.Namespace) -> None:
 def _modes(options: argparse.Namespace) -> None:
     from eval import modes  # runs models, which no other command needs
 
-    modes.modes(options.json, options.out)
+    modes.modes(options.json, options.out, options.docs)
 
 
 def _sweep(options: argparse.Namespace) -> None:

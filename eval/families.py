@@ -1,12 +1,11 @@
 """Which model families are supported, measured on tiny random models of every type.
 
-The table of the README is written by this command and by nothing else.
+The table of docs/models.md is written by this command and by nothing else.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,24 +16,23 @@ import torch
 import transformers
 from transformers.utils import logging
 
+from eval import pages
 from eval.errors import EvalError
 from eval.families_build import CLASSES
 from eval.families_check import Row, measure
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"(?<=<!-- models:begin -->\n).*?(?=<!-- models:end -->)", re.DOTALL)
 BOTH, FIRST, NONE = "off and end to end", "off", "-"
 
 
 def models(
-    types: str | None = None, as_json: bool = False, out: Path | None = None, readme: bool = False
+    types: str | None = None, as_json: bool = False, out: Path | None = None, docs: bool = False
 ) -> None:
     """Measures the types given (names with commas between; all by default) and prints a table, or
-    JSON `[{type, delegation, end_to_end, note}]`; `out` writes it to a file, `readme` puts the
-    table into the README. Raises EvalError for unknown types.
+    JSON `[{type, delegation, end_to_end, note}]`; `out` writes it to a file, `docs` puts the
+    table into docs/models.md. Raises EvalError for unknown types.
     """
-    if readme and types:
-        raise EvalError("the README's table holds every type: leave out --types")
+    if docs and types:
+        raise EvalError("the table of docs/models.md holds every type: leave out --types")
     names = _named(types)
     with quietly():
         rows = [measure(kind) for kind in names]
@@ -42,8 +40,8 @@ def models(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-    if readme:
-        README.write_text(written(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    if docs:
+        pages.write("models", "models", markdown(rows))
     print(text, end="")
 
 
@@ -68,13 +66,6 @@ def quietly() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         logging.set_verbosity(level)
-
-
-def written(readme: str, rows: Sequence[Row]) -> str:
-    """The README with the table of these rows. Raises EvalError if it has no place for one."""
-    if not BLOCK.search(readme):
-        raise EvalError("the README lacks the lines <!-- models:begin --> and <!-- models:end -->")
-    return BLOCK.sub(lambda _: markdown(rows), readme)
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from eval import pages
 from eval.errors import EvalError
 from eval.table import layout
 
@@ -26,15 +27,18 @@ class Row:
     note: str
 
 
-def modes(as_json: bool, out: Path | None) -> None:
+def modes(as_json: bool, out: Path | None, docs: bool = False) -> None:
     """Measure all, then print a Markdown table or one JSON list of `{mode, method, max_error, ok,
-    note}`; with `out`, write it there too. Raises EvalError where a way is wrong.
+    note}`; with `out`, write it there too, with `docs` into docs/generation.md. Raises EvalError
+    where a way is wrong.
     """
     rows = measured()
     text = json.dumps([asdict(row) for row in rows], indent=1) if as_json else markdown(rows)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text + "\n", encoding="utf-8")
+    if docs:
+        pages.write("generation", "modes", markdown(rows))
     print(text)
     wrong = [f"{row.mode} with {row.method}" for row in rows if not row.ok]
     if wrong:

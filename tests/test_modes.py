@@ -1,7 +1,5 @@
-"""Every way of generating is right or refused; and what the README says of it is what it is."""
+"""Every way of generating is right or refused, and docs/generation.md says so."""
 
-import re
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import vlm_patch
+from eval import pages
 from eval.modes import Row, markdown
 from tests import tiny
 from tests.compare import NO_PROCESSOR, generated, ours, planted
@@ -26,7 +25,6 @@ from tests.modes import (
 )
 from vlm_patch import PatchError
 
-README = Path(__file__).parent.parent / "README.md"
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
 REFUSED = {("chunked prefill", side) for side in SIDES if "vhr" in SIDES[side]}
 MIXED = "all, map from an edited layer"
@@ -63,15 +61,13 @@ def test_a_difference_is_not_ok() -> None:
 
 
 def block() -> list[list[str]]:
-    """The cells of the README's table."""
-    text = README.read_text(encoding="utf-8")
-    found = re.search(r"<!-- modes:begin -->\n(.*?)<!-- modes:end -->", text, re.DOTALL)
-    assert found is not None
-    lines = [line for line in found[1].splitlines() if line.startswith("|")][2:]
+    """The cells of the page's table."""
+    text = pages.table("generation", "modes")
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_readme_names_every_way_with_its_note() -> None:
+def test_the_page_names_every_way_with_its_note() -> None:
     assert [cells[0] for cells in block()] == list(MODES)
     for name, count, error, note in block():
         refused = [side for mode, side in sorted(REFUSED) if mode == name]

@@ -1,4 +1,4 @@
-"""`python -m eval models`: what it measures, and that the README says what it finds."""
+"""`python -m eval models`: what it measures, and that docs/models.md says what it finds."""
 
 import json
 from dataclasses import replace
@@ -9,16 +9,16 @@ import pytest
 import torch
 import transformers
 
-from eval import families, families_check
+from eval import families, families_check, pages
 from eval.__main__ import main
-from eval.families import README, Row, markdown, verified, written
+from eval.families import Row, markdown, verified
 from eval.families_build import CLASSES, build
 from eval.families_check import Subject, measure
 from vlm_patch import GIFT
 
 STATED: dict[str, tuple[str, str]] = {
     kind: (cells[1], cells[2])
-    for line in README.read_text(encoding="utf-8").split("<!-- models:begin -->")[1].splitlines()
+    for line in pages.table("models", "models").splitlines()
     if line.startswith("| ") and len(cells := [cell.strip() for cell in line.split("|")[1:4]]) == 3
     for kind in cells[0].split(", ")
     if kind in CLASSES
@@ -35,11 +35,13 @@ def quiet() -> Any:
 
 
 @pytest.mark.parametrize("kind", STATED)
-def test_the_readme_says_what_is_measured(kind: str) -> None:
+def test_the_page_says_what_is_measured(kind: str) -> None:
     """In the version that it names; in another one the stock model of a type may not run at all."""
     row = measure(kind)
     broken = row.note.startswith("the stock model does not run")
-    if not broken or f"types of transformers {transformers.__version__}," in README.read_text():
+    if not broken or f"types of transformers {transformers.__version__}," in pages.table(
+        "models", "models"
+    ):
         assert (verified(row), row.note) == STATED[kind]
 
 
@@ -140,7 +142,7 @@ def test_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["--types", "llama"], "unknown type 'llama'"),
-        (["--types", "llava", "--readme"], "the README's table holds every type"),
+        (["--types", "llava", "--docs"], "the table of docs/models.md holds every type"),
     ],
 )
 def test_what_cannot_be_done(
@@ -150,11 +152,11 @@ def test_what_cannot_be_done(
     assert message in capsys.readouterr().err
 
 
-def test_the_readme_is_written_between_its_marks() -> None:
+def test_a_table_is_written_between_its_marks() -> None:
     row = Row("llava", True, True)
     rows = [row, replace(row, type="aria"), Row("blip", False, False, "refused: so")]
     before = "a\n<!-- models:begin -->\nold\n<!-- models:end -->\nb\n"
     after = f"a\n<!-- models:begin -->\n{markdown(rows)}<!-- models:end -->\nb\n"
-    assert written(before, rows) == after
-    assert written(after, rows) == after
+    assert pages.replaced(before, "models", markdown(rows)) == after
+    assert pages.replaced(after, "models", markdown(rows)) == after
     assert "| llava, aria | off and end to end |  |\n| blip | - | refused: so |\n" in after
