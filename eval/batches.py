@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from eval import generate
 from eval.config import Config
 from eval.dataset import Sample, notice
 from eval.errors import EvalError
 from eval.generate import Answer, BrokenImageError
+from eval.images import pixel_count
 
 PATCH = 28 * 28
 """Pixels behind one image token where their number depends on the picture (Qwen2-VL and later)."""
@@ -53,7 +53,7 @@ def divide(samples: Sequence[Sample], config: Config) -> list[Batch]:
     same: dict[tuple[str, Path, str], list[Sample]] = {}
     for sample in samples:
         same.setdefault((sample.task, sample.image, sample.prompt), []).append(sample)
-    pixels = {image: _pixels(image) for image in dict.fromkeys(s.image for s in samples)}
+    pixels = {image: pixel_count(image) for image in dict.fromkeys(s.image for s in samples)}
     groups = [tuple(group) for group in same.values()]
     groups.sort(key=lambda group: _length(group[0], pixels))
     batches = []
@@ -72,15 +72,6 @@ def _batch(groups: Sequence[tuple[Sample, ...]]) -> Batch:
 def _length(sample: Sample, pixels: Mapping[Path, int]) -> float:
     """About how many tokens image and prompt come to, so that little of a batch is padding."""
     return pixels[sample.image] / PATCH + len(sample.prompt) / 4
-
-
-def _pixels(image: Path) -> int:
-    """Size of the picture as its head tells; 0 where it cannot be read."""
-    try:
-        with Image.open(image) as opened:
-            return opened.width * opened.height
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        return 0
 
 
 class Asker:

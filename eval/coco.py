@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +33,12 @@ _FOLDERS = (
     ".",
     "images",
     *(f"{split}{year}" for year in (2014, 2017) for split in ("val", "train")),
+)
+
+LONGEST_NAME = 1000
+"""Of the path of an image in characters; what is longer is the image itself."""
+_NAMED = re.compile(
+    r"(?:COCO_(?:train|val|test)20[0-9]{2}_([0-9]{12})|([0-9]+))(?:\.[A-Za-z][A-Za-z0-9]*)?"
 )
 
 # what the words of a caption are read as
@@ -130,16 +137,35 @@ def _merged(words: list[str]) -> list[str]:
 
 
 def image_id(value: int | str) -> int:
-    """9, "9", "000000000009.jpg" and "COCO_val2014_000000000009.jpg" all name image 9."""
+    """The id of an image, given as a whole number or by a file name of one of two forms.
+
+    COCO's, as COCO_val2014_000000000009.jpg: a split, a year, twelve digits. Or nothing but
+    digits: 9.jpg, 000000000009.jpg, "9". A folder or URL before it and a suffix do not count.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    numbers = re.findall(r"\d+", Path(value).stem) if isinstance(value, str) else []
-    if not numbers:
+    number = id_in_name(value) if isinstance(value, str) else None
+    if number is None:
         raise EvalError(
-            f"image id {value!r}: expected a whole number, or a file name that ends in one such "
-            "as COCO_val2014_000000000009.jpg."
+            f"image id {repr(value)[:100]}: expected a whole number, or a file name that is "
+            "COCO's (COCO_val2014_000000000009.jpg) or holds nothing but digits (9.jpg). Which "
+            "number of another name is the id cannot be known: give it in a field image_id."
         )
-    return int(numbers[-1])
+    return number
+
+
+def id_in_name(name: str) -> int | None:
+    """The id that a file name of one of the two forms states."""
+    found = _NAMED.fullmatch(re.split(r"[/\\]", name)[-1])
+    return int(found[1] or found[2]) if found else None
+
+
+def image_id_in(where: str, value: int | str) -> int:
+    """Like `image_id`; an error says where the value stands."""
+    try:
+        return image_id(value)
+    except EvalError as error:
+        raise EvalError(f"{where}: {error}") from None
 
 
 def read_truth(
@@ -161,7 +187,11 @@ def read_truth(
     for key, objects in data.items():
         if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
             raise EvalError(f"{path}, image {key!r}: expected a list of object names.")
-    truth = {image_id(key): list(dict.fromkeys(objects)) for key, objects in data.items()}
+    keys = {key: image_id_in(str(path), key) for key in data}
+    if doubles := [key for key, times in Counter(keys.values()).items() if times > 1]:
+        names = ", ".join(repr(key) for key, number in keys.items() if number == doubles[0])
+        raise EvalError(f"{path}: image {doubles[0]} stands there more than once, as {names}.")
+    truth = {keys[key]: list(dict.fromkeys(objects)) for key, objects in data.items()}
     return truth if images is None else {k: v for k, v in truth.items() if k in images}
 
 
@@ -228,6 +258,9 @@ def _load(path: Path, *fields: str) -> COCO:
             raise EvalError(
                 f"{path}, annotation {row}: no field {missing[0]!r}; found {', '.join(note)}."
             )
+    for section, field in (("images", "id"), ("annotations", "image_id")):
+        for row, entry in enumerate(data[section], 1):
+            entry[field] = image_id_in(f"{path}, {section}, entry {row}", entry.get(field))
     coco = COCO()
     coco.dataset = data
     with contextlib.redirect_stdout(io.StringIO()):
@@ -241,9 +274,13 @@ def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
     Tried are the folder itself, `images/`, `val2014/` and its siblings, also below `images/`, with
     the record's file name and with the names that the 2014 and 2017 releases give the image.
     """
-    number = image_id(record.get("id", record["file_name"]))
-    names: list[str] = [record["file_name"], f"{number:012d}.jpg"]
-    names += [f"COCO_{split}2014_{number:012d}.jpg" for split in ("val", "train")]
+    given = record["file_name"]
+    if not isinstance(given, str) or given.startswith("data:") or len(given) > LONGEST_NAME:
+        raise EvalError(
+            f"{folder}: image {repr(given)[:60]}: expected a file name. Images within the rows "
+            "(bytes, base64) are not read: write each to a file."
+        )
+    names: list[str] = [given, *_release_names(record)]
     for place in dict.fromkeys([*_FOLDERS, *(f"images/{part}" for part in _FOLDERS)]):
         for path in (folder / place / name for name in names):
             if path.is_file():
@@ -252,3 +289,12 @@ def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
         f"{folder}: no image {' or '.join(dict.fromkeys(names))} in it or in "
         f"{', '.join(_FOLDERS[1:])} (also looked below images/). Put the images there."
     )
+
+
+def _release_names(record: Mapping[str, Any]) -> list[str]:
+    """What the releases call an image whose id is known; nothing for a name without one."""
+    number = image_id(record["id"]) if "id" in record else id_in_name(record["file_name"])
+    if number is None:
+        return []
+    splits = [f"COCO_{split}2014_{number:012d}.jpg" for split in ("val", "train")]
+    return [f"{number:012d}.jpg", *splits]

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from eval.errors import EvalError
+from eval.images import MAX_PIXELS
 from eval.mmvp import LABELS
 from eval.pope import STRATEGIES
 from eval.records import read_text
@@ -170,7 +171,8 @@ class Config:
     renders prompts, for a model whose processor has none. `part`: of all images only the
     half to tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each
     split and task. `broken_images: error` stops at an image that cannot be read
-    rather than list it as skipped. `layers` and `heads` go to `wrap`.
+    rather than list it as skipped; one of more than `max_pixels` is not read. `layers` and `heads`
+    go to `wrap`.
     """
 
     model: str = "pocket"
@@ -191,6 +193,7 @@ class Config:
     batch_size: int = 8
     seed: int = 0
     broken_images: str = "skip"
+    max_pixels: int = MAX_PIXELS
     methods: tuple[str, ...] = ()
     layers: Any = None
     heads: Any = None
@@ -203,7 +206,7 @@ class Config:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_positive("", self, "limit", "batch_size")
+        check_positive("", self, "limit", "batch_size", "max_pixels")
         check_names("tasks", self.tasks, TASKS)
         check_names("methods", self.methods, METHODS)
         check_names("dtype", (self.dtype,), DTYPES)

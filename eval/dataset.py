@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eval import pocket
-from eval.coco import Vocabulary, image_id, image_path, read_truth
+from eval.coco import Vocabulary, id_in_name, image_id_in, image_path, read_truth
 from eval.config import Config
 from eval.errors import EvalError
 from eval.pocket import world
@@ -152,7 +152,10 @@ def _records(file: Path) -> dict[int, Mapping[str, Any]]:
     listed = data.get("images") if isinstance(data, dict) else None
     if not listed:
         raise EvalError(f"{file}: expected the COCO format, with a list 'images' that is not empty")
-    return {image_id(record["id"]): record for record in listed}
+    for row, record in enumerate(listed, 1):
+        if missing := [field for field in ("id", "file_name") if field not in record]:
+            raise EvalError(f"{file}, images, entry {row}: no field {missing[0]!r}")
+    return {image_id_in(str(file), record["id"]): record for record in listed}
 
 
 def _scene_count(config: Config) -> int:
@@ -187,11 +190,14 @@ def _chair(config: Config, source: Source) -> list[Sample]:
 def _chosen(config: Config, source: Source) -> list[int]:
     """The ids of the images to caption: listed in a file, or drawn with the run's seed."""
     if isinstance(config.chair.images, str):
-        listed = [image_id(line) for line in read_text(Path(config.chair.images)).split()]
-        for number in listed:
+        path = config.chair.images
+        listed = [image_id_in(path, line) for line in read_text(Path(path)).split()]
+        for place, number in enumerate(listed):
+            if number in listed[:place]:
+                raise EvalError(f"{path} lists image {number} twice: delete one of the two")
             if number not in source.images:
                 raise EvalError(
-                    f"{config.chair.images} lists image {number}, which {source.folder} lacks "
+                    f"{path} lists image {number}, which {source.folder} lacks "
                     f"(as a file or in instances_{source.split}.json)"
                 )
         return listed[: config.limit]
@@ -214,12 +220,13 @@ def _shuffled(ids: Iterable[int], seed: int) -> list[int]:
 
 def _pope(config: Config, source: Source) -> list[Sample]:
     """The questions of every strategy; the facts are its name, the number and the true answer."""
+    names = _by_name(source)
     return [
         Sample(
             "pope",
             source.split,
             f"{strategy}-{question.question_id}",
-            _question_image(source, question),
+            _question_image(source, question, names),
             config.pope.prompt.replace("{question}", question.text),
             {"strategy": strategy, "question_id": question.question_id, "label": question.label},
         )
@@ -234,18 +241,35 @@ def _questions(config: Config, source: Source, strategy: Strategy) -> list[Quest
     if config.pope.questions is not None:
         questions = read_questions(Path(config.pope.questions.replace("{strategy}", strategy)))
     else:
-        objects = {source.images[n].name: source.truth[n] for n in sorted(source.images)}
+        numbers = {path: number for number, path in source.images.items()}
+        objects = {name: source.truth[numbers[path]] for name, path in _by_name(source).items()}
         task = config.pope
         questions = build_questions(objects, strategy, task.images, task.per_image, config.seed)
     images = list(dict.fromkeys(question.image for question in questions))[: config.limit]
     return [question for question in questions if question.image in set(images)]
 
 
-def _question_image(source: Source, question: Question) -> Path:
-    number = image_id(question.image)
-    return source.images.get(number) or image_path(
-        source.folder, {"id": number, "file_name": question.image}
-    )
+def _by_name(source: Source) -> dict[str, Path]:
+    """The images in the order of their ids by file name, which is how questions name them."""
+    names: dict[str, Path] = {}
+    for path in (source.images[number] for number in sorted(source.images)):
+        if path.name in names:
+            raise EvalError(
+                f"{names[path.name]} and {path} have one file name, and by that POPE's questions "
+                f"name images: rename one of them, or leave pope out of the tasks"
+            )
+        names[path.name] = path
+    return names
+
+
+def _question_image(source: Source, question: Question, names: Mapping[str, Path]) -> Path:
+    """The image with the question's file name, else with the id that this name states."""
+    if question.image in names:
+        return names[question.image]
+    number = id_in_name(question.image)
+    if number is not None and number in source.images:
+        return source.images[number]
+    return image_path(source.folder, {"file_name": question.image})
 
 
 def _sha256(lines: Iterable[str]) -> str:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from eval import pocket
+from eval import images, pocket
 from eval.config import Config
 from eval.dataset import Sample
 from eval.errors import EvalError
@@ -38,8 +38,12 @@ GREEDY: dict[str, Any] = {
 BARE = "{{ messages[0]['content'][-1]['text'] }}"
 
 
+PLAIN = (336, 336)
+"""Size of an image that every processor takes."""
+
+
 class BrokenImageError(EvalError):
-    """An image that is missing or cannot be decoded, and the sample that needs it."""
+    """An image that cannot be shown to the model, and the sample that needs it."""
 
     def __init__(self, sample: Sample, reason: str) -> None:
         super().__init__(f"{sample.name}: {reason}")
@@ -140,47 +144,63 @@ def ask(model: Any, processor: Any, batch: Sequence[Sample], max_new_tokens: int
 
 
 def encode(processor: Any, batch: Sequence[Sample]) -> Any:
-    """The batch as model inputs; EvalError names the sample that the processor cannot take."""
-    conversations = [_conversation(sample) for sample in batch]
-    render = processor.apply_chat_template
-    padding: dict[str, Any] = {"padding": True}
-    if "processor_kwargs" in inspect.signature(render).parameters:  # newer transformers
-        padding = {"processor_kwargs": padding}
+    """The batch as model inputs; EvalError names the sample that the processor cannot take.
+
+    It is a BrokenImageError where the processor takes the same prompt with another image.
+    """
+    conversations = [_conversation(sample, open_image(sample)) for sample in batch]
     try:
-        return render(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            **padding,
-        )
-    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        return _render(processor, conversations)
+    except MemoryError:
+        raise
+    # processors check little, so that a strange image or template fails anywhere in them
+    except Exception as error:
         if len(batch) > 1:
             for sample in batch:
                 encode(processor, [sample])
+        elif _takes_another_image(processor, batch[0]):
+            reason = f"the processor cannot take {batch[0].image}: {error}"
+            raise BrokenImageError(batch[0], reason) from error
         names = ", ".join(sample.name for sample in batch)
         raise EvalError(f"the processor cannot take {names}: {error}") from error
 
 
-def open_image(sample: Sample) -> Image.Image:
-    """The sample's image in RGB; BrokenImageError names the file that is missing or broken."""
+def _render(processor: Any, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
+    render = processor.apply_chat_template
+    padding: dict[str, Any] = {"padding": True}
+    if "processor_kwargs" in inspect.signature(render).parameters:  # newer transformers
+        padding = {"processor_kwargs": padding}
+    return render(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **padding,
+    )
+
+
+def _takes_another_image(processor: Any, sample: Sample) -> bool:
+    """Whether an ordinary image in the place of the sample's would do, so that it is to blame."""
     try:
-        with Image.open(sample.image) as image:
-            picture: Image.Image = image.convert("RGB")
-    except FileNotFoundError:
-        raise BrokenImageError(sample, f"no such image: {sample.image}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise BrokenImageError(
-            sample, f"{sample.image} is not a readable image: {error}"
-        ) from error
-    return picture
+        _render(processor, [_conversation(sample, Image.new("RGB", PLAIN))])
+    except Exception:
+        return False
+    return True
 
 
-def _conversation(sample: Sample) -> list[dict[str, Any]]:
+def open_image(sample: Sample) -> Image.Image:
+    """The sample's image, upright and in RGB; BrokenImageError says why it cannot be read."""
+    try:
+        return images.read_image(sample.image)
+    except images.UnreadableImageError as error:
+        raise BrokenImageError(sample, str(error)) from error
+
+
+def _conversation(sample: Sample, picture: Image.Image) -> list[dict[str, Any]]:
     if not sample.prompt.strip():
         raise EvalError(f"{sample.name}: the prompt is empty")
-    image = {"type": "image", "image": open_image(sample)}
+    image = {"type": "image", "image": picture}
     return [{"role": "user", "content": [image, {"type": "text", "text": sample.prompt}]}]
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
+from eval.images import read_image
+
 if TYPE_CHECKING:
     from eval.demo import Caption, Scene
 
@@ -43,10 +45,8 @@ def _scene(sheet: Image.Image, pen: ImageDraw.ImageDraw, scene: Scene, top: int)
     """One scene at height `top`; returns the height where the next begins."""
     pen.line((MARGIN, top, WIDTH - MARGIN, top), RULE, 1)
     top += GAP
-    with Image.open(scene.image) as image:
-        sheet.paste(
-            image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), (MARGIN, top)
-        )
+    image = read_image(scene.image)
+    sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (MARGIN, top))
     pen.text((MARGIN, top + SIDE + 8), f"{scene.split} / {scene.image.name}", FAINT, SMALL)
     left = MARGIN + SIDE + GAP
     truth = [(f"In the picture: {', '.join(scene.truth)}", False)]

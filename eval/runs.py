@@ -19,6 +19,7 @@ from eval.dataset import Sample, notice
 from eval.environment import environment
 from eval.errors import EvalError
 from eval.folder import RunFolder
+from eval.images import pixel_limit
 
 
 def run(
@@ -40,7 +41,7 @@ def run(
         samples = tasks.samples(config, scenes or out / "scenes")
     record = folder.open(describe(config, samples))
     _check_environment(out, record, environment(config))
-    with crew.join(folder.work) as member:
+    with crew.join(folder.work) as member, pixel_limit(config.max_pixels):
         desk = _desk(config, folder, member)
         try:
             answering.answer(desk, config, samples, load)
@@ -97,6 +98,11 @@ def score(out: Path) -> dict[str, Any]:
     """Score the answers in a run folder and write its metrics.json; needs the folder alone."""
     folder = RunFolder(out)
     record, rows, skipped = folder.record(), folder.rows(), folder.skipped()
+    if skipped and not rows and len(skipped) == record["data"]["samples"]:
+        raise EvalError(
+            f"{out}: all {len(skipped)} samples were skipped, the first one since "
+            f"{skipped[0]['reason']}. Put it right, delete {folder.skip_list}, and run it again"
+        )
     if not rows:
         raise EvalError(f"{folder.answers} holds no answers yet: run it again to go on")
     metrics: dict[str, Any] = {

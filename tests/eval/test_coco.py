@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from eval.coco import SHIPPED, Vocabulary, image_id, image_path, read_truth
+from eval import scoring
+from eval.coco import SHIPPED, Vocabulary, id_in_name, image_id, image_path, read_truth
 from eval.errors import EvalError
 from tests.shared_data import SHARED, shared
 
@@ -131,16 +132,90 @@ def test_a_broken_vocabulary_is_refused(tmp_path: Path, text: str, message: str)
 
 
 @pytest.mark.parametrize(
-    "value", [9, "9", "000000000009.jpg", "COCO_val2014_000000000009.jpg", "val2014/0000009.png"]
+    "value",
+    [
+        9,
+        "9",
+        "9.jpg",
+        "000000000009.jpg",
+        "COCO_val2014_000000000009.jpg",
+        "COCO_train2017_000000000009",
+        "val2014/0000009.png",
+        "C:\\coco\\val2014\\COCO_val2014_000000000009.jpg",
+        "http://images.cocodataset.org/val2017/000000000009.jpg",
+    ],
 )
 def test_image_ids(value: int | str) -> None:
     assert image_id(value) == 9
 
 
-@pytest.mark.parametrize("value", ["cat.jpg", "", None, 1.5, True])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "photo_2024-05-01.jpg",
+        "img139_resized_336.jpg",
+        "000000000139_0.jpg",
+        "139 (1).jpg",
+        "139-2.jpg",
+        "COCO_val2014_139.jpg",
+        "COCO_val2014_000000581857_0.jpg",
+        "AMBER_12.jpg",
+        "vqa_139.jpg",
+        "139.0",
+        "139.jpg.1",
+        "١٣٩.jpg",
+        "-139",
+        "cat.jpg",
+        "val2014/",
+        "",
+        None,
+        1.5,
+        True,
+    ],
+)
 def test_what_is_no_image_id(value: Any) -> None:
-    with pytest.raises(EvalError, match="expected a whole number, or a file name"):
+    """No number is picked out of a name that may hold several."""
+    assert not isinstance(value, str) or id_in_name(value) is None
+    with pytest.raises(EvalError, match=r"expected a whole number, or a file name .* image_id"):
         image_id(value)
+
+
+def test_a_name_without_an_id_is_shown_with_its_place(tmp_path: Path) -> None:
+    captions, objects = tmp_path / "captions.jsonl", tmp_path / "objects.json"
+    objects.write_text('{"139": ["cat"], "336": ["dog"]}')
+    row = {"image": "img139_resized_336.jpg", "caption": "a cat"}
+    captions.write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        EvalError, match=r"captions.jsonl, line 1: image id 'img139_resized_336.jpg'"
+    ):
+        scoring.score_chair(captions, objects)
+    captions.write_text(json.dumps({"image_id": 139, **row}) + "\n")
+    assert scoring.score_chair(captions, objects)["chair_s"] == 0
+    objects.write_text('{"img139_resized_336.jpg": ["cat"]}')
+    with pytest.raises(EvalError, match=r"objects.json: image id 'img139_resized_336.jpg'"):
+        read_truth(objects, Vocabulary.load())
+    objects.write_text('{"139": ["cat"], "COCO_val2014_000000000139.jpg": ["dog"]}')
+    with pytest.raises(EvalError, match=r"139 stands there more than once, as '139', 'COCO_val"):
+        read_truth(objects, Vocabulary.load())
+
+
+def test_ids_of_annotations_may_be_names_of_the_two_forms(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    truth = read_truth(folder, Vocabulary.load())
+    for path in (folder / "annotations").iterdir():
+        data = json.loads(path.read_text())
+        for image in data["images"]:
+            image["id"] = f"{image['id']:012d}"
+        for note in data["annotations"]:
+            note["image_id"] = f"{note['image_id']:012d}"
+        path.write_text(json.dumps(data))
+    assert read_truth(folder, Vocabulary.load()) == truth
+    data["images"][1]["id"] = "photo_2024-05-01"
+    path.write_text(json.dumps(data))
+    with pytest.raises(
+        EvalError, match=rf"{path.name}, images, entry 2: image id 'photo_2024-05-01'"
+    ):
+        read_truth(folder, Vocabulary.load())
 
 
 def coco_folder(folder: Path) -> Path:
@@ -262,6 +337,21 @@ def test_a_question_finds_its_image_by_file_name_alone(tmp_path: Path) -> None:
     (tmp_path / "000000000009.jpg").touch()
     found = image_path(tmp_path, {"file_name": "COCO_val2014_000000000009.jpg"})
     assert found == tmp_path / "000000000009.jpg"
+
+
+def test_a_name_without_an_id_is_looked_for_as_it_is(tmp_path: Path) -> None:
+    """139 (1).jpg is no reason to show image 1."""
+    (tmp_path / "000000000001.jpg").touch()
+    with pytest.raises(EvalError, match=r"no image 139 \(1\)\.jpg in it"):
+        image_path(tmp_path, {"file_name": "139 (1).jpg"})
+    (tmp_path / "139 (1).jpg").touch()
+    assert image_path(tmp_path, {"file_name": "139 (1).jpg"}) == tmp_path / "139 (1).jpg"
+
+
+@pytest.mark.parametrize("value", ["data:image/png;base64,iVBORw0KGgo=", "iVBORw" * 900, {"a": 1}])
+def test_an_image_in_the_row_itself_is_refused(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match=r"expected a file name. Images .* are not read"):
+        image_path(tmp_path, {"file_name": value})
 
 
 def test_a_missing_image_names_the_places(tmp_path: Path) -> None:

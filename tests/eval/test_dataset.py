@@ -52,6 +52,77 @@ def test_images_can_be_listed_in_a_file(settings: Settings, tmp_path: Path) -> N
         dataset.samples(listed, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("30000003\n000030000003.jpg\n", "lists image 30000003 twice"),
+        ("img_30000003_336.jpg\n", r"ids\.txt: image id 'img_30000003_336\.jpg'"),
+    ],
+)
+def test_a_list_of_images_names_each_once_and_plainly(
+    lines: str, message: str, settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "ids.txt").write_text(lines)
+    listed = settings(tasks=["chair"], chair={"images": str(tmp_path / "ids.txt")})
+    with pytest.raises(EvalError, match=message):
+        dataset.samples(listed, tmp_path)
+
+
+OWN = ("photo_2024-05-01.jpg", "img139_resized_336.jpg", "139 (1).jpg")
+
+
+def own_names(folder: Path, names: tuple[str, ...]) -> None:
+    """A COCO folder of images 1, 2 and so on, each with a dog, a cup and a thing of its own."""
+    things = ["dog", "cup", "car", "tie", "bed"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names, 1)]
+    categories = [{"id": number, "name": thing} for number, thing in enumerate(things, 1)]
+    notes = [
+        {"image_id": image["id"], "category_id": category}
+        for image in images
+        for category in (1, 2, 2 + int(str(image["id"])))
+    ]
+    notes = [{"id": number, **note} for number, note in enumerate(notes, 1)]
+    about = {"images": images, "categories": categories, "annotations": notes}
+    (folder / "instances_own.json").write_text(json.dumps(about))
+    (folder / "captions_own.json").write_text(json.dumps(about | {"annotations": []}))
+
+
+def test_questions_go_to_the_image_of_their_name_not_of_a_number_in_it(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """photo_2024-05-01.jpg is image 1 by its record; 139 (1).jpg ends in 1 and is image 3."""
+    own_names(tmp_path, OWN)
+    found = dataset.samples(settings(data=str(tmp_path), tasks=["pope"]), tmp_path)
+    truth = read_truth(tmp_path, Vocabulary.load())
+    assert {sample.image.name for sample in found} == {*OWN}
+    for sample in found:
+        thing = sample.prompt.removesuffix(" in the image?").split(" ", 3)[3]
+        objects = truth[OWN.index(sample.image.name) + 1]
+        assert sample.facts["label"] == ("yes" if thing in objects else "no")
+
+
+def test_two_images_of_one_name_are_told_apart_or_refused(
+    settings: Settings, tmp_path: Path
+) -> None:
+    own_names(tmp_path, ("a/1.jpg", "b/1.jpg", "b/2.jpg"))
+    captioned = settings(data=str(tmp_path), tasks=["chair"], chair={"images": None})
+    assert {s.image.parent.name for s in dataset.samples(captioned, tmp_path)} == {"a", "b"}
+    with pytest.raises(EvalError, match=r"a/1\.jpg and .*b/1\.jpg have one file name"):
+        dataset.samples(settings(data=str(tmp_path), tasks=["pope"]), tmp_path)
+
+
+def test_a_record_without_id_or_file_name_is_named(settings: Settings, tmp_path: Path) -> None:
+    for record, field in (({"file_name": "1.jpg"}, "id"), ({"id": 1}, "file_name")):
+        (tmp_path / "instances_x.json").write_text(json.dumps({"images": [record]}))
+        with pytest.raises(
+            EvalError, match=rf"instances_x\.json, images, entry 1: no field '{field}'"
+        ):
+            dataset.samples(settings(data=str(tmp_path)), tmp_path)
+
+
 def test_questions_are_balanced_and_true(settings: Settings, coco: Path, tmp_path: Path) -> None:
     found = dataset.samples(settings(tasks=["pope"], seed=3), tmp_path)
     truth = read_truth(coco, Vocabulary.load())

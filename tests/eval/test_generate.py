@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, GenerationMixin
 
-from eval import generate
+from eval import batches, generate
+from eval.batches import Asker
+from eval.config import from_settings
 from eval.dataset import Sample
 from eval.errors import EvalError
 from tests import tiny
@@ -148,6 +150,35 @@ def test_a_prompt_the_processor_refuses_is_named(processor: Any, samples: list[S
     refused = replace(samples[1], prompt="What about kites?")
     with pytest.raises(EvalError, match=r"the processor cannot take sample chair test 1:"):
         generate.encode(processor, [samples[0], refused, samples[2]])
+
+
+def test_an_image_the_processor_refuses_is_to_blame_and_no_other(
+    model: Any, processor: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Qwen2-VL's does with a line, InternVL's with too many tiles: whatever error it is."""
+    inner = type(processor.image_processor).__call__
+    Image.new("RGB", (3, 32)).save(samples[1].image)
+
+    def picky(self: Any, images: Any, *more: Any, **named: Any) -> Any:
+        flat = [
+            image for group in images for image in (group if isinstance(group, list) else [group])
+        ]
+        if any(min(image.size) < 4 for image in flat):
+            raise ZeroDivisionError("division by zero")
+        return inner(self, images, *more, **named)
+
+    monkeypatch.setattr(type(processor.image_processor), "__call__", picky)
+    reason = r"chair test 1: the processor cannot take .*1\.png: division by zero"
+    with pytest.raises(generate.BrokenImageError, match=reason) as caught:
+        generate.encode(processor, samples)
+    assert caught.value.sample is samples[1]
+    config = from_settings({"tasks": ["chair"], "chair": {"max_new_tokens": 3}, "batch_size": 4})
+    (batch,) = batches.divide(samples, config)
+    ((*found,),) = Asker(model, processor, config).answer(batch)
+    said = {sample.id: it for sample, it in found}
+    assert isinstance(said.pop("1"), generate.BrokenImageError)
+    others = [sample for sample in samples if sample.id != "1"]
+    assert [said[sample.id] for sample in others] == generate.ask(model, processor, others, 3)
 
 
 def test_the_chat_template_of_a_tokenizer_serves_a_processor_that_keeps_none() -> None:
