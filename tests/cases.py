@@ -121,7 +121,7 @@ def var(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
 def gift(draw: st.DrawFn, layers: int, words: Tensor | None) -> tuple[Method, Any]:
     given = {
         "alpha": draw(hundredths(-1, 4)),
-        "saliency_layer": draw(st.integers(0, layers - 1)),
+        "saliency_layer": draw(st.integers(0, layers - 1) | some_layers(layers)),
         "layers": draw(some_layers(layers)),
         "beta": draw(hundredths(0, 1.5)),
         "head_fraction": draw(hundredths(0, 1)),

@@ -34,6 +34,10 @@ PAIRS: dict[str, tuple[Method, Any]] = {
         Gift(2.0, 3, (0, 2), head_fraction=0.25),
         GIFT(2.0, saliency_layer=3, layers=(0, 2), head_fraction=0.25),
     ),
+    "gift-two-maps": (
+        Gift(3.0, (0, 2), (1, 3), head_fraction=0.25),
+        GIFT(3.0, saliency_layer=[0, 2], layers=(1, 3), head_fraction=0.25),
+    ),
     "vhr": (Vhr((1, 2, 3)), VHR(layers=(1, 2, 3))),
     "vhr-paper": (Vhr((0, 2), semantics="paper"), VHR(layers=(0, 2), semantics="paper")),
     "vhr-unfiltered": (

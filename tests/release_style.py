@@ -206,7 +206,7 @@ def release_style(
 ) -> Iterator[None]:
     """Methods on `model` for prompts of one sample, whose image and query keys are bool `[P]`.
 
-    Raises ValueError for semantics that this file does not have.
+    Raises ValueError for semantics and several saliency layers, which this file does not have.
     """
     for spec in specs:
         wanted = "release" if isinstance(spec, Vhr) else "paper"
@@ -214,6 +214,8 @@ def release_style(
             raise ValueError(
                 f"{spec}: found semantics other than {wanted!r}, which is all there is"
             )
+        if isinstance(spec, Gift) and not isinstance(spec.saliency_layer, int):
+            raise ValueError(f"{spec}: found several saliency layers; one is all there is")
     decoder = model.get_decoder()
     prompt, stock = Prompt(specs, image, query), decoder.config._attn_implementation
     with ExitStack() as undo:

@@ -36,6 +36,8 @@ def test_the_package_does_not_import_it() -> None:
         ("gift", {"gift.alpha": 4, "gift.words": "all"}, [GIFT(alpha=4, words="all")]),
         ("gift", {"gift.layers": "8-10+12"}, [GIFT(layers=(8, 9, 10, 12))]),
         ("gift", {"gift.layers": 8}, [GIFT(layers=(8,))]),
+        ("gift", {"gift.saliency_layer": 7}, [GIFT(saliency_layer=7)]),
+        ("gift", {"gift.saliency_layer": "5-6+9"}, [GIFT(saliency_layer=(5, 6, 9))]),
         (
             "var+vhr",
             {"var.dims": "1415+2533", "vhr.filter": False, "var.semantics": "release"},

@@ -330,6 +330,11 @@ on in layers 1-3
     assert lines[3].endswith(": off")
 
 
+def test_describe_with_several_saliency_layers() -> None:
+    gift = GIFT(alpha=1.0, saliency_layer=[0, 2], layers=[1, 3])
+    assert "saliency_layer=[0, 2], layers=1, 3" in wrap(tiny.llava(), gift).describe()
+
+
 def test_describe_with_a_mask_of_words() -> None:
     gift = GIFT(alpha=1.0, saliency_layer=0, layers=[1], words=torch.ones(1, 25).bool())
     assert "layers=1, head_fraction=0.5, words=mask (1, 25)" in repr(wrap(tiny.llava(), gift))

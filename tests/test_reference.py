@@ -238,7 +238,7 @@ def test_gift_reads_the_map_of_a_pass_without_gift(model: nn.Module) -> None:
     sample = sample_of(model)
     turn, image = sample.turns[0], sample.image[: sample.turns[0].end]
     stock = trace(model, sample.until(turn.end)).run.weights[GIFT_INSIDE.saliency_layer]
-    expected = gift.saliency_map(stock, image, turn.query, turn.content, count=2)
+    expected = gift.saliency_map([stock], image, turn.query, turn.content, count=2)
     assert torch.equal(trace(model, sample, [GIFT_INSIDE]).maps[0], expected)
 
 
@@ -277,7 +277,7 @@ def test_gift_maps_with_the_other_methods_on(model: nn.Module) -> None:
     alone = trace(model, sample.until(turn.end), [VHR])
     weights = alone.run.weights[GIFT_INSIDE.saliency_layer]
     together = trace(model, sample, [GIFT_INSIDE, VHR])
-    expected = gift.saliency_map(weights, image, turn.query, turn.content, count=2)
+    expected = gift.saliency_map([weights], image, turn.query, turn.content, count=2)
     assert torch.equal(together.maps[0], expected)
 
 

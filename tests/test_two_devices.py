@@ -22,7 +22,10 @@ def test_the_stand_in_refuses_what_two_devices_would() -> None:
             far + torch.ones(3)
 
 
-@pytest.mark.parametrize("names", [("var", "gift", "vhr"), ("vhr", "gift-inside", "var")])
+@pytest.mark.parametrize(
+    "names",
+    [("var", "gift", "vhr"), ("vhr", "gift-inside", "var"), ("gift-two-maps", "var")],
+)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_single_heads(names: tuple[str, ...], options: dict[str, int]) -> None:
     found = []

@@ -164,7 +164,7 @@ class Editing:
     def _tasks(self, call: Call) -> Iterator[Task]:
         layer, device = call.layer, call.query.device
         for active, edited, watched in zip(self.actives, self._edited, self._watched, strict=True):
-            if watched is not None and watched[0] == layer:
+            if watched is not None and layer in watched[0]:
                 yield Task(active, False, watched[1].to(device), None)
             if edited is not None and layer in active.heads:
                 yield Task(active, True, edited.to(device), _heads(active, call))

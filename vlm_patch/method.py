@@ -120,7 +120,8 @@ class Forward:
     starts: bool = False
     ends: bool = True
     shard: Shard = WHOLE
-    copies: dict[torch.device, Forward] = field(default_factory=dict, repr=False)
+    # not a field of `replace`: a copy of other rows would be taken for one of these
+    copies: dict[torch.device, Forward] = field(default_factory=dict, init=False, repr=False)
 
     def on(self, device: torch.device) -> Forward:
         """The same with its masks on `device`, for a layer that a device map has put elsewhere."""
@@ -128,7 +129,7 @@ class Forward:
             return self
         if device not in self.copies:
             masks = {name: getattr(self, name).to(device) for name in MASKS}
-            self.copies[device] = replace(self, **masks, copies={})
+            self.copies[device] = replace(self, **masks)
         return self.copies[device]
 
     @property
@@ -201,8 +202,8 @@ class Method:
         """The rows `[B, S]` whose weights it rewrites, or None."""
         return None
 
-    def watched(self, forward: Forward) -> tuple[int, Tensor] | None:
-        """A layer, and the rows `[B, S]` that it must be shown there."""
+    def watched(self, forward: Forward) -> tuple[Sequence[int], Tensor] | None:
+        """Layers, and the rows `[B, S]` that it must be shown in each of them."""
         return None
 
     def observe(

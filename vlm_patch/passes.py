@@ -328,9 +328,9 @@ def _check(cache: Any) -> None:
 
 
 def _late(active: Active, forward: Forward) -> bool:
-    """Whether a method edits, in this forward, a layer that is not above the one it watches."""
+    """Whether a method edits, in this forward, a layer that is not above all that it watches."""
     watched = active.method.watched(forward) if forward.ends else None
-    return watched is not None and bool(active.heads) and watched[0] >= min(active.heads)
+    return watched is not None and bool(active.heads) and max(watched[0]) >= min(active.heads)
 
 
 def _last_rows(

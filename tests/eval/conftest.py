@@ -1,14 +1,18 @@
 """Stand-ins for real models and data: a tiny random LLaVA on disk, and a small COCO folder."""
 
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nltk
 import pytest
 
+from eval import wordnet
 from eval.config import Config, from_settings
 from eval.pocket import world
 from tests import tiny
 from tests.eval.local_server import Chat, serving
+from tests.shared_data import SHARED
 
 Settings = Callable[..., Config]
 
@@ -28,6 +32,19 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("coco")
     world.write("test", 12, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def nltk_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """NLTK's data as its downloader would leave it, where NLTK looks first."""
+    folder = tmp_path_factory.mktemp("nltk_data")
+    with zipfile.ZipFile(SHARED / "nltk_data.zip") as archive:
+        archive.extractall(folder)
+    nltk.data.path.insert(0, str(folder))
+    wordnet.nltk_tools.cache_clear()
+    yield folder
+    nltk.data.path.remove(str(folder))
+    wordnet.nltk_tools.cache_clear()
 
 
 @pytest.fixture

@@ -37,6 +37,13 @@ def test_methods_keep_their_order() -> None:
     assert made.build_methods() == [VHR(), VAR(dims=(1, 2))]
 
 
+def test_one_saliency_layer_or_several() -> None:
+    made = [load(None, ["methods=[gift]", f"gift.saliency_layer={v}"]) for v in ("3", "[3, 5]")]
+    methods = [config.build_methods()[0] for config in made]
+    assert [method.saliency_layer for method in methods] == [3, (3, 5)]
+    assert from_settings(yaml.safe_load(yaml.safe_dump(made[1].settings()))) == made[1]
+
+
 def test_settings_can_be_read_back(file: Path) -> None:
     made = load(file, ["heads.gift={1: [0, 3]}", "pope.strategies=[popular]"])
     written = yaml.safe_dump(made.settings())

@@ -313,7 +313,7 @@ def test_rows_shown_in_chunks_give_the_same_map(size: int, seed: int) -> None:
     forward, method = reading(content, image), GIFT(2.0, saliency_layer=0, layers=(1,))
     watched = method.watched(forward)
     assert watched is not None
-    assert watched[0] == 0
+    assert watched[0] == (0,)
     rows = places(watched[1].any(0))
     answer = torch.rand(3, 4, 1, 16, generator=generator, dtype=torch.float64).softmax(-1)
     found = []
@@ -330,6 +330,28 @@ def test_rows_shown_in_chunks_give_the_same_map(size: int, seed: int) -> None:
         kept = top_heads(change.sum((1, 2)))
         gain[sample, image[sample]] = gain_of(change[kept].mean((0, 1)), 2.0)
     torch.testing.assert_close(found[0], edited(answer, image, content, gain))
+
+
+def test_several_saliency_layers_make_one_map_each_with_heads_of_its_own() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(2, 1, 4, 16, 16, generator=generator, dtype=torch.float64).softmax(-1)
+    image, content = mask(range(1, 6), 16), mask([8, 9, 13], 16)
+    forward, method = reading(content[None], image[None]), GIFT(2.0, saliency_layer=[3, 0])
+    watched = method.watched(forward)
+    assert watched is not None
+    assert watched[0] == (3, 0)
+    rows = watched[1][0].nonzero().flatten()
+    memory: Memory = {}
+    for layer, of_layer in zip((0, 3), weights, strict=True):
+        method.observe(layer, of_layer[:, :, rows], rows, forward, memory)
+    answer = torch.rand(1, 4, 1, 16, generator=generator, dtype=torch.float64).softmax(-1)
+    found = method.weights(1, answer, forward, memory)
+    change = positive_change(weights[:, 0])[..., places(content[1:]), :][..., image]
+    kept = top_heads(change.sum((2, 3)))
+    assert not torch.equal(kept[0], kept[1])
+    gain = torch.ones(1, 16, dtype=torch.float64)
+    gain[0, image] = gain_of(change[kept].mean((0, 1)), 2.0)
+    torch.testing.assert_close(found, edited(answer, image[None], content[None], gain))
 
 
 # ---- bounds
@@ -383,6 +405,21 @@ def test_layers_are_a_list(layers: Any) -> None:
         GIFT(layers=layers)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], r"found \[\], expected a layer, or a list of at least one layer with none of them"),
+        ((2, 3, 2), r"found \(2, 3, 2\), expected a layer, or a list of at least one"),
+        ([1, -1], "found -1, expected a whole number of at least 0"),
+        ((True,), "found True, expected a whole number of at least 0"),
+        ([[1]], r"found \[1\], expected a whole number of at least 0"),
+    ],
+)
+def test_saliency_layers_are_different_layers(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^GIFT saliency_layer: {message}"):
+        GIFT(saliency_layer=given)
+
+
 def test_words() -> None:
     for words in ("nouns", None, 3, True, ["content"]):
         with pytest.raises(ValueError, match=r'expected "content", "spacy", "all" or a mask'):
@@ -399,6 +436,11 @@ def test_layers_of_the_model() -> None:
         GIFT(1.0, saliency_layer=0, layers=(1, 4)).fit(facts)
     with pytest.raises(ValueError, match=r"GIFT saliency_layer: found 9, but .* has only 0 to 3"):
         GIFT(1.0, saliency_layer=9, layers=(1,)).fit(facts)
+    with pytest.raises(ValueError, match=r"GIFT saliency_layer: found 9, but .* has only 0 to 3"):
+        GIFT(1.0, saliency_layer=[0, 9], layers=(1,)).fit(facts)
+    hybrid = Facts(4, 64, 4, {}, softmax=(1, 3))
+    with pytest.raises(ValueError, match="saliency_layer: found 2, a layer without softmax"):
+        GIFT(1.0, saliency_layer=[1, 2], layers=(3,)).fit(hybrid)
 
 
 # ---- defaults

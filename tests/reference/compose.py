@@ -117,10 +117,10 @@ def text_outputs(model: nn.Module, sample: Sample) -> list[Tensor]:
 
 
 def _map(first: Trace, spec: Gift, turn: Turn, image: Tensor) -> Tensor | None:
-    weights = first.gaze[spec.saliency_layer]
-    count = gift.heads_kept(weights.shape[0], spec.head_fraction)
-    if turn.query.any():
-        change = gift.change_per_head(gift.shifts(weights, image, turn.query, turn.content))
+    weights = [first.gaze[layer] for layer in spec.saliency_layers]
+    count = gift.heads_kept(len(weights[0]), spec.head_fraction)
+    for layer in weights if turn.query.any() else ():
+        change = gift.change_per_head(gift.shifts(layer, image, turn.query, turn.content))
         first.near("gift map heads", _gap(change, count))
     return gift.saliency_map(weights, image, turn.query, turn.content, count)
 

@@ -1,6 +1,7 @@
 """GIFT (Qi et al., arXiv 2510.22067): amplify what the gaze shifts to while the query is read."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,15 +10,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gift:
-    """saliency_layer gives the map, layers are the enhanced ones; both 0-based."""
+    """saliency_layer gives the map, one layer or several; layers are the enhanced ones; 0-based."""
 
     alpha: float
-    saliency_layer: int
+    saliency_layer: int | Sequence[int]
     layers: tuple[int, ...]
     beta: float = 1.0
     head_fraction: float = 0.5
 
     name = "gift"
+
+    @property
+    def saliency_layers(self) -> tuple[int, ...]:
+        one = isinstance(self.saliency_layer, int)
+        return (self.saliency_layer,) if one else tuple(self.saliency_layer)
 
 
 def heads_kept(heads: int, fraction: float) -> int:
@@ -70,14 +76,18 @@ def shifts(weights: Tensor, image: Tensor, query: Tensor, content: Tensor) -> Te
 
 
 def saliency_map(
-    weights: Tensor, image: Tensor, query: Tensor, content: Tensor, count: int
+    weights: Sequence[Tensor], image: Tensor, query: Tensor, content: Tensor, count: int
 ) -> Tensor | None:
-    """The map [S], 0 off the image; None where no query token comes after an image token."""
+    """The map [S], 0 off the image, from weights [H, S, S] of every saliency layer: S is the mean
+    over the layers, each with heads of its own. None where no query token comes after an image
+    token.
+    """
     seen = (image.cumsum(0) > 0) & query
     if not seen.any():
         return None
-    found = torch.zeros(len(image), dtype=weights.dtype)
-    found[image] = normalised(saliency(shifts(weights, image, query, content), count))
+    layers = [saliency(shifts(layer, image, query, content), count) for layer in weights]
+    found = torch.zeros(len(image), dtype=weights[0].dtype)
+    found[image] = normalised(torch.stack(layers).mean(0))
     return found
 
 

@@ -269,11 +269,11 @@ def test_example_of_saliency_from_whole_rows() -> None:
     weights[0, 4:, :4] = tensor(given["rows"])
     image, query, content = mask([0, 1, 2, 3], 8), mask([5, 6, 7], 8), mask([6, 7], 8)
     wanted = expected["content"]["normalised"] + [0.0] * 4
-    assert_near(gift.saliency_map(weights, image, query, content, 1), wanted)
+    assert_near(gift.saliency_map([weights], image, query, content, 1), wanted)
     wanted = expected["all_tokens"]["normalised"] + [0.0] * 4
     for no_content in (mask([], 8), mask([4], 8)):  # decision 5: all of the query
-        assert_near(gift.saliency_map(weights, image, query, no_content, 1), wanted)
-    assert gift.saliency_map(weights, image, mask([], 8), content, 1) is None
+        assert_near(gift.saliency_map([weights], image, query, no_content, 1), wanted)
+    assert gift.saliency_map([weights], image, mask([], 8), content, 1) is None
 
 
 @pytest.mark.parametrize("alpha", [5, 2])

@@ -38,14 +38,21 @@ def build_methods(text: str | None, options: Mapping[str, Any]) -> list[Method]:
                 f"{', '.join(known) or 'none'}"
             )
         name, _, entry = key.partition(".")
-        whole_numbers = known[key] == Sequence[int] | None
-        sections[name][entry] = _numbers(key, value) if whole_numbers else value
+        sections[name][entry] = _as(known[key], key, value)
     return [METHODS[name](**sections[name]) for name in names]
 
 
 def _types(name: str) -> dict[str, Any]:
     hints = typing.get_type_hints(METHODS[name])
     return {entry.name: hints[entry.name] for entry in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+
+
+def _as(hint: Any, key: str, value: Any) -> Any:
+    """`value` as the type `hint` says where that is a list of whole numbers, else as it is."""
+    kinds = typing.get_args(hint)
+    if Sequence[int] not in kinds or (int in kinds and isinstance(value, int)):
+        return value
+    return _numbers(key, value)
 
 
 def _numbers(key: str, value: Any) -> tuple[int, ...]:

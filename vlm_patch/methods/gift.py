@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from vlm_patch.method import (
     Regrouping,
     append,
     check_number,
-    check_whole,
     check_wholes,
     reweigh,
 )
@@ -129,8 +128,10 @@ class GIFT(Regrouping):
     """Looks harder, while answering, at what the question made the model look at.
 
     alpha: strength; 0 changes nothing; None for the published value. beta: how far the question
-    keeps pace with the image, 1 fully. saliency_layer: where the gaze is read; layers: where it is
-    enhanced; None for the published ones, or the layer below the middle third and the middle third.
+    keeps pace with the image, 1 fully. saliency_layer: where the gaze is read, a layer or a list of
+    them. Several make one map as in the release: each layer chooses its own heads, and the map is
+    the mean over layers, chosen heads and content words. layers: where the gaze is enhanced. None
+    for the published ones, or the layer below the middle third and the middle third.
     head_fraction: share of heads taken in each choice. words: "content" (the question without
     English function words), "spacy" (nouns, verbs, adjectives, adverbs, numbers by spaCy's
     en_core_web_sm), "all", or a bool mask `[batch, prompt length]`. Raises ValueError on values out
@@ -143,7 +144,7 @@ class GIFT(Regrouping):
 
     alpha: float | None = None
     beta: float = 1.0
-    saliency_layer: int | None = None
+    saliency_layer: int | Sequence[int] | None = None
     layers: Sequence[int] | None = None
     head_fraction: float = 0.5
     words: str | Tensor = "content"
@@ -159,7 +160,7 @@ class GIFT(Regrouping):
         check_number("GIFT beta", self.beta, 0)
         check_number("GIFT head_fraction", self.head_fraction, 0, 1)
         if self.saliency_layer is not None:
-            check_whole("GIFT saliency_layer", self.saliency_layer)
+            _check_saliency_layer(self.saliency_layer)
         check_wholes("GIFT layers", self.layers)
         if isinstance(self.words, Tensor):
             if self.words.dtype != torch.bool or self.words.ndim != 2:
@@ -171,6 +172,12 @@ class GIFT(Regrouping):
             raise ValueError(
                 f'GIFT words: found {self.words!r}, expected "content", "spacy", "all" or a mask'
             )
+
+    @property
+    def saliency_layers(self) -> tuple[int, ...]:
+        """The layers where the gaze is read, one or several."""
+        given = self.saliency_layer
+        return (given or 0,) if isinstance(given, int | None) else tuple(given)
 
     def fit(self, facts: Facts) -> tuple[Method, list[str]]:
         third = max(1, facts.depth // 3)
@@ -184,7 +191,7 @@ class GIFT(Regrouping):
         missing = [name for name in scaled if getattr(self, name) is None]
         notes = [f"GIFT {name}={scaled[name]}" for name in missing if name not in facts.profile]
         fitted = replace(self, **{n: facts.profile.get(n, scaled[n]) for n in missing})
-        facts.check_layers("GIFT saliency_layer", [fitted.saliency_layer or 0])
+        facts.check_layers("GIFT saliency_layer", fitted.saliency_layers)
         facts.check_layers("GIFT layers", fitted.layers)
         return fitted, notes
 
@@ -219,13 +226,13 @@ class GIFT(Regrouping):
     def edited(self, forward: Forward) -> Tensor | None:
         return forward.last & (forward.seen & forward.query.any(1))[:, None]
 
-    def watched(self, forward: Forward) -> tuple[int, Tensor] | None:
+    def watched(self, forward: Forward) -> tuple[Sequence[int], Tensor] | None:
         """Rows of content words and the rows before them, which may end the forward before."""
         if not forward.reading:
             return None
         content = forward.content[:, forward.new]
         before = pad(content[:, 1:], (0, 1), value=not forward.ends)
-        return self.saliency_layer or 0, content | before
+        return self.saliency_layers, content | before
 
     def observe(
         self, layer: int, weights: Tensor, rows: Tensor, forward: Forward, memory: Memory
@@ -236,38 +243,46 @@ class GIFT(Regrouping):
         keys = forward.image.shape[1]
         # keys out of a sliding window have no weight; to autograd the map is a constant
         weights = pad(weights.detach(), (keys - weights.shape[-1], 0))
-        before = memory.get(("row before", 0))
+        before = memory.get(("row before", layer))
         if before is not None:
             weights = torch.cat((pad(before, (0, keys - before.shape[-1])), weights), 2)
         else:
             rows = rows[1:]
-        memory["row before", 0] = weights[:, :, -1:]
+        memory["row before", layer] = weights[:, :, -1:]
         # two watched rows in sequence are neighbours wherever the later one is a content row with a
         # row before it
         content = forward.content[:, forward.new][:, rows]
         change = positive_change(weights) * content[:, None, :, None]
         change = change.sum(2) * forward.image[:, None]
-        total = memory.get(("change", 0))
+        total = memory.get(("change", layer))
         if total is not None:
             change = change + pad(total, (0, keys - total.shape[-1]))
-        memory["change", 0] = change
+        memory["change", layer] = change
 
     def groups(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
         """The same in every layer; the map is made when it is first asked for."""
         if ("groups", 0) not in memory:
-            if ("change", 0) not in memory:
-                raise PatchError(
-                    f"gift has no map: no attention was seen in its saliency_layer "
-                    f"{self.saliency_layer}, which has no softmax attention on this model"
-                )
-            change = forward.shard.gather(memory.pop(("change", 0)), 1).to(forward.image.device)
-            kept = top_heads(change.sum(-1), self.head_fraction)
-            saliency = (change * kept[..., None]).sum(1)
-            saliency = pad(saliency, (0, forward.image.shape[1] - saliency.shape[-1]))
-            gain = saliency_gain(saliency, forward.image, self.alpha or 0.0)
-            memory.pop(("row before", 0))
+            maps = [self._layer_map(each, forward, memory) for each in self.saliency_layers]
+            # the sum in place of the mean: the gain is the same for a map of any scale
+            gain = saliency_gain(torch.stack(maps).sum(0), forward.image, self.alpha or 0.0)
             append(memory, ("groups", 0), key_groups(forward.image, forward.query, gain), 0)
         return memory["groups", 0]
+
+    def _layer_map(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
+        """What the gaze shifted to in one layer, `[B, K]`: the change of the heads that change
+        most there, added up.
+        """
+        if ("change", layer) not in memory:
+            raise PatchError(
+                f"gift has no map: no attention was seen in its saliency_layer {layer}, which has "
+                "no softmax attention on this model"
+            )
+        change = forward.shard.gather(memory.pop(("change", layer)), 1).to(forward.image.device)
+        memory.pop(("row before", layer))
+        kept = top_heads(change.sum(-1), self.head_fraction)
+        return pad(
+            (change * kept[..., None]).sum(1), (0, forward.image.shape[1] - change.shape[-1])
+        )
 
     def row(self, weights: Tensor, groups: Tensor) -> Tensor:
         count = how_many(weights.shape[1], self.head_fraction)
@@ -281,4 +296,15 @@ class GIFT(Regrouping):
             ("gaze shares", str(masses.device), heads),
             lambda: launch.gaze_shares(masses, beta, how_many(heads, fraction)),
             lambda: gaze_shares(masses, beta, fraction),
+        )
+
+
+def _check_saliency_layer(given: Any) -> None:
+    """Raises ValueError unless it is a layer or a list of different ones."""
+    layers = given if isinstance(given, list | tuple | range) else [given]
+    check_wholes("GIFT saliency_layer", layers)
+    if not layers or len({*layers}) < len(layers):
+        raise ValueError(
+            f"GIFT saliency_layer: found {given!r}, expected a layer, or a list of at least one "
+            "layer with none of them twice"
         )
