@@ -1,35 +1,44 @@
-"""Finds the channels in which attention sinks stick out, on models whose channels nobody has
-published.
+"""Finds the channels in which attention sinks stick out, and the threshold that parts them from
+other tokens, on models of which nobody has published them.
 
-The anchor and the window of layers follow https://arxiv.org/abs/2512.22213; the contrast rule and
-the checks are this library's own proposal. Sinks are tokens with massive activations in few
-channels: https://arxiv.org/abs/2402.17762.
+A sink is known by what it does: it takes attention, and its values are small
+(https://arxiv.org/abs/2309.17453). Massive activations in few channels, by which a method can tell
+it without looking at attention (https://arxiv.org/abs/2402.17762), are then read off it. The rules
+and their numbers are this library's own proposal.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from vlm_patch.errors import UnsupportedModelError
 from vlm_patch.method import Forward, StockPass, Watcher
 
-CONTRAST = 3.0
+TAKEN = 0.1
+SMALL_VALUES = 0.5
+FEWEST_LAYERS = 2
 HALF_OF_STRONGEST = 0.5
 MOST_CHANNELS = 4
-ANCHOR_COSINE = 0.9
+RARE = 0.03
+TIMES_THE_ATTENTION = 5
 WATCHED_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Found:
-    """The sink channels, or none and the reason."""
+    """The sink channels, the score from which on a token is a sink, and the layers in which that
+    was measured; or no channels and the reason.
+    """
 
     dims: tuple[int, ...]
+    tau: float = math.inf
+    layers: tuple[int, ...] = ()
     reason: str = ""
 
 
@@ -45,41 +54,66 @@ def one_stream(hidden: Tensor) -> Tensor:
 
 def scaled_tau(width: int) -> float:
     """The paper's threshold 20, scaled by the bound sqrt(D) of the sink score: 20 * sqrt(D /
-    4096).
+    4096). It serves where none was measured.
     """
     return 20.0 * math.sqrt(width / 4096)
 
 
-def primary_window(norms: Tensor) -> tuple[int, int]:
-    """Layers between the anchor's largest rise and its largest fall behind it, end exclusive.
+def value_sizes(attention: Tensor, value_path: Tensor) -> Tensor:
+    """How large the values are that a key gives for its attention, as a multiple of the median key.
 
-    norms `[L]`: the anchor's norm at every block input.
+    attention, value_path `[..., S]`: mean attention to each key, and the mean norm of what it
+    carries. NaN for a key without attention.
     """
-    step = norms.diff()
-    start = int(step.argmax()) + 1
-    rest = step[start:]
-    end = start + int(rest.argmin()) + 1 if len(rest) and rest.min() < 0 else len(norms)
-    return start, end
+    size = value_path / attention
+    return size / size.nanmedian(-1, keepdim=True).values
 
 
-def sink_channels(relative: Tensor, anchors: Tensor, background: Tensor) -> tuple[int, ...]:
-    """Channels that stick out at the anchor and not elsewhere.
+def longest_run(layers: Sequence[bool]) -> tuple[int, ...]:
+    """The longest run of neighbouring layers that are marked, the first of several; () for none."""
+    runs = groupby(range(len(layers)), key=layers.__getitem__)
+    return max((tuple(run) for marked, run in runs if marked), key=len, default=())
 
-    relative `[N, T, D]`: |x| / RMS(x) of T tokens in N (sample, layer) pairs. anchors `[N]`: the
-    anchor token of each. background `[N, T]` (bool): ordinary tokens. With a_d the median over
-    pairs at the anchor and b_d over ordinary tokens: a_d >= tau_D, a_d >= 3 max(b_d, 1), a_d >=
-    max(a) / 2, the strongest four at most. The contrast keeps out channels that are large in every
-    token.
+
+def relative(x: Tensor) -> Tensor:
+    """|x| / RMS(x) of vectors `[..., D]`, at most sqrt(D)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x.abs() / norm.clamp_min(1e-12) * math.sqrt(x.shape[-1])
+
+
+def sink_channels(x: Tensor, sinks: Tensor, ordinary: Tensor) -> tuple[int, ...]:
+    """Channels that stick out at the sinks and hardly anywhere else.
+
+    x `[..., T, D]`: block inputs. sinks, ordinary `[..., T]` (bool). With a_d the median of |x_d| /
+    RMS(x) over sinks: a_d >= tau_D (see `scaled_tau`), a_d >= max(a) / 2, at most 3 % of the
+    ordinary tokens reach a_d; the strongest four at most.
     """
-    at_anchor = relative[torch.arange(len(anchors)), anchors].median(0).values
-    ordinary = relative[background].median(0).values
-    passed = (
-        (at_anchor >= scaled_tau(relative.shape[-1]))
-        & (at_anchor / ordinary.clamp_min(1) >= CONTRAST)
-        & (at_anchor >= HALF_OF_STRONGEST * at_anchor.max())
-    )
-    order = at_anchor.masked_fill(~passed, -1).argsort(descending=True)[:MOST_CHANNELS]
-    return tuple(sorted(int(d) for d in order if passed[d]))
+    at_sinks = relative(x[sinks]).median(0).values
+    strong = at_sinks >= max(scaled_tau(x.shape[-1]), HALF_OF_STRONGEST * float(at_sinks.max()))
+    dims = strong.nonzero().flatten()
+    rms = torch.linalg.vector_norm(x, dim=-1)[ordinary].clamp_min(1e-12) / math.sqrt(x.shape[-1])
+    elsewhere = x[..., dims][ordinary].abs() / rms[:, None]
+    dims = dims[(elsewhere >= at_sinks[dims]).float().mean(0) <= RARE]
+    strongest = at_sinks[dims].argsort(descending=True)[:MOST_CHANNELS]
+    return tuple(sorted(dims[strongest].tolist()))
+
+
+def threshold(score: Tensor, sinks: Tensor, ordinary: Tensor, usual: float) -> float:
+    """The score that parts sinks from other tokens: it lies in the widest gap between them.
+
+    score `[..., T]`, sinks, ordinary `[..., T]` (bool). The gap is looked for above 97 % of the
+    ordinary tokens and below the median sink. `usual`, if it lies in the middle half of the gap; or
+    else three quarters of the way up, since scores of sinks vary little from prompt to prompt, and
+    those of other tokens more.
+    """
+    others = score[ordinary].sort().values
+    low, high = others[math.ceil(len(others) * (1 - RARE)) - 1], score[sinks].median()
+    between = torch.stack((low, high))
+    between = torch.cat((between, score[(score > low) & (score < high)])).sort().values
+    widest = between.diff().argmax()
+    start, end = float(between[widest]), float(between[widest + 1])
+    quarter = (end - start) / 4
+    return usual if start + quarter <= usual <= end - quarter else round(end - quarter, 2)
 
 
 @dataclass
@@ -89,16 +123,18 @@ class _Record:
     """
 
     forward: Forward
+    layers: list[int] = field(default_factory=list)
     blocks: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     value_path: list[Tensor] = field(default_factory=list)
 
-    def stacked(self, part: list[Tensor], end: int) -> Tensor:
-        """A part over all layers, of the first `end` tokens, where the decoder's input lies."""
-        device = self.forward.image.device
-        return torch.stack([of_layer.to(device) for of_layer in part], 1)[:, :, :end]
+    def stacked(self, part: list[Tensor]) -> Tensor:
+        """A part over all layers, of the prompts with an image, where the decoder's input lies."""
+        seen, end = self.forward.seen, self.forward.prompt
+        return torch.stack([of_layer.to(seen.device)[seen, :end] for of_layer in part], 1)
 
     def block(self, layer: int, hidden: Tensor) -> None:
+        self.layers.append(layer)
         self.blocks.append(one_stream(hidden).float())
 
     def weights(self, layer: int, weights: Tensor, value: Tensor, attention: nn.Module) -> None:
@@ -131,105 +167,105 @@ def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
 
 
 def discover(forward: Forward, run: StockPass) -> Found:
-    """One pass of the stock model over the first prompt, the rule above, and three checks on what
-    it flags.
-
-    Accepted only if 0.2 to 3 % of the image tokens are flagged per layer, post-image text attends
-    to them 5 times as much as to other image tokens, their value path is weaker than that of the
-    others, and both halves of the data (samples, or layers where there is one sample) give the same
-    channels.
-    """
-    rows = forward.text[:, : forward.prompt].all(0).nonzero().flatten()[-WATCHED_ROWS:]
+    """One pass of the stock model over the first prompt, and what `judge` makes of it."""
+    seen, end = forward.seen, forward.prompt
+    rows = forward.text[seen, :end].all(0).nonzero().flatten()[-WATCHED_ROWS:]
     if not len(rows):
-        return Found(
-            (), "The first prompt has no text after its image, so nothing could be checked."
-        )
+        reason = "The first prompt has no text after its image, so nothing could be checked."
+        return Found((), reason=reason)
     record = _Record(forward)
     run(
         forward.inputs,
         Watcher(block=record.block, weights=record.weights, rows=rows),
     )
-    end = forward.prompt
-    blocks, attention, value_path = (
-        record.stacked(part, end) for part in (record.blocks, record.attention, record.value_path)
-    )
-    return judge(blocks, attention, value_path, forward.valid[:, :end], forward.image[:, :end])
+    parts = (record.stacked(part) for part in (record.blocks, record.attention, record.value_path))
+    found = judge(*parts, forward.valid[seen, :end], forward.image[seen, :end])
+    return replace(found, layers=tuple(record.layers[place] for place in found.layers))
 
 
 def judge(
     blocks: Tensor, attention: Tensor, value_path: Tensor, valid: Tensor, image: Tensor
 ) -> Found:
-    """The rule and its checks on recorded tensors.
+    """The search on recorded tensors.
 
     blocks `[B, L, S, D]`: block inputs. attention, value_path `[B, L, S]`: mean attention of
     post-image text to each key, and the norm of what it carries. valid, image `[B, S]` (bool).
+
+    A token that takes a tenth of the attention, with values of half the median's size at most, is a
+    sink. Channels and threshold are measured in the longest run of layers that have one in most
+    samples. They are accepted if both halves of the data (samples, or layers where there is one
+    sample) give the same channels, and image tokens above the threshold, if any, take 5 times as
+    much attention as the others, with smaller values.
     """
-    if blocks.shape[1] < 3:
-        return Found((), f"It has softmax attention in {blocks.shape[1]} layers, 3 are needed.")
-    samples = torch.arange(len(blocks))
-    first = valid.long().argmax(1)
-    candidates = first[:, None] + torch.arange(3)
-    norms = blocks.norm(dim=-1)
-    layer_mean = norms.mean(1).gather(1, candidates.clamp_max(norms.shape[-1] - 1))
-    anchor = first + layer_mean.argmax(1)
-    start, end = primary_window(norms[samples, :, anchor].median(0).values)
+    sizes = value_sizes(attention, value_path).masked_fill(~valid[:, None], math.nan)
+    sinks = (attention >= TAKEN) & (sizes <= SMALL_VALUES)
+    run = longest_run((sinks.any(-1).float().mean(0) > 0.5).tolist())
+    if len(run) < FEWEST_LAYERS:
+        return Found((), reason=_none_takes(attention, sizes))
+    window = slice(run[0], run[-1] + 1)
+    x, attention, sizes, sinks = (part[:, window] for part in (blocks, attention, sizes, sinks))
+    mean = attention.sum(-1, keepdim=True) / valid.sum(-1)[:, None, None]
+    ordinary = valid[:, None] & (attention < mean)
 
-    window = blocks[:, start:end]
-    at_anchor = window[samples, :, anchor][:, :, None]
-    ordinary = (cosine_similarity(window, at_anchor, dim=-1).abs() < ANCHOR_COSINE) & valid[:, None]
-    relative = window.abs() / window.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-    anchors = anchor[:, None].expand(-1, window.shape[1])
-    if not ordinary.any():
-        return Found((), "Every token looks like the first one.")
+    def channels(*part: slice) -> tuple[int, ...]:
+        return sink_channels(x[part], sinks[part], ordinary[part]) if sinks[part].any() else ()
 
-    def channels(part: tuple[slice, slice]) -> tuple[int, ...]:
-        mask = ordinary[part].flatten(0, 1)
-        if not mask.any():
-            return ()
-        return sink_channels(relative[part].flatten(0, 1), anchors[part].flatten(), mask)
-
-    everything = slice(None)
-    dims = channels((everything, everything))
+    dims = channels(slice(None))
     if not dims:
-        peak = relative[samples, :, anchor].median(1).values.median(0).values.max()
-        return Found(
-            (),
-            f"The first token's strongest channel reaches {float(peak):.1f} times its RMS; "
-            f"{scaled_tau(blocks.shape[-1]):.1f} and a contrast of {CONTRAST:g} to ordinary "
-            "tokens are needed.",
+        return Found((), reason=_no_channel(x, attention, sinks))
+    every = [slice(None)] * (len(blocks) == 1)
+    if any(channels(*every, slice(half, None, 2)) != dims for half in range(2)):
+        reason = f"Channels {list(dims)} did not come out of both halves of the data."
+        return Found((), reason=reason)
+    score = relative(x)[..., list(dims)].amax(-1)
+    tau = threshold(score, sinks, ordinary, scaled_tau(x.shape[-1]))
+    flagged, image = (score >= tau) & image[:, None], image[:, None].expand_as(score)
+    reason = _no_sinks(dims, attention, sizes, flagged, image & ~flagged) if flagged.any() else ""
+    return Found((), reason=reason) if reason else Found(dims, tau, run)
+
+
+def _none_takes(attention: Tensor, sizes: Tensor) -> str:
+    """Why no token is a sink; attention and value sizes `[B, L, S]`."""
+    most = float(attention.max())
+    if most < TAKEN:
+        return (
+            f"No token takes more than {most:.1%} of the attention of the text behind the image; "
+            f"a sink takes {TAKEN:.0%}."
         )
-    halves = [
-        (slice(half, None, 2), everything)
-        if len(blocks) > 1
-        else (everything, slice(half, None, 2))
-        for half in range(2)
-    ]
-    if any(channels(half) != dims for half in halves if relative[half].numel()):
-        return Found((), f"Channels {list(dims)} did not come out of both halves of the data.")
-
-    flagged = relative[..., list(dims)].amax(-1) >= scaled_tau(blocks.shape[-1])
-    return _accept(dims, flagged, attention[:, start:end], value_path[:, start:end], image)
-
-
-def _accept(
-    dims: tuple[int, ...], flagged: Tensor, attention: Tensor, value_path: Tensor, image: Tensor
-) -> Found:
-    """Checks what the channels flag among image tokens; flagged, attention, value_path `[B, window,
-    S]`.
-    """
-    sinks = flagged & image[:, None]
-    others = ~flagged & image[:, None]
-    share = float(sinks.sum() / image.sum() / flagged.shape[1])
-    name = f"Channels {list(dims)}"
-    if not 0.002 <= share <= 0.03:
-        return Found((), f"{name} flag {share:.1%} of the image tokens, expected 0.2 to 3 %.")
-    ratio = float(attention[sinks].mean() / attention[others].mean())
-    if not ratio >= 5:
-        return Found(
-            (),
-            f"{name} flag image tokens that draw {ratio:.1f} times the attention of others, "
-            "expected 5.",
+    smallest = float(sizes[(attention >= TAKEN) & sizes.isfinite()].min())
+    if smallest > SMALL_VALUES:
+        return (
+            f"One token takes {most:.1%} of the attention, but for its values, not as a sink: "
+            f"values of those that take {TAKEN:.0%} have at least {smallest:.2f} times the median "
+            f"size, those of a sink {SMALL_VALUES:g} times at most."
         )
-    if not value_path[sinks].mean() < value_path[others].mean():
-        return Found((), f"{name} flag image tokens that carry more than others do.")
-    return Found(dims)
+    return (
+        f"Tokens of small values that take {TAKEN:.0%} of the attention or more are in no "
+        f"{FEWEST_LAYERS} layers one after the other, as those of a sink are."
+    )
+
+
+def _no_channel(x: Tensor, attention: Tensor, sinks: Tensor) -> str:
+    """Why no channel tells the sinks; x `[B, L, S, D]`, attention, sinks `[B, L, S]`."""
+    peak = float(relative(x[sinks]).median(0).values.max())
+    return (
+        f"The tokens that take {float(attention[sinks].mean()):.0%} of the attention have no "
+        f"channel of their own: their strongest one reaches {peak:.1f} times their RMS; "
+        f"{scaled_tau(x.shape[-1]):.1f} is needed, and that at most {RARE:.0%} of the other tokens "
+        "reach as high."
+    )
+
+
+def _no_sinks(
+    dims: tuple[int, ...], attention: Tensor, sizes: Tensor, flagged: Tensor, others: Tensor
+) -> str:
+    """Why the image tokens that channels flag are no sinks, or ""; tensors `[B, L, S]`."""
+    ratio = float(attention[flagged].mean() / attention[others].mean())
+    if not ratio >= TIMES_THE_ATTENTION:
+        return (
+            f"Channels {list(dims)} flag image tokens that draw {ratio:.1f} times the attention of "
+            f"others, expected {TIMES_THE_ATTENTION}."
+        )
+    if not sizes[flagged].nanmean() < sizes[others].nanmean():
+        return f"Channels {list(dims)} flag image tokens whose values are no smaller than others'."
+    return ""
