@@ -11,13 +11,14 @@ from tests import tiny
 from tests.compare import error, generate, planted
 from tests.examples import EXAMPLES, PRECISIONS, assert_near, places, tensor
 from tests.reference import trace
+from tests.two_devices import FarTensor, TwoDevices
 from vlm_patch import VAR
 from vlm_patch.methods import sinks
 from vlm_patch.methods.sinks import (
     Found,
     judge,
     longest_run,
-    relative,
+    rms,
     scaled_tau,
     sink_channels,
     threshold,
@@ -65,6 +66,10 @@ def test_a_register_channel_does_not_pass() -> None:
     x[:, 1] = 1.0
     found = sink_channels(x, first_of_each(x), quiet)
     assert list(found) == EXAMPLE["expected"]["channels_passing_tau_only"]
+
+
+def relative(x: Tensor) -> Tensor:
+    return x.abs() / rms(x)[..., None]
 
 
 def channels(at_sink: dict[int, float], elsewhere: float = 0.0, tokens: int = 0) -> list[int]:
@@ -125,7 +130,8 @@ THRESHOLDS = [
     ([8.0], [0.0], [], 1.9, 6.0),  # the usual one is not in the middle half of the gap
     ([8.0], [0.0], [], 6.1, 6.0),
     ([24.0], [1.0, 20.0, 12.0], [], 7.5, 23.0),
-    ([9.0, 8.0, 5.0], [0.0], [], 4.0, 3.75),  # below the weakest sink
+    ([9.0, 8.0, 5.0], [0.0], [], 4.0, 3.8),  # below the weakest sink; 3.75 in two digits
+    ([23.4], [23.05], [], 7.5, 23.3125),  # two digits would be too few
     ([54.0], [*[4.0] * 200, 50.0, 51.0], [48.0, 40.0, 9.0], 20.0, 20.0),  # few that are high
 ]
 
@@ -177,6 +183,16 @@ def test_sinks_that_pass_every_check(samples: int) -> None:
     assert (found.dims, found.layers, found.reason) == ((3, 10), (1, 2, 3, 4), "")
     score = sink_score(record["blocks"][:, 1:5], found.dims)
     assert torch.equal(score >= found.tau, record["attention"][:, 1:5] > 0.01)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_search_makes_no_tensor_on_another_device(samples: int) -> None:
+    with TwoDevices():
+        far = {name: FarTensor(part) for name, part in recorded(samples).items()}
+        found = judge(**far)
+        far["attention"] = far["attention"].clamp_max(0.04)
+        assert judge(**far).reason.startswith("No token takes more than 4.0%")
+    assert found == judge(**recorded(samples))
 
 
 def test_image_sinks_need_not_be_there() -> None:

@@ -75,10 +75,10 @@ def longest_run(layers: Sequence[bool]) -> tuple[int, ...]:
     return max((tuple(run) for marked, run in runs if marked), key=len, default=())
 
 
-def relative(x: Tensor) -> Tensor:
-    """|x| / RMS(x) of vectors `[..., D]`, at most sqrt(D)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x.abs() / norm.clamp_min(1e-12) * math.sqrt(x.shape[-1])
+def rms(x: Tensor) -> Tensor:
+    """RMS `[...]` of vectors x `[..., D]`; |x_d| is at most sqrt(D) times as large."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm.clamp_min(1e-12) / math.sqrt(x.shape[-1])
 
 
 def sink_channels(x: Tensor, sinks: Tensor, ordinary: Tensor) -> tuple[int, ...]:
@@ -88,14 +88,19 @@ def sink_channels(x: Tensor, sinks: Tensor, ordinary: Tensor) -> tuple[int, ...]
     RMS(x) over sinks: a_d >= tau_D (see `scaled_tau`), a_d >= max(a) / 2, at most 3 % of the
     ordinary tokens reach a_d; the strongest four at most.
     """
-    at_sinks = relative(x[sinks]).median(0).values
+    at_sinks = _at_sinks(x, sinks)
     strong = at_sinks >= max(scaled_tau(x.shape[-1]), HALF_OF_STRONGEST * float(at_sinks.max()))
     dims = strong.nonzero().flatten()
-    rms = torch.linalg.vector_norm(x, dim=-1)[ordinary].clamp_min(1e-12) / math.sqrt(x.shape[-1])
-    elsewhere = x[..., dims][ordinary].abs() / rms[:, None]
+    elsewhere = (x[..., dims].abs() / rms(x)[..., None])[ordinary]
     dims = dims[(elsewhere >= at_sinks[dims]).float().mean(0) <= RARE]
     strongest = at_sinks[dims].argsort(descending=True)[:MOST_CHANNELS]
-    return tuple(sorted(dims[strongest].tolist()))
+    return tuple(sorted(dims[strongest].cpu().tolist()))
+
+
+def _at_sinks(x: Tensor, sinks: Tensor) -> Tensor:
+    """The median of |x| / RMS(x) over the sinks, `[D]`."""
+    picked = x[sinks]
+    return (picked.abs() / rms(picked)[:, None]).median(0).values
 
 
 def threshold(score: Tensor, sinks: Tensor, ordinary: Tensor, usual: float) -> float:
@@ -103,8 +108,8 @@ def threshold(score: Tensor, sinks: Tensor, ordinary: Tensor, usual: float) -> f
 
     score `[..., T]`, sinks, ordinary `[..., T]` (bool). The gap is looked for above 97 % of the
     ordinary tokens and below the median sink. `usual`, if it lies in the middle half of the gap; or
-    else three quarters of the way up, since scores of sinks vary little from prompt to prompt, and
-    those of other tokens more.
+    else three quarters of the way up, since scores of sinks vary less from prompt to prompt than
+    those of other tokens, and in two digits, so that prompts agree.
     """
     others = score[ordinary].sort().values
     low, high = others[math.ceil(len(others) * (1 - RARE)) - 1], score[sinks].median()
@@ -113,7 +118,10 @@ def threshold(score: Tensor, sinks: Tensor, ordinary: Tensor, usual: float) -> f
     widest = between.diff().argmax()
     start, end = float(between[widest]), float(between[widest + 1])
     quarter = (end - start) / 4
-    return usual if start + quarter <= usual <= end - quarter else round(end - quarter, 2)
+    if start + quarter <= usual <= end - quarter:
+        return usual
+    two_digits = float(f"{end - quarter:.2g}")
+    return two_digits if start < two_digits < end else end - quarter
 
 
 @dataclass
@@ -199,7 +207,7 @@ def judge(
     """
     sizes = value_sizes(attention, value_path).masked_fill(~valid[:, None], math.nan)
     sinks = (attention >= TAKEN) & (sizes <= SMALL_VALUES)
-    run = longest_run((sinks.any(-1).float().mean(0) > 0.5).tolist())
+    run = longest_run((sinks.any(-1).float().mean(0) > 0.5).cpu().tolist())
     if len(run) < FEWEST_LAYERS:
         return Found((), reason=_none_takes(attention, sizes))
     window = slice(run[0], run[-1] + 1)
@@ -217,7 +225,7 @@ def judge(
     if any(channels(*every, slice(half, None, 2)) != dims for half in range(2)):
         reason = f"Channels {list(dims)} did not come out of both halves of the data."
         return Found((), reason=reason)
-    score = relative(x)[..., list(dims)].amax(-1)
+    score = torch.stack([x[..., channel].abs() for channel in dims]).amax(0) / rms(x)
     tau = threshold(score, sinks, ordinary, scaled_tau(x.shape[-1]))
     flagged, image = (score >= tau) & image[:, None], image[:, None].expand_as(score)
     reason = _no_sinks(dims, attention, sizes, flagged, image & ~flagged) if flagged.any() else ""
@@ -247,7 +255,7 @@ def _none_takes(attention: Tensor, sizes: Tensor) -> str:
 
 def _no_channel(x: Tensor, attention: Tensor, sinks: Tensor) -> str:
     """Why no channel tells the sinks; x `[B, L, S, D]`, attention, sinks `[B, L, S]`."""
-    peak = float(relative(x[sinks]).median(0).values.max())
+    peak = float(_at_sinks(x, sinks).max())
     return (
         f"The tokens that take {float(attention[sinks].mean()):.0%} of the attention have no "
         f"channel of their own: their strongest one reaches {peak:.1f} times their RMS; "
