@@ -14,7 +14,7 @@ from tests.reference import trace
 from tests.two_devices import FarTensor, TwoDevices
 from vlm_patch import VAR
 from vlm_patch.methods import sinks
-from vlm_patch.methods.sinks import (
+from vlm_patch.methods.sink_rules import (
     Found,
     judge,
     longest_run,
@@ -233,9 +233,8 @@ def test_no_token_takes_attention() -> None:
 def test_what_takes_attention_has_values_like_others() -> None:
     value_path = 10 * recorded()["attention"]
     assert refused(value_path=value_path) == (
-        "One token takes 40.0% of the attention, but for its values, not as a sink: values of "
-        "those that take 10% have at least 1.00 times the median size, those of a sink 0.5 times "
-        "at most."
+        "Tokens take up to 40.0% of the attention, but not as sinks do: the values of those that "
+        "take 10% have at least 1.00 times the median size, those of a sink 0.5 times at most."
     )
 
 
@@ -245,7 +244,7 @@ def test_a_single_layer_is_no_sink() -> None:
     record["value_path"][:, 2:] = 0.01
     assert refused(**record) == (
         "Tokens of small values that take 10% of the attention or more are in no 2 layers one "
-        "after the other, as those of a sink are."
+        "after the other of most samples, as those of a sink are."
     )
 
 
@@ -386,17 +385,14 @@ def test_a_prompt_that_ends_with_its_image_cannot_be_judged() -> None:
 def test_massive_activations_that_take_no_attention_are_no_sinks() -> None:
     """BOS and 3 of 16 image tokens have massive activations, but queries do not look for them."""
     model = planted("llava")
-    expected = r"One token takes 1[\d.]+% of the attention, but for its values, not as a sink: "
-    with (
-        vlm_patch.wrap(model, "var") as patch,
-        pytest.warns(UserWarning, match=expected),
-        torch.no_grad(),
-    ):
+    expected = r"Tokens take up to 1[\d.]+% of the attention, but not as sinks do: "
+    with vlm_patch.wrap(model, "var") as patch, torch.no_grad():
         assert "tau=None, dims=None" in patch.describe()
         assert patch.describe().endswith("; looks for its sinks at the first prompt")
-        model(**tiny.inputs(model))
+        with pytest.warns(UserWarning, match=expected):
+            model(**tiny.inputs(model))
         assert "tau=None, dims=()" in patch.describe()
-        assert "; found no sinks at the first prompt: One token takes 1" in patch.describe()
+        assert "; found no sinks at the first prompt: Tokens take up to 1" in patch.describe()
 
 
 def test_prompts_without_an_image_do_not_stand_in_the_way(monkeypatch: Any) -> None:

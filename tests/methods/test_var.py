@@ -13,7 +13,7 @@ from tests import tiny
 from tests.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import VAR, PatchError
 from vlm_patch.method import Facts, Forward
-from vlm_patch.methods.sinks import scaled_tau
+from vlm_patch.methods.sink_rules import scaled_tau
 from vlm_patch.methods.var import key_groups, redistribute, sink_score
 
 GIVEN = EXAMPLES["var"]["redistribution"]["inputs"]

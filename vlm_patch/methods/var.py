@@ -35,7 +35,8 @@ from vlm_patch.method import (
     room,
 )
 from vlm_patch.methods import launch, looped
-from vlm_patch.methods.sinks import Found, discover, one_stream, scaled_tau
+from vlm_patch.methods.sink_rules import Found, scaled_tau
+from vlm_patch.methods.sinks import discover, one_stream
 
 
 @lru_cache(maxsize=256)
