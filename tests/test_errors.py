@@ -710,10 +710,10 @@ def test_var_finds_no_sink() -> None:
 
     (text,) = heard(twice)
     assert re.fullmatch(
-        r"VAR does nothing on this model: no attention sink was found\. Tokens take up to 12\.\d% of "
-        r"the attention, but not as sinks do: the values of those that take 10% have at least 0\.\d\d "
-        r"times the median size, those of a sink 0\.5 times at most\. If you know its sink channels, "
-        r"pass VAR\(dims=\.\.\.\)\.",
+        r"VAR does nothing on this model: no attention sink was found\. Tokens take up to "
+        r"12\.\d% of the attention, but not as sinks do: the values of those that take 10% have "
+        r"at least 0\.\d\d times the median size, those of a sink 0\.5 times at most\. If you "
+        r"know its sink channels, pass VAR\(dims=\.\.\.\)\.",
         text,
     )
 

@@ -162,8 +162,8 @@ def _none_takes(attention: Tensor, sizes: Tensor) -> str:
     if smallest > SMALL_VALUES:
         return (
             f"Tokens take up to {most:.1%} of the attention, but not as sinks do: the values of "
-            f"those that take {TAKEN:.0%} have at least {smallest:.2f} times the median size, those "
-            f"of a sink {SMALL_VALUES:g} times at most."
+            f"those that take {TAKEN:.0%} have at least {smallest:.2f} times the median size, "
+            f"those of a sink {SMALL_VALUES:g} times at most."
         )
     return (
         f"Tokens of small values that take {TAKEN:.0%} of the attention or more are in no "
