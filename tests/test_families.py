@@ -196,7 +196,7 @@ def test_what_sinks_are_looked_for_in(
 
     def catch(*args: Tensor) -> sinks.Found:
         calls.append(args)
-        return sinks.Found((3,))
+        return sinks.Found((3,), 2.0)
 
     monkeypatch.setattr(sinks, "judge", catch)
     with vlm_patch.wrap(tiny.model, VAR()) as patch:

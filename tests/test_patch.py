@@ -391,7 +391,7 @@ SETTLED = [
     ("qwen2-vl-7b", "var", "dims=(458, 2570)", "0-26", None),
     ("qwen2-vl-7b", "gift", "alpha=4.0, beta=1.0, saliency_layer=14", "5-18", None),
     ("qwen2-vl-7b", "vhr", "alpha=2.0", "1, 16-27", f"VHR layers={[1, *range(16, 28)]}"),
-    ("other", "var", "tau=10.0, dims=None, first_layer=0", "0-22", None),
+    ("other", "var", "tau=None, dims=None, first_layer=0", "0-22", None),
     (
         "other",
         "gift",

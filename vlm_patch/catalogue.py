@@ -85,6 +85,8 @@ def values(method: Method) -> str:
     """A method with its values, as a user would write it."""
     shown = []
     for entry in fields(method):  # type: ignore[arg-type]
+        if not entry.init:
+            continue
         value = getattr(method, entry.name)
         if isinstance(value, Tensor):
             value = f"mask {tuple(value.shape)}"

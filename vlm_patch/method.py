@@ -192,6 +192,10 @@ class Method:
         """Called before a prompt runs, for passes of its own; `layers` are the ones switched on."""
         return self
 
+    def finding(self) -> str:
+        """What it found out about the model, or is yet to find out, for people to read."""
+        return ""
+
     def begin(self, forward: Forward, memory: Memory) -> None:
         """Called when a forward starts: the place to forget the prompt before."""
 

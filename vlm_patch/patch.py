@@ -176,7 +176,8 @@ class Patch:
         if self._removed:
             lines[0] += " (removed: the model is stock)"
         for method in self._methods:
-            lines.append(f"  {values(method)}: {self._where(method)}")
+            finding = f"; {method.finding()}" if method.finding() else ""
+            lines.append(f"  {values(method)}: {self._where(method)}{finding}")
         return "\n".join(lines)
 
     __repr__ = describe

@@ -13,7 +13,7 @@ from tests import tiny
 from tests.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import VAR, PatchError
 from vlm_patch.method import Facts, Forward
-from vlm_patch.methods.sinks import scaled_tau
+from vlm_patch.methods.sink_rules import scaled_tau
 from vlm_patch.methods.var import key_groups, redistribute, sink_score
 
 GIVEN = EXAMPLES["var"]["redistribution"]["inputs"]
@@ -357,7 +357,8 @@ def test_published_defaults() -> None:
 
 def test_tau_is_scaled_by_the_width() -> None:
     for row in EXAMPLES["var"]["tau_scaled"]:
-        found = fitted(VAR(), Facts(32, row["hidden"], 32, {}))
+        assert fitted(VAR(), Facts(32, row["hidden"], 32, {})).tau is None  # to be measured
+        found = fitted(VAR(dims=[3]), Facts(32, row["hidden"], 32, {}))
         assert found.tau == pytest.approx(row["tau"], abs=1e-9)
     assert fitted(VAR(tau=7.0), Facts(32, 1024, 8, {})).tau == 7.0
 

@@ -44,7 +44,8 @@ def build_methods(text: str | None, options: Mapping[str, Any]) -> list[Method]:
 
 def _types(name: str) -> dict[str, Any]:
     hints = typing.get_type_hints(METHODS[name])
-    return {entry.name: hints[entry.name] for entry in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+    entries = dataclasses.fields(METHODS[name])  # type: ignore[arg-type]
+    return {entry.name: hints[entry.name] for entry in entries if entry.init}
 
 
 def _as(hint: Any, key: str, value: Any) -> Any:

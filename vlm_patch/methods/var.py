@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlm_patch import cpu, gpu
 from vlm_patch.errors import PatchError
+from vlm_patch.heads import text
 from vlm_patch.method import (
     Facts,
     Forward,
@@ -34,7 +35,8 @@ from vlm_patch.method import (
     room,
 )
 from vlm_patch.methods import launch, looped
-from vlm_patch.methods.sinks import discover, one_stream, scaled_tau
+from vlm_patch.methods.sink_rules import Found, scaled_tau
+from vlm_patch.methods.sinks import discover, one_stream
 
 
 @lru_cache(maxsize=256)
@@ -130,8 +132,9 @@ class VAR(Regrouping):
     move_fraction: share of the sink attention that is moved, 0 to 1. rho_nonsink: least share of a
     head's image attention that lies outside sinks, 0 to 1 (the papers' tables use 0.5 for
     hallucination, 0.8 for general tasks). min_image_mass: least attention to the image. tau: a
-    token is a sink where its score reaches tau; None is 20 scaled by sqrt(width / 4096). dims: the
-    sink channels; None for the published ones, or else those discovered on the first prompt.
+    token is a sink where its score reaches tau; None is what is measured where channels are looked
+    for, or else 20 scaled by sqrt(width / 4096). dims: the sink channels; None for the published
+    ones, or else those found on the first prompt.
     first_layer: None is 0 ("paper") or 2 ("release"). exclude_last_layer: leave the last layer
     alone. require_visual_sink: act only in layers where an image token is a sink. semantics:
     "paper", or "release" (sinks found once, on the prompt, from layer 2; strict threshold; needs a
@@ -151,6 +154,7 @@ class VAR(Regrouping):
     exclude_last_layer: bool = True
     require_visual_sink: bool = False
     semantics: str = "paper"
+    found: Found | None = field(default=None, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number("VAR move_fraction", self.move_fraction, 0, 1)
@@ -175,7 +179,9 @@ class VAR(Regrouping):
     def fit(self, facts: Facts) -> tuple[Method, list[str]]:
         dims = facts.profile.get("dims") if self.dims is None else self.dims
         check_wholes("VAR dims", dims, facts.width)
-        tau = scaled_tau(facts.width) if self.tau is None else self.tau
+        tau = self.tau
+        if tau is None and dims is not None:
+            tau = scaled_tau(facts.width)
         first = (2 if self.release else 0) if self.first_layer is None else self.first_layer
         if self.release:
             first = max(first, 2)
@@ -189,7 +195,9 @@ class VAR(Regrouping):
         return list(range(self.first_layer or 0, depth - self.exclude_last_layer))
 
     def look(self, forward: Forward, memory: Memory, layers: list[int], run: StockPass) -> Method:
-        """Discovers the sink channels on the first prompt where none are known for this model."""
+        """Finds the sink channels, and the threshold, on the first prompt where no channels are
+        known for this model.
+        """
         if self.dims is not None:
             return self
         if forward.past or not forward.ends:
@@ -205,7 +213,20 @@ class VAR(Regrouping):
                 "If you know its sink channels, pass VAR(dims=...).",
                 stacklevel=2,
             )
-        return replace(self, dims=found.dims)
+        tau = found.tau if self.tau is None and found.dims else self.tau
+        settled = replace(self, dims=found.dims, tau=tau)
+        object.__setattr__(settled, "found", found)
+        return settled
+
+    def finding(self) -> str:
+        if self.dims is None:
+            return "looks for its sinks at the first prompt"
+        if self.found is None:
+            return ""
+        if not self.found.dims:
+            return f"found no sinks at the first prompt: {self.found.reason}"
+        where = text(list(self.found.layers))
+        return f"found its sinks at the first prompt, measured in layers {where}"
 
     def block_input(self, layer: int, hidden: Tensor, forward: Forward, memory: Memory) -> None:
         """Finds the sinks among the new tokens; the release looks at the first prompt only."""
