@@ -71,7 +71,7 @@ def sink_channels(relative: Tensor, anchors: Tensor, background: Tensor) -> tupl
     max(a) / 2, the strongest four at most. The contrast keeps out channels that are large in every
     token.
     """
-    at_anchor = relative[torch.arange(len(anchors)), anchors].median(0).values
+    at_anchor = relative[torch.arange(len(anchors), device=anchors.device), anchors].median(0).values
     ordinary = relative[background].median(0).values
     passed = (
         (at_anchor >= scaled_tau(relative.shape[-1]))
@@ -166,9 +166,9 @@ def judge(
     """
     if blocks.shape[1] < 3:
         return Found((), f"It has softmax attention in {blocks.shape[1]} layers, 3 are needed.")
-    samples = torch.arange(len(blocks))
+    samples = torch.arange(len(blocks), device=blocks.device)
     first = valid.long().argmax(1)
-    candidates = first[:, None] + torch.arange(3)
+    candidates = first[:, None] + torch.arange(3, device=first.device)
     norms = blocks.norm(dim=-1)
     layer_mean = norms.mean(1).gather(1, candidates.clamp_max(norms.shape[-1] - 1))
     anchor = first + layer_mean.argmax(1)
