@@ -4,6 +4,7 @@ What a function gives on the device is compared with what it gives on the CPU; `
 ways of generating of `tests.modes` run there while their slow reference stays on the CPU.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 import vlm_patch
 from tests import modes, tiny
@@ -25,6 +27,8 @@ ELSEWHERE = {
     "accelerate cpu offload": "a device map of its own",
     "tensor parallel": "processes of its own, on the CPU",
     "offloaded cache": "its second place is the CPU",
+    'pipeline("image-text-to-text")': "made before the model is moved",
+    "gradient checkpointing in training": "compares gradients on the CPU",
 }
 """Ways of generating that say themselves where what lies."""
 TINY_PROFILE = Profile(
@@ -44,6 +48,11 @@ def moved(value: Any, device: torch.device) -> Any:
     """Tensors and models inside `value` on `device`; all else, caches too, as it is."""
     if isinstance(value, Tensor | nn.Module):
         return value.to(device)
+    if isinstance(value, ModelOutput):
+        there = copy.copy(value)
+        for key, item in value.items():
+            there[key] = moved(item, device)
+        return there
     if isinstance(value, Mapping):
         return {key: moved(item, device) for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -66,13 +75,15 @@ def modes_on(device: torch.device) -> Iterator[None]:
             model.to(CPU)
 
     def back(output: Any) -> Any:
-        for name in ("sequences", "logits", "scores", "beam_indices"):
+        for name in ("sequences", "logits", "scores", "beam_indices", "attentions"):
             if output.get(name) is not None:
                 output[name] = moved(output[name], CPU)
         return output
 
     def generate_there(model: nn.Module, batch: Any, *more: Any, **options: Any) -> Any:
         there = moved(batch, device), *more
+        if device.type == "cuda":  # transformers would compile there, which takes minutes
+            options = {"disable_compile": True} | options
         return back(generate(model, *there, **moved(options, device)))
 
     def forward_there(model: nn.Module, **inputs: Any) -> Any:

@@ -54,6 +54,12 @@ class FarTensor(Tensor):
     def new_tensor(self, data: Any, **options: Any) -> Tensor:
         return torch.tensor(data, **{"dtype": self.dtype, "device": FAR} | options)
 
+    def __getitem__(self, index: Any) -> Tensor:
+        return super().__getitem__(_listed(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_listed(index), value)
+
     def numpy(self, **options: Any) -> Any:
         raise TypeError("can't convert a tensor of the second device to numpy: use .cpu() first")
 
@@ -77,9 +83,17 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     there = bool(far) if device is None else torch.device(device) == FAR
     if func is torch.ops.aten.copy_.default:
         there = isinstance(args[0], FarTensor)
-    own = kwargs if device is None else {**kwargs, "device": NEAR}
+    asked = device is not None and torch.device(device) == FAR
+    own = {**kwargs, "device": NEAR} if asked else kwargs
     found = func(*tree_map(_near, args), **tree_map(_near, own))
     return _far(found, func, far) if there else found
+
+
+def _listed(index: Any) -> Any:
+    """An index with its lists as tensors of the second device, where a card has them too."""
+    if isinstance(index, tuple):
+        return tuple(map(_listed, index))
+    return torch.tensor(index, device=FAR) if isinstance(index, list) else index
 
 
 def _near(leaf: Any) -> Any:
@@ -102,13 +116,18 @@ def _far(found: Any, func: Any, inputs: list[FarTensor]) -> Any:
         return tree_map(there, found)
 
 
+MAKERS = {name: getattr(torch, name) for name in ("tensor", "as_tensor", "asarray")}
+
+
 def _made(make: Any) -> Any:
     """`torch.tensor` and its like, which ask no mode where to put what they make."""
 
     def call(*values: Any, device: Any = None, **options: Any) -> Tensor:
-        if device is None or torch.device(device) != FAR:
-            return make(*values, device=device, **options)
-        return make(*values, **options).to(FAR)
+        own = values[0]
+        if device is None and isinstance(own, FarTensor):
+            return own if make is not MAKERS["tensor"] else own.clone()
+        made = make(*tree_map(_near, values), **options)
+        return made if device is None else made.to(device)
 
     return call
 
@@ -117,7 +136,9 @@ class TwoDevices(TorchDispatchMode):
     """While it is entered, torch knows the second device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
+        with self:  # in inference mode torch leaves taking them apart to who comes first
+            found = func.decompose(*args, **(kwargs or {}))
+        return _run(func, args, kwargs or {}) if found is NotImplemented else found
 
 
 @contextmanager
@@ -128,8 +149,8 @@ def second_device(best: bool = False) -> Iterator[torch.device]:
     """
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with ExitStack() as stack:
-        for name in ("tensor", "as_tensor", "asarray"):
-            stack.enter_context(mock.patch.object(torch, name, _made(getattr(torch, name))))
+        for name, make in MAKERS.items():
+            stack.enter_context(mock.patch.object(torch, name, _made(make)))
         if best:
             card = {"is_available": True, "current_accelerator": FAR, "device_count": 1}
             for name, value in card.items():
