@@ -15,8 +15,9 @@ import accelerate
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 
 FAR = torch.device("cpu:1")
 NEAR = torch.device("cpu")
@@ -132,6 +133,18 @@ def _made(make: Any) -> Any:
     return call
 
 
+def _loaded(make: Any) -> Any:
+    """`from_pretrained` without the simulation: it leaves buffers as they are under any mode of
+    torch. What it loads lies on the CPU.
+    """
+
+    def call(cls: Any, *args: Any, **options: Any) -> Any:
+        with _disable_current_modes():
+            return make.__func__(cls, *args, **options)
+
+    return classmethod(call)
+
+
 class TwoDevices(TorchDispatchMode):
     """While it is entered, torch knows the second device."""
 
@@ -151,6 +164,8 @@ def second_device(best: bool = False) -> Iterator[torch.device]:
     with ExitStack() as stack:
         for name, make in MAKERS.items():
             stack.enter_context(mock.patch.object(torch, name, _made(make)))
+        loaded = _loaded(PreTrainedModel.from_pretrained)
+        stack.enter_context(mock.patch.object(PreTrainedModel, "from_pretrained", loaded))
         if best:
             card = {"is_available": True, "current_accelerator": FAR, "device_count": 1}
             for name, value in card.items():
