@@ -15,9 +15,9 @@ import accelerate
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import PreTrainedModel
 
 FAR = torch.device("cpu:1")
 NEAR = torch.device("cpu")
@@ -117,32 +117,22 @@ def _far(found: Any, func: Any, inputs: list[FarTensor]) -> Any:
         return tree_map(there, found)
 
 
-MAKERS = {name: getattr(torch, name) for name in ("tensor", "as_tensor", "asarray")}
+MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
 
 
-def _made(make: Any) -> Any:
-    """`torch.tensor` and its like, which ask no mode where to put what they make."""
+class Makers(TorchFunctionMode):
+    """`torch.tensor` and its like, which ask `TwoDevices` not where to put what they make."""
 
-    def call(*values: Any, device: Any = None, **options: Any) -> Tensor:
-        own = values[0]
-        if device is None and isinstance(own, FarTensor):
-            return own if make is not MAKERS["tensor"] else own.clone()
-        made = make(*tree_map(_near, values), **options)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        device = options.get("device")
+        if func not in MAKERS or not (args and (device is None or torch.device(device) == FAR)):
+            return func(*args, **options)
+        if device is None and isinstance(args[0], FarTensor):
+            return args[0].clone() if func is torch.tensor else args[0]
+        options.pop("device", None)
+        made = func(*tree_map(_near, args), **options)
         return made if device is None else made.to(device)
-
-    return call
-
-
-def _loaded(make: Any) -> Any:
-    """`from_pretrained` without the simulation: it leaves buffers as they are under any mode of
-    torch. What it loads lies on the CPU.
-    """
-
-    def call(cls: Any, *args: Any, **options: Any) -> Any:
-        with _disable_current_modes():
-            return make.__func__(cls, *args, **options)
-
-    return classmethod(call)
 
 
 class TwoDevices(TorchDispatchMode):
@@ -162,10 +152,6 @@ def second_device(best: bool = False) -> Iterator[torch.device]:
     """
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with ExitStack() as stack:
-        for name, make in MAKERS.items():
-            stack.enter_context(mock.patch.object(torch, name, _made(make)))
-        loaded = _loaded(PreTrainedModel.from_pretrained)
-        stack.enter_context(mock.patch.object(PreTrainedModel, "from_pretrained", loaded))
         if best:
             card = {"is_available": True, "current_accelerator": FAR, "device_count": 1}
             for name, value in card.items():
@@ -176,6 +162,7 @@ def second_device(best: bool = False) -> Iterator[torch.device]:
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
         stack.enter_context(TwoDevices())
+        stack.enter_context(Makers())
         yield FAR
 
 

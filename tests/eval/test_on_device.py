@@ -34,7 +34,7 @@ def test_a_run(
     with second_device(best=True):
         runs.run(settings(methods=methods, device=None), tmp_path / "far")
     assert answers(tmp_path / "far") == answers(tmp_path / "cpu")
-    assert "float32 on cpu:1" in capsys.readouterr().err.splitlines()[0]
+    assert "float32 on cpu:1\n" in capsys.readouterr().err
     record = RunFolder(tmp_path / "far").record()
     assert record["environments"][0]["device"] == str(FAR)
     assert [patch[0].partition(":")[0] for patch in record["patches"]] == (
@@ -69,7 +69,7 @@ def test_the_demo(
 
 
 def test_a_sweep(tmp_path: Path) -> None:
-    small = SMALL | {"device": None, "chair": {"images": 6, "max_new_tokens": 8}}
+    small = SMALL | {"device": None, "chair": {"images": 8, "max_new_tokens": 40}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
     command = ["sweep", str(tmp_path / "small.yaml"), "--grid", "gift.alpha=2,6"]
     assert main([*command, "--out", str(tmp_path / "near"), "--set", "device=cpu"]) == 0
