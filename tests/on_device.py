@@ -1,4 +1,4 @@
-"""Whole models on a device that is not the CPU: the simulated one of `tests.two_devices`, or a card.
+"""Whole models on a device that is not the CPU: that of `tests.two_devices`, or a card.
 
 What a function gives on the device is compared with what it gives on the CPU; `modes_on` lets the
 ways of generating of `tests.modes` run there while their slow reference stays on the CPU.

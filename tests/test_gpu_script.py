@@ -1,4 +1,4 @@
-"""`make test-gpu` cannot rot: a part of it runs here on the CPU, and it says where there is no card."""
+"""`make test-gpu` cannot rot: a part of it runs here on the CPU, and it says when no card is there."""
 
 import os
 import subprocess

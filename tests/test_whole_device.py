@@ -1,4 +1,4 @@
-"""A whole model on a device whose tensors may not meet the CPU's: what the CPU gives, everywhere."""
+"""A whole model on a device whose tensors may not meet the CPU's: what the CPU gives."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from tests.compare import NO_PROCESSOR
 from tests.modes import MODES, SIDES, measure
 from tests.on_device import CASES, CPU, ELSEWHERE, modes_on
 from tests.two_devices import FAR, second_device
-from vlm_patch import PatchError
 
 pytestmark = pytest.mark.filterwarnings(
     NO_PROCESSOR, "ignore:no published settings", "ignore:VAR does nothing"

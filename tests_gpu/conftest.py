@@ -11,8 +11,8 @@ import torch
 DEVICE = torch.device(os.environ.get("VLM_PATCH_DEVICE", "cuda"))
 MISSING = (
     f"make test-gpu: no CUDA device was found (torch {torch.__version__}, built for CUDA "
-    f"{torch.version.cuda}). Run it on a machine with a card; VLM_PATCH_DEVICE=cpu tries the checks "
-    "themselves on the CPU, without the kernels"
+    f"{torch.version.cuda}). Run it on a machine with a card; VLM_PATCH_DEVICE=cpu tries the "
+    "checks themselves on the CPU, without the kernels"
 )
 NO_CARD = 3
 

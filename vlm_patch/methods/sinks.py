@@ -71,7 +71,9 @@ def sink_channels(relative: Tensor, anchors: Tensor, background: Tensor) -> tupl
     max(a) / 2, the strongest four at most. The contrast keeps out channels that are large in every
     token.
     """
-    at_anchor = relative[torch.arange(len(anchors), device=anchors.device), anchors].median(0).values
+    at_anchor = (
+        relative[torch.arange(len(anchors), device=anchors.device), anchors].median(0).values
+    )
     ordinary = relative[background].median(0).values
     passed = (
         (at_anchor >= scaled_tau(relative.shape[-1]))
