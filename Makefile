@@ -8,6 +8,7 @@ OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 TORCHAO := .venv-torchao
 # on a machine with a card torch may be a CUDA build that is installed already: it is seen, and kept
+# (so without the extra `dev`, which may ask for another Triton than that build has)
 GPU_VENV ?= .venv-gpu
 LMMS_VENV ?= .venv-lmms
 LMMS_READY := $(LMMS_VENV)/.ready
@@ -64,7 +65,7 @@ test-torchao: $(TORCHAO)/.ready
 # `make test-gpu GPU_VENV=...` for another place; `python3 -m pytest tests_gpu` where all is installed
 $(GPU_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
-	$(GPU_VENV)/bin/python -m pip install --quiet --editable ".[eval,dev]"
+	$(GPU_VENV)/bin/python -m pip install --quiet --editable ".[eval]" pytest
 	touch $(GPU_VENV)/.ready
 
 test-gpu: $(GPU_VENV)/.ready

@@ -170,8 +170,9 @@ class Patch:
         off."""
         decoder = self._decoder
         layers = heads.text([layer.index for layer in decoder.layers])
+        kind = type(decoder.module).__name__
         lines = [
-            f"{type(self._base).__name__} ({place(decoder.module)}): {type(decoder.module).__name__}, "
+            f"{type(self._base).__name__} ({place(decoder.module)}): {kind}, "
             f"{decoder.depth} layers x {decoder.heads} heads, softmax attention in {layers}"
         ]
         if self._removed:
