@@ -69,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("demo", help="pocket model: baseline, VAR, GIFT, VHR and all three")
     show.add_argument("--out", type=Path, default=Path("runs/demo"))
-    show.set_defaults(command=lambda options: demo.demo(options.out))
+    show.add_argument("--device", help="cpu, cuda ... (default: the accelerator if there is one)")
+    show.set_defaults(command=lambda options: demo.demo(options.out, options.device))
 
     _add_models(commands.add_parser("models", help="which model families are supported, measured"))
     _add_speed(commands.add_parser("speed", help="what the methods cost beside the stock model"))

@@ -15,8 +15,9 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from eval import images, pocket
 from eval.config import Config
-from eval.dataset import Sample
+from eval.dataset import Sample, notice
 from eval.errors import EvalError
+from vlm_patch.model import place
 
 # The Auto classes carry no types.
 MODELS: Any = AutoModelForImageTextToText
@@ -73,6 +74,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
             f"model {config.model} cannot be loaded (expected: pocket, a folder made by "
             f"save_pretrained, or the hub id of an image-text-to-text model): {error}"
         ) from error
+    notice(f"{config.model}: {place(model)}")
     return model.eval(), prepare(processor, config.model, config.chat_template)
 
 

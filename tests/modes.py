@@ -195,7 +195,7 @@ def half_right(answer: Tensor, start: int) -> Callable[..., Any]:
     def candidates(drafter: object, ids: Tensor, *rest: object) -> tuple[Tensor, None]:
         draft = answer[ids.shape[1] - start :][:3].clone()
         draft[2:] = draft[2:] % 50 + 30
-        return torch.cat([ids, draft[None]], 1), None
+        return torch.cat([ids, draft[None].to(ids.device)], 1), None
 
     return candidates
 

@@ -255,3 +255,11 @@ def _profile(config: Any, vlm: str) -> Mapping[str, Mapping[str, Any]]:
         ):
             return row.defaults
     return {}
+
+
+def place(module: nn.Module) -> str:
+    """The types and devices of a module's weights, in words: "bfloat16 on cuda:0, cuda:1"."""
+    weights = list(module.parameters())
+    dtypes = dict.fromkeys(str(weight.dtype).removeprefix("torch.") for weight in weights)
+    devices = dict.fromkeys(str(weight.device) for weight in weights)
+    return f"{', '.join(dtypes)} on {', '.join(devices)}"

@@ -17,7 +17,7 @@ from vlm_patch.errors import PatchError
 from vlm_patch.generating import Generate, check_options, told
 from vlm_patch.layout import Layout
 from vlm_patch.method import Method
-from vlm_patch.model import Decoder, read
+from vlm_patch.model import Decoder, place, read
 from vlm_patch.passes import Hook, Passes, QuietHook
 from vlm_patch.prompt import Given
 from vlm_patch.question import QuestionReader
@@ -166,12 +166,14 @@ class Patch:
             self._layout.given = before
 
     def describe(self) -> str:
-        """What is patched, in words: decoder, layers, methods with their values, what is off."""
+        """What is patched, in words: decoder, device, layers, methods with their values, what is
+        off."""
         decoder = self._decoder
         layers = heads.text([layer.index for layer in decoder.layers])
+        kind = type(decoder.module).__name__
         lines = [
-            f"{type(self._base).__name__}: {type(decoder.module).__name__}, {decoder.depth} layers "
-            f"x {decoder.heads} heads, softmax attention in {layers}"
+            f"{type(self._base).__name__} ({place(decoder.module)}): {kind}, "
+            f"{decoder.depth} layers x {decoder.heads} heads, softmax attention in {layers}"
         ]
         if self._removed:
             lines[0] += " (removed: the model is stock)"
