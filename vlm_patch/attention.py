@@ -58,6 +58,12 @@ class Call:
 
     def weights(self, rows: Tensor) -> Tensor:
         """Attention weights `[B, H, R, K]` of the rows `[R]`, in float32 or the model's float64."""
+        return softmax(self.scores(rows))
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """What the softmax of the rows `[R]` is taken of, `[B, H, R, K]`: scaled, capped and
+        masked.
+        """
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         batch, heads, _, size = self.query.shape
         groups, keys = self.key.shape[1:3]
@@ -76,7 +82,14 @@ class Call:
             scores = scores.masked_fill_(hidden, torch.finfo(dtype).min)
         elif self.mask is not None:
             scores = scores + self._mask_of(rows).to(dtype)
-        return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
+        return scores
+
+    def unseen(self, rows: Tensor) -> Tensor | None:
+        """Where a row must not look, of any kind of mask; see `_hidden`."""
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return self._hidden(rows)
+        mask: Tensor = self._mask_of(rows)
+        return mask <= torch.finfo(mask.dtype).min / 2
 
     def output(self, weights: Tensor) -> Tensor:
         """Head outputs `[B, R, H, Dv]` of weights `[B, H, R, K]`."""
@@ -108,6 +121,11 @@ class Call:
         if new == 1 or not causal:
             return None
         return torch.arange(keys, device=rows.device) > (rows + keys - new)[:, None]
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Weights `[B, H, R, K]` of scores, in their memory where autograd allows it."""
+    return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
 
 
 class Run(Protocol):

@@ -161,9 +161,9 @@ class Method:
     """A training-free edit of attention. Subclasses are frozen dataclasses; the fields are the
     hyperparameters.
 
-    Within a layer the core computes the weights of the rows that methods edit or watch, calls
-    `observe` and `weights` of each method in the order given, multiplies with the values, and asks
-    for `output_gain`. It also applies the head table, batching, padding and the cache: a method
+    Within a layer the core computes the scores of the rows that methods edit or watch, calls
+    `edit_scores` of each method in the order given, takes one softmax, calls `observe` and
+    `weights` of each, multiplies with the values, and asks for `output_gain`. It also applies the head table, batching, padding and the cache: a method
     never sees any of these. `reads_blocks` asks for `block_input`, `reads_question` for the masks
     query and content; `words` says what counts as content.
     """
@@ -198,8 +198,26 @@ class Method:
         """Shown the residual stream `[B, S, D]` entering a block, if `reads_blocks`."""
 
     def edited(self, forward: Forward) -> Tensor | None:
-        """The rows `[B, S]` whose weights it rewrites, or None."""
+        """The rows `[B, S]` whose scores or weights it rewrites, or None."""
         return None
+
+    @property
+    def edits_scores(self) -> bool:
+        """Whether it has an `edit_scores` of its own."""
+        return type(self).edit_scores is not Method.edit_scores
+
+    @property
+    def edits_weights(self) -> bool:
+        """Whether it edits weights, or says which rows to compute and edits nothing."""
+        return type(self).weights is not Method.weights or not self.edits_scores
+
+    def edit_scores(self, layer: int, scores: Tensor, forward: Forward, memory: Memory) -> Tensor:
+        """New scores for the edited rows, `[B, H, R, K]` float32, from scores that are masked,
+        scaled and capped, and wait for the softmax; K being the newest keys of `forward`.
+
+        Not in place. Masked keys stay masked, whatever comes back for them.
+        """
+        return scores
 
     def watched(self, forward: Forward) -> tuple[int, Tensor] | None:
         """A layer, and the rows `[B, S]` that it must be shown there."""
