@@ -134,6 +134,13 @@ class Run(Protocol):
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]: ...
 
 
+class Thread(Protocol):
+    """What a thread does in the layers of a slot."""
+
+    @property
+    def run(self) -> Run | None: ...
+
+
 class Now(threading.local):
     """What this thread does at the moment.
 
@@ -185,7 +192,7 @@ class Slot:
     is a stock model.
     """
 
-    def __init__(self, layer: int, now: Now | None) -> None:
+    def __init__(self, layer: int, now: Thread | None) -> None:
         self.layer, self.now = layer, now
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
@@ -273,7 +280,7 @@ def occupied(layer: Layer) -> bool:
     return slot is not None and slot.now is not None
 
 
-def install(layer: Layer, now: Now, undo: ExitStack) -> None:
+def install(layer: Layer, now: Thread, undo: ExitStack) -> None:
     """Lets a layer's attention go through this file; closing `undo` restores it exactly."""
     module: Any = layer.attention
     state = module.__dict__

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -84,6 +84,34 @@ class Facts:
                 )
 
 
+TowerRows: TypeAlias = Literal["cls", "patches"]
+
+
+@dataclass(frozen=True)
+class TowerRead:
+    """A look at the vision tower while it encodes images: how much attention each patch gets in
+    `layer` (of the tower; negative from its end), summed over heads.
+
+    rows: "cls" from the class token, or in a tower without one from the patches; "patches" the mean
+    over the patches.
+    """
+
+    layer: int
+    rows: TowerRows = "cls"
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What the vision tower looks at in the images of a prompt of N tokens.
+
+    scores: by read, `[B, N]`, nan where there is no patch. image `[B, N]` (long): which image of
+    the prompts a patch is of; -1 for text, ends of lines, separators.
+    """
+
+    scores: Mapping[TowerRead, Tensor]
+    image: Tensor
+
+
 MASKS = ("image", "query", "content", "valid", "text", "last", "seen")
 
 
@@ -101,7 +129,8 @@ class Forward:
     prompt: how many rows, the first ones, are of a prompt; those behind were generated or drafted.
     first: it is the first prompt of its conversation. starts, ends: its first, its last row is
     among them; a long one may be read in several forwards. shard: which heads are at hand; what
-    compares heads must gather them first. copies: on other devices.
+    compares heads must gather them first. patches: of a prompt that starts here and has images,
+    all of it, if a method reads the tower. copies: on other devices.
     """
 
     past: int
@@ -120,6 +149,7 @@ class Forward:
     starts: bool = False
     ends: bool = True
     shard: Shard = WHOLE
+    patches: Patches | None = field(default=None, repr=False)
     copies: dict[torch.device, Forward] = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> Forward:
@@ -163,9 +193,10 @@ class Method:
 
     Within a layer the core computes the scores of the rows that methods edit or watch, calls
     `edit_scores` of each method in the order given, takes one softmax, calls `observe` and
-    `weights` of each, multiplies with the values, and asks for `output_gain`. It also applies the head table, batching, padding and the cache: a method
-    never sees any of these. `reads_blocks` asks for `block_input`, `reads_question` for the masks
-    query and content; `words` says what counts as content.
+    `weights` of each, multiplies with the values, and asks for `output_gain`. It also applies the
+    head table, batching, padding and the cache: a method never sees any of these. `reads_blocks`
+    asks for `block_input`, `reads_question` for the masks query and content; `words` says what
+    counts as content.
     """
 
     name: ClassVar[str]
@@ -182,6 +213,10 @@ class Method:
     def own_layers(self, depth: int) -> list[int]:
         """The layers it acts on by default."""
         return list(range(depth))
+
+    def tower_reads(self) -> tuple[TowerRead, ...]:
+        """What it must see of the vision tower; it finds it in `forward.patches`."""
+        return ()
 
     def settles(self, forward: Forward) -> bool:
         """Whether it chooses something in this forward by the prompt's last row."""
