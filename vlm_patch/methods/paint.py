@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlm_patch.errors import PatchError
 from vlm_patch.method import (
     Facts,
     Forward,
@@ -196,11 +195,6 @@ class PAINT(Method):
             if BOOST in memory:  # what stood behind may have been cut from the cache
                 memory[BOOST] = memory[BOOST][:, : forward.past]
             append(memory, BOOST, self._strengths(forward), forward.past)
-        elif BOOST not in memory:
-            raise PatchError(
-                "paint is on, but was off when the prompt was read, so it chose no patches. Switch "
-                "it on before the prompt."
-            )
         if behind:
             nothing = memory[BOOST].new_zeros(len(forward.valid), behind)
             append(memory, BOOST, nothing, forward.past + forward.prompt)
