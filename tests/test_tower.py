@@ -227,7 +227,8 @@ def test_tokens_that_are_not_the_tower_s() -> None:
         "paint: the vision tower's patches make 16 image tokens, but the prompt has 24, so it is "
         "not known which is which. Prompts must hold all tokens of the images they come with."
     )
-    heard.inputs = dict.fromkeys(("pixel_values", "pixel_values_videos"), image)
+    heard.listen(dict.fromkeys(("pixel_values", "pixel_values_videos"), image))
+    heard.scores = {read: [torch.zeros(1, 64)] for read in heard.reads}
     assert refusal(lambda: heard.place(image, "paint")) == (
         "paint cannot tell images from videos in one prompt: give one of the two"
     )

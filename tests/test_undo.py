@@ -139,6 +139,7 @@ STAGES = {
     "var": ("look", "begin", "block_input", "edited", "weights"),
     "gift": ("begin", "edited", "watched", "observe", "weights"),
     "vhr": ("look", "begin", "output_gain", "choose"),
+    "paint": ("begin", "edited", "edit_scores"),
 }
 
 

@@ -36,7 +36,7 @@ def wrap(
 ) -> Patch:
     """Puts methods on a vision-language model of transformers; the model stays the user's own.
 
-    model: also in an adapter of PEFT. methods: instances, or names ("var", "gift", "vhr") for the
+    model: also in an adapter of PEFT. methods: instances, or names such as "var" for the
     defaults of this model; they act in the order given. processor: the model's own; needed to tell
     the user's question from the text around it (GIFT). layers: restricts every method to these
     layers (`[12, 13]`, `"12-20"`). heads: the heads that are on, for all methods or as a mapping by

@@ -52,20 +52,20 @@ def received(call: Call, rows: TowerRows, cls: bool, shard: Shard = WHOLE) -> Te
     return (shard.gather(total, 1).sum(1) / count)[:, int(cls) :]
 
 
-def one_per_patch(model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Images:
+def one_per_patch(model: Any, scores: Tensor, sizes: Any) -> Images:
     """LLaVA and PaliGemma: a token per patch; the class token is one more, or is dropped."""
     if getattr(model.config, "vision_feature_select_strategy", None) == "full" and has_cls(model):
         scores = nn.functional.pad(scores, (1, 0), value=torch.nan)
     return list(scores)
 
 
-def merged(model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Images:
+def merged(model: Any, scores: Tensor, sizes: Any) -> Images:
     """Qwen-VL: a token per square of neighbours, which follow each other; the mean of theirs."""
     square = model.config.vision_config.spatial_merge_size**2
     return list(scores.view(len(scores), -1, square).mean(2))
 
 
-def shuffled(model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Images:
+def shuffled(model: Any, scores: Tensor, sizes: Any) -> Images:
     """InternVL: a token per square of neighbours in the rows of a tile; the mean of theirs."""
     side = round(scores.shape[1] ** 0.5)
     grid = scores.view(len(scores), side, side, 1)
@@ -73,11 +73,11 @@ def shuffled(model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Images:
     return list(squares.mean(-1).flatten(1))
 
 
-def tiles(model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Images:
+def tiles(model: Any, scores: Tensor, sizes: Any) -> Images:
     """LLaVA-NeXT: the model's own packing of tiles, its line ends being nan."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    config, sizes = model.config, inputs["image_sizes"]
+    config = model.config
     grids, tile = config.image_grid_pinpoints, config.vision_config.image_size
     counts = [image_size_to_num_patches(size, grids, tile) for size in sizes]
     images, _ = model.base_model.pack_image_features(
@@ -89,7 +89,7 @@ def tiles(model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Images:
     return [image[:, 0] for image in images]
 
 
-WAYS: Mapping[str, Callable[[Any, Tensor, Mapping[str, Any]], Images]] = {
+WAYS: Mapping[str, Callable[[Any, Tensor, Any], Images]] = {
     "llava": one_per_patch,
     "vipllava": one_per_patch,
     "paligemma": one_per_patch,
@@ -99,8 +99,8 @@ WAYS: Mapping[str, Callable[[Any, Tensor, Mapping[str, Any]], Images]] = {
     "internvl": shuffled,
     "llava_next": tiles,
 }
-"""How the patches of a model type become image tokens: from scores `[N, P]` of N images or tiles
-and the inputs of the model."""
+"""How the patches of a model type become image tokens: from scores `[N, P]` of N images or tiles,
+and the sizes of the images in pixels where the model is given them."""
 _QUERIES = "its image tokens are made by queries that look at all patches, so none stands for one"
 REASONS = {
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "kosmos-2"), _QUERIES),
@@ -133,7 +133,8 @@ class Tower(threading.local):
     def forget(self) -> None:
         """Drops what was heard."""
         self.scores: dict[TowerRead, list[Tensor]] = {}
-        self.inputs: Mapping[str, Any] = {}
+        self.sizes: Any = None
+        self.mixed = False
 
     def install(self, undo: ExitStack) -> None:
         """Reaches the attention of the layers asked for; closing `undo` restores them exactly."""
@@ -159,11 +160,12 @@ class Tower(threading.local):
 
     def listen(self, inputs: Mapping[str, Any]) -> None:
         """Called before a model runs: begins anew if images come with it, or outside `generate`."""
-        pixels = any(name.startswith("pixel_values") for name in inputs if inputs[name] is not None)
+        pixels = [name for name, value in inputs.items() if value is not None]
+        pixels = [name for name in pixels if name.startswith("pixel_values")]
         if pixels or not self.inside:
             self.forget()
         if pixels:
-            self.run, self.inputs = self, inputs
+            self.run, self.sizes, self.mixed = self, inputs.get("image_sizes"), len(pixels) > 1
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """The stock attention of a layer; keeps the scores of its patches."""
@@ -185,8 +187,7 @@ class Tower(threading.local):
                 "were encoded before, so that it was not seen. Call the model or generate with "
                 "pixel_values instead of image features or embeddings."
             )
-        kinds = ("pixel_values", "pixel_values_videos")
-        if all(self.inputs.get(kind) is not None for kind in kinds):
+        if self.mixed:
             raise PatchError(
                 f"{name} cannot tell images from videos in one prompt: give one of the two"
             )
@@ -199,6 +200,8 @@ class Tower(threading.local):
         real = ~scores[self.reads[0]].isnan()
         if self.way is shuffled:  # several tiles are one image, whose tokens stand together
             number = (image & ~nn.functional.pad(image, (1, 0))[:, :-1]).cumsum(1) - 1
+        if not self.inside:
+            self.forget()
         return Patches(scores, number.masked_fill(~real, -1).long())
 
     def _images(self, read: TowerRead) -> Images:
@@ -206,7 +209,7 @@ class Tower(threading.local):
         heard = self.scores[read]
         if self.way is tiles:
             heard = [torch.cat(heard)]
-        return [image for scores in heard for image in self.way(self.model, scores, self.inputs)]
+        return [image for scores in heard for image in self.way(self.model, scores, self.sizes)]
 
 
 def _put(images: Images, where: Tensor, name: str) -> Tensor:

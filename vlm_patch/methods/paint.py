@@ -192,9 +192,11 @@ class PAINT(Method):
         """Chooses the patches of a prompt; generated tokens are none."""
         behind = forward.valid.shape[1] - forward.prompt
         if forward.starts:
+            strengths = self._strengths(forward)
             if BOOST in memory:  # what stood behind may have been cut from the cache
                 memory[BOOST] = memory[BOOST][:, : forward.past]
-            append(memory, BOOST, self._strengths(forward), forward.past)
+                strengths = strengths.to(memory[BOOST].dtype)
+            append(memory, BOOST, strengths, forward.past)
         if behind:
             nothing = memory[BOOST].new_zeros(len(forward.valid), behind)
             append(memory, BOOST, nothing, forward.past + forward.prompt)
