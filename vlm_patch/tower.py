@@ -69,7 +69,7 @@ def shuffled(model: Any, scores: Tensor, sizes: Any) -> Images:
     """InternVL: a token per square of neighbours in the rows of a tile; the mean of theirs."""
     side = round(scores.shape[1] ** 0.5)
     grid = scores.view(len(scores), side, side, 1)
-    squares = model.base_model.pixel_shuffle(grid, scale_factor=model.config.downsample_ratio)
+    squares = model.model.pixel_shuffle(grid, scale_factor=model.config.downsample_ratio)
     return list(squares.mean(-1).flatten(1))
 
 
@@ -80,7 +80,7 @@ def tiles(model: Any, scores: Tensor, sizes: Any) -> Images:
     config = model.config
     grids, tile = config.image_grid_pinpoints, config.vision_config.image_size
     counts = [image_size_to_num_patches(size, grids, tile) for size in sizes]
-    images, _ = model.base_model.pack_image_features(
+    images, _ = model.model.pack_image_features(
         torch.split(scores[..., None], counts),
         sizes,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
