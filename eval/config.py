@@ -39,9 +39,9 @@ from eval.values import (
     describe,
     unknown,
 )
-from vlm_patch import GIFT, VAR, VHR
+from vlm_patch.catalogue import METHODS as LIBRARY
 
-METHODS: Mapping[str, Any] = {"var": VAR, "gift": GIFT, "vhr": VHR}
+METHODS: Mapping[str, Any] = LIBRARY
 PARTS = ("tune", "report")
 BROKEN_IMAGES = ("skip", "error")
 DTYPES = ("auto", "float32", "float16", "bfloat16")

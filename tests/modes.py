@@ -35,6 +35,8 @@ SIDES: dict[str, tuple[str, ...]] = {
     "vhr": ("vhr",),
     "all": ("var", "gift", "vhr"),
     "all, map from an edited layer": ("var", "gift-inside", "vhr"),
+    "paint": ("paint",),
+    "all and paint": ("paint", "var", "gift-inside", "vhr"),
 }
 Names: TypeAlias = Sequence[str]
 STEPS = 6
@@ -251,7 +253,7 @@ def image_after_text(names: Names) -> float:
     return answered(names, [[*before, tiny.IMAGE], [*before, tiny.IMAGE, 25, 26]])
 
 
-@mode("video tokens", "Qwen2-VL")
+@mode("video tokens", "Qwen2-VL; PAINT chooses frame by frame")
 def video(names: Names) -> float:
     model = model_of("qwen2-vl")
     pictured = prompt(model, tiny.ONE_IMAGE)
@@ -415,7 +417,7 @@ def raw_forward(names: Names) -> float:
     return float((torch.stack(found, 1) - torch.stack(expected)).abs().max())
 
 
-@mode("inputs_embeds", "with masks given by hand")
+@mode("inputs_embeds", "with masks given by hand; PAINT needs the pixels")
 def inputs_embeds(names: Names) -> float:
     model = model_of()
     sample = capture(model, prompt(model, tiny.ONE_IMAGE))
@@ -438,7 +440,9 @@ def through_a_pipeline(names: Names) -> float:
         {"type": "image", "image": Image.effect_noise((32, 32), 80).convert("RGB")},
         {"type": "text", "text": "Is there a dog in the image?"},
     ]
-    seen, caught = [], []
+    seen, caught, pixels = [], [], []
+    tower = model.model.vision_tower
+    tower.register_forward_pre_hook(lambda _, args, kw: pixels.extend(args), with_kwargs=True)
     model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw), with_kwargs=True)
     model.lm_head.register_forward_hook(lambda _, args, output: caught.append(output[:, -1]))
     ask = pipeline("image-text-to-text", model=model, processor=processor)
@@ -447,8 +451,7 @@ def through_a_pipeline(names: Names) -> float:
         ask(text=[{"role": "user", "content": content}], generate_kwargs=options)
     found = torch.stack(caught, 1)
     new = torch.cat([*(step["input_ids"][0] for step in seen[1:]), torch.tensor([0])])
-    names_of_inputs = ("input_ids", "pixel_values", "mm_encoder_outputs")
-    inputs = {name: seen[0][name] for name in names_of_inputs if seen[0].get(name) is not None}
+    inputs = {"input_ids": seen[0]["input_ids"], "pixel_values": pixels[0]}
     return apart(model, [capture(model, inputs, new)], found, names)
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from tests import tiny
-from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError, attention, wrap
+from vlm_patch import GIFT, PAINT, VAR, VHR, PatchError, UnsupportedModelError, attention, wrap
 from vlm_patch.generating import REFUSED
 from vlm_patch.passes import Lost
 
+TOKENS = PAINT(layers=(1, 2, 3))
 SINKS = VAR(dims=tiny.SINK_DIMS, tau=3.0)
 GAZE = GIFT(alpha=3.0, saliency_layer=0, layers=(1, 2, 3))
 HEADS = VHR(layers=(1, 2, 3))
@@ -49,7 +50,7 @@ def quiet(act: Callable[[], Any]) -> Any:
 # ---- wrap
 
 
-NAMES = "expected one of ['var', 'gift', 'vhr']"
+NAMES = "expected one of ['var', 'gift', 'vhr', 'paint']"
 
 
 @pytest.mark.parametrize(
@@ -65,11 +66,12 @@ NAMES = "expected one of ['var', 'gift', 'vhr']"
         (
             (VAR,),
             "found <class 'vlm_patch.methods.var.VAR'> as a method: write VAR(), or a name of "
-            "['var', 'gift', 'vhr']",
+            "['var', 'gift', 'vhr', 'paint']",
         ),
         (
             (7,),
-            "found 7 as a method: pass VAR(), GIFT(), VHR(), or a name of ['var', 'gift', 'vhr']",
+            "found 7 as a method: pass one such as VAR(), or a name of "
+            "['var', 'gift', 'vhr', 'paint']",
         ),
     ],
     ids=str,
@@ -138,6 +140,12 @@ def test_disabling_a_method_that_is_not_there(name: str) -> None:
 
 SHARE = "expected a number from 0 to 1"
 WHOLE = "expected a whole number of at least 0"
+AT_LEAST_0 = "expected a finite number of at least 0"
+BELOW_1 = (
+    "expected at most 1, since beyond it negative scores would change their sign (published values "
+    "are 0.3 to 0.7)"
+)
+TABLE = "expected a list of a number per head for every layer"
 SEVERAL = "expected a list or a range of whole numbers, such as [1, 2]"
 
 
@@ -164,6 +172,29 @@ SEVERAL = "expected a list or a range of whole numbers, such as [1, 2]"
             VAR,
             {"semantics": "Paper"},
             'VAR semantics: found \'Paper\', expected "paper" or "release"',
+        ),
+        (PAINT, {"alpha": 1.2}, f"PAINT alpha: found 1.2, {BELOW_1}"),
+        (PAINT, {"beta": 2}, f"PAINT beta: found 2, {BELOW_1}"),
+        (PAINT, {"alpha": -0.1}, f"PAINT alpha: found -0.1, {AT_LEAST_0}"),
+        (PAINT, {"rho": 1.5}, f"PAINT rho: found 1.5, {SHARE}"),
+        (PAINT, {"rho_sp": True}, f"PAINT rho_sp: found True, {SHARE}"),
+        (PAINT, {"layers": 3}, f"PAINT layers: found 3, {SEVERAL}"),
+        (
+            PAINT,
+            {"semantics": "pai"},
+            'PAINT semantics: found \'pai\', expected "paper" or "release"',
+        ),
+        (PAINT, {"sensitivity": 3}, f"PAINT sensitivity: found 3, {TABLE}"),
+        (PAINT, {"sensitivity": [[1], 2]}, f"PAINT sensitivity: found [[1], 2], {TABLE}"),
+        (
+            PAINT,
+            {"sensitivity": [[1, -1]]},
+            f"PAINT sensitivity: found -1, {AT_LEAST_0}",
+        ),
+        (
+            PAINT,
+            {"sensitivity": [[0, 0]]},
+            "PAINT sensitivity: found no number above 0, expected at least one",
         ),
         (GIFT, {"alpha": float("inf")}, "GIFT alpha: found inf, expected a finite number"),
         (GIFT, {"beta": -0.5}, "GIFT beta: found -0.5, expected a finite number of at least 0"),
@@ -411,8 +442,9 @@ def unchosen(layer: int) -> str:
             "before the prompt.",
         ),
         (HEADS, unchosen(1)),
+        (TOKENS, missed("every layer", 25).replace("var", "paint")),
     ],
-    ids=["var", "gift", "vhr"],
+    ids=["var", "gift", "vhr", "paint"],
 )
 def test_a_method_switched_on_within_a_generation(method: Any, text: str) -> None:
     model = tiny.plant(tiny.llava())

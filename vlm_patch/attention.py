@@ -58,6 +58,12 @@ class Call:
 
     def weights(self, rows: Tensor) -> Tensor:
         """Attention weights `[B, H, R, K]` of the rows `[R]`, in float32 or the model's float64."""
+        return softmax(self.scores(rows))
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """What the softmax of the rows `[R]` is taken of, `[B, H, R, K]`: scaled, capped and
+        masked.
+        """
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         batch, heads, _, size = self.query.shape
         groups, keys = self.key.shape[1:3]
@@ -76,7 +82,14 @@ class Call:
             scores = scores.masked_fill_(hidden, torch.finfo(dtype).min)
         elif self.mask is not None:
             scores = scores + self._mask_of(rows).to(dtype)
-        return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
+        return scores
+
+    def unseen(self, rows: Tensor) -> Tensor | None:
+        """Where a row must not look, of any kind of mask; see `_hidden`."""
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return self._hidden(rows)
+        mask: Tensor = self._mask_of(rows)
+        return mask <= torch.finfo(mask.dtype).min / 2
 
     def output(self, weights: Tensor) -> Tensor:
         """Head outputs `[B, R, H, Dv]` of weights `[B, H, R, K]`."""
@@ -110,10 +123,22 @@ class Call:
         return torch.arange(keys, device=rows.device) > (rows + keys - new)[:, None]
 
 
+def softmax(scores: Tensor) -> Tensor:
+    """Weights `[B, H, R, K]` of scores, in their memory where autograd allows it."""
+    return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
+
+
 class Run(Protocol):
     """What happens in the attention during one forward."""
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Thread(Protocol):
+    """What a thread does in the layers of a slot."""
+
+    @property
+    def run(self) -> Run | None: ...
 
 
 class Now(threading.local):
@@ -167,7 +192,7 @@ class Slot:
     is a stock model.
     """
 
-    def __init__(self, layer: int, now: Now | None) -> None:
+    def __init__(self, layer: int, now: Thread | None) -> None:
         self.layer, self.now = layer, now
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
@@ -255,7 +280,7 @@ def occupied(layer: Layer) -> bool:
     return slot is not None and slot.now is not None
 
 
-def install(layer: Layer, now: Now, undo: ExitStack) -> None:
+def install(layer: Layer, now: Thread, undo: ExitStack) -> None:
     """Lets a layer's attention go through this file; closing `undo` restores it exactly."""
     module: Any = layer.attention
     state = module.__dict__

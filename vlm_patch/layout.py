@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from vlm_patch.errors import PatchError
 from vlm_patch.generation import KEY_MASKS, Generation, cached
-from vlm_patch.method import Forward
+from vlm_patch.method import Forward, Patches
 from vlm_patch.prompt import Given, Prompt, Reader, expand
 from vlm_patch.question import QuestionReader
 from vlm_patch.shard import Shard
+from vlm_patch.tower import Tower
 
 IMAGE_INPUTS = ("mm_encoder_outputs", "image_pixel_values", "image_patches", "image_embeds")
 """Inputs that carry images, beside those whose name starts with pixel_values."""
@@ -87,8 +88,9 @@ class Layout(threading.local):
         reader: QuestionReader | None,
         mask_name: str | None,
         shard: Shard,
+        tower: Tower | None = None,
     ) -> None:
-        self.owner, self.mask_name, self.shard = owner, mask_name, shard
+        self.owner, self.mask_name, self.shard, self.tower = owner, mask_name, shard, tower
         self.given: Given | None = None
         self.told: Told | None = None
         self.pending: Mapping[str, Any] | None = None
@@ -105,13 +107,18 @@ class Layout(threading.local):
             self.told = before
 
     def see_decoder(
-        self, kwargs: dict[str, Any], cache: Any, question: bool, words: str | Tensor
+        self,
+        kwargs: dict[str, Any],
+        cache: Any,
+        question: bool,
+        words: str | Tensor,
+        reader: str | None = None,
     ) -> tuple[Forward, Generation]:
         """Called before the decoder runs, which it always does. Raises PatchError where the layout
         cannot be told.
 
         question: whether a method wants to know the question; words: what it calls content (see
-        `GIFT`).
+        `GIFT`). reader: the name of a method that reads the vision tower.
         """
         seen, self.pending = self.pending, None
         embeds = kwargs.get("inputs_embeds")
@@ -134,9 +141,23 @@ class Layout(threading.local):
                 "a prompt ends in padding: found right padding, expected left padding. Set "
                 'processor.tokenizer.padding_side = "left".'
             )
+        patches = None
         if not unfinished:
-            self._read(generation, self._prompt(generation, pending, valid), question, words)
-        return self._forward(generation, past, valid, kwargs), generation
+            prompt = self._prompt(generation, pending, valid)
+            self._read(generation, prompt, question, words)
+            patches = None if reader is None else self._patches(generation, prompt, reader)
+        return self._forward(generation, past, valid, kwargs, patches), generation
+
+    def _patches(self, generation: Generation, prompt: Prompt, reader: str) -> Patches | None:
+        """What the vision tower looked at in the images of a prompt; None if it has none."""
+        image = generation.keys["image", 0][:, prompt.past : generation.end]
+        if self.tower is None or not image.any():
+            return None
+        by_hand = self.given is not None and self.given.image is not None
+        if not by_hand or prompt.ids is None:
+            return self.tower.place(image, reader)
+        placed = self.tower.place(self.reader.image(prompt, None), reader)
+        return replace(placed, image=placed.image.masked_fill(~image, -1))
 
     def _pending(self, inputs: Mapping[str, Any]) -> _Pending:
         mask = inputs.get("attention_mask")
@@ -196,7 +217,12 @@ class Layout(threading.local):
         self._check_seen(seen)
 
     def _forward(
-        self, generation: Generation, past: int, valid: Tensor, kwargs: dict[str, Any]
+        self,
+        generation: Generation,
+        past: int,
+        valid: Tensor,
+        kwargs: dict[str, Any],
+        patches: Patches | None,
     ) -> Forward:
         """A forward that holds rows `valid` `[B, S]` of a prompt, perhaps with drafts behind."""
         total = past + valid.shape[1]
@@ -223,6 +249,7 @@ class Layout(threading.local):
             starts=past == generation.start,
             ends=ends,
             shard=self.shard,
+            patches=patches,
         )
 
     def _step(self, generation: Generation, past: int, rows: int) -> Forward:

@@ -224,9 +224,16 @@ def _dispatches(module: nn.Module) -> bool:
     Attention that picks its keys by an index (DeepSeek's sparse attention) looks at the function's
     name too, and computes something else under another one.
     """
-    if not all(hasattr(module, name) for name in ("layer_idx", "config")):
-        return False
     if hasattr(module, "skip_topk") or getattr(module, "indexer", None) is not None:
+        return False
+    return hasattr(module, "layer_idx") and asks_for_attention(module)
+
+
+def asks_for_attention(module: nn.Module) -> bool:
+    """Whether a module, of a decoder or of a vision tower, gets its attention function from
+    transformers.
+    """
+    if not hasattr(module, "config"):
         return False
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", forward).co_names

@@ -15,7 +15,7 @@ from vlm_patch.attention import CARRIED, Call, Now, Run
 from vlm_patch.editing import Active, Editing, Watching
 from vlm_patch.errors import PatchError
 from vlm_patch.generation import Generation, attach
-from vlm_patch.layout import Layout
+from vlm_patch.layout import Layout, carries_images
 from vlm_patch.method import Forward, Method, Watcher
 
 OLD_CACHE_NAME = "past_key_values"
@@ -91,14 +91,20 @@ class Passes:
 
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model."""
-        if not self.now.inside:
-            self.layout.pending = _named(module, args, kwargs) if args else kwargs
+        if self.now.inside:
+            return
+        inputs = self.layout.pending = _named(module, args, kwargs) if args else kwargs
+        tower = self.layout.tower
+        if tower is not None and carries_images(inputs) and _readers(self.switched()):
+            tower.listen(inputs)
 
     def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the decoder."""
         if self.now.inside:
             return None
         self.now.run = self.now.first = None
+        if self.layout.tower is not None:
+            self.layout.tower.run = None
         switched = self.switched()
         if not switched:
             self.layout.pending = None
@@ -112,8 +118,13 @@ class Passes:
         cache = kwargs.get(self.cache_name)
         _check(cache)
         asking = [method for method, _ in switched if method.reads_question]
+        reader = _readers(switched)
         forward, generation = self.layout.see_decoder(
-            kwargs, cache, bool(asking), asking[0].words if asking else "all"
+            kwargs,
+            cache,
+            bool(asking),
+            asking[0].words if asking else "all",
+            reader[0] if reader else None,
         )
         if cache is None and _wants_cache(module, kwargs):
             config: Any = module.config
@@ -168,6 +179,8 @@ class Passes:
             actives.append(Active(method, memory, layers))
             if method.reads_blocks:
                 generation.follow(method.name, layers, forward.past)
+            elif method.tower_reads():
+                generation.follow(method.name, (), forward.past)
         if forward.starts:
             for active in actives:
                 self._look(active, forward)
@@ -267,6 +280,11 @@ def cache_name(decoder: nn.Module) -> str:
     """What a decoder calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
     known = inspect.signature(type(decoder).forward).parameters
     return "cache" if "cache" in known else OLD_CACHE_NAME
+
+
+def _readers(switched: list[tuple[Method, dict[int, Tensor | None]]]) -> list[str]:
+    """The names of the methods that read the vision tower."""
+    return [method.name for method, _ in switched if method.tower_reads()]
 
 
 def _can_be_cut(cache: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from vlm_patch.passes import Hook, Passes, QuietHook
 from vlm_patch.prompt import Given
 from vlm_patch.question import QuestionReader
 from vlm_patch.shard import shard_of
+from vlm_patch.tower import tower_of
 
 _owners = itertools.count()
 
@@ -35,7 +36,7 @@ def wrap(
 ) -> Patch:
     """Puts methods on a vision-language model of transformers; the model stays the user's own.
 
-    model: also in an adapter of PEFT. methods: instances, or names ("var", "gift", "vhr") for the
+    model: also in an adapter of PEFT. methods: instances, or names such as "var" for the
     defaults of this model; they act in the order given. processor: the model's own; needed to tell
     the user's question from the text around it (GIFT). layers: restricts every method to these
     layers (`[12, 13]`, `"12-20"`). heads: the heads that are on, for all methods or as a mapping by
@@ -79,7 +80,9 @@ class Patch:
         ids, special = decoder.image_ids, decoder.special
         reader = None if processor is None else QuestionReader(processor, ids, special.bare)
         self._shard = shard_of(base, decoder.layers[0].attention)
-        self._layout = Layout(next(_owners), ids, reader, special.mask, self._shard)
+        reads = {method.name: method.tower_reads() for method in self._methods}
+        self._tower = tower_of(base, decoder, reads)
+        self._layout = Layout(next(_owners), ids, reader, special.mask, self._shard, self._tower)
         self._removed = False
         with ExitStack() as undo:
             self._put_on(undo)
@@ -96,6 +99,8 @@ class Patch:
                 show = QuietHook(passes.before_block(layer.index), passes.now)
                 handle = layer.block.register_forward_pre_hook(show, with_kwargs=True)
                 undo.callback(handle.remove)
+        if self._tower is not None:
+            self._tower.install(undo)
         calls = {
             self.model: passes.before_model,
             self._base: passes.before_model,
@@ -148,7 +153,9 @@ class Patch:
         check_options(arguments, speaker.generation_config)
         inner, mask_name = speaker is not self._base, self._decoder.special.mask
         prompt = told(arguments, speaker.generation_config, inner, mask_name)
-        with self._layout.generating(prompt):
+        reading = any(method.tower_reads() for method, _ in self._switched())
+        listening = self._tower.generating(arguments) if self._tower and reading else nullcontext()
+        with self._layout.generating(prompt), listening:
             yield
 
     @contextmanager

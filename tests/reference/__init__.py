@@ -8,6 +8,7 @@ beam are all compared with the same row of a single sample here.
 from .compose import Method, Trace, logits, sinks, trace
 from .gift import Gift
 from .hooked import Hooked
+from .paint import Paint
 from .sample import Sample, Turn, capture
 from .var import Var
 from .vhr import Vhr
@@ -16,6 +17,7 @@ __all__ = [
     "Gift",
     "Hooked",
     "Method",
+    "Paint",
     "Sample",
     "Trace",
     "Turn",
