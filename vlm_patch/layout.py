@@ -77,7 +77,7 @@ class Layout(threading.local):
     """Turns the inputs of the model and of its decoder into a `Forward`; one state per thread.
 
     pending: the inputs of the whole model whose decoder is about to run, the only place where token
-    ids and images are seen.
+    ids and images are seen. unsaid: takes warnings while a prompt is read that may go on.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Layout(threading.local):
         self.told: Told | None = None
         self.pending: Mapping[str, Any] | None = None
         self.said: set[str] = set()
+        self.unsaid: list[tuple[str, str]] | None = None
         self.reader = Reader(image_ids, reader, self._say)
 
     @contextmanager
@@ -105,13 +106,13 @@ class Layout(threading.local):
             self.told = before
 
     def see_decoder(
-        self, kwargs: dict[str, Any], cache: Any, question: bool, words: str | Tensor
+        self, kwargs: dict[str, Any], cache: Any, kept: bool, question: bool, words: str | Tensor
     ) -> tuple[Forward, Generation]:
         """Called before the decoder runs, which it always does. Raises PatchError where the layout
         cannot be told.
 
-        question: whether a method wants to know the question; words: what it calls content (see
-        `GIFT`).
+        kept: the rows go into a cache. question: whether a method wants to know the question;
+        words: what it calls content (see `GIFT`).
         """
         seen, self.pending = self.pending, None
         embeds = kwargs.get("inputs_embeds")
@@ -120,23 +121,64 @@ class Layout(threading.local):
         past = cached(cache, rows)
         generation = self._generation(cache, past, batch)
         unfinished = generation.length == past < generation.end
+        resumed = not unfinished and self._resumes(generation, past, rows, seen)
         if past < generation.length:
             generation.cut(past)
         generation.length = past + rows
-        if past and not unfinished and self._generated(past, rows):
+        if past and not unfinished and not resumed and self._generated(past, rows):
             return self._step(generation, past, rows), generation
         if not unfinished:
-            generation.start, generation.end = past, self._end(past, rows)
+            generation.start = generation.start if resumed else past
+            generation.resumed, generation.end = past, self._end(past, rows)
+            generation.answered = self.told is not None
         pending = None if seen is None else self._pending(seen)
         valid = self._valid(kwargs, pending, past, batch, rows, hidden.device)
         if past + rows >= generation.end and not valid[:, -1].all():
             raise PatchError(
                 "a prompt ends in padding: found right padding, expected left padding. Set "
-                'processor.tokenizer.padding_side = "left".'
+                'processor.tokenizer.padding_side = "left" before the processor makes the batch. '
+                "To score right-padded answers, pad the whole rows (prompt and answer) on the left "
+                "too, and compare logits[:, -answer_length - 1 : -1] with the last answer_length "
+                "tokens; or run one sample at a time, without padding."
             )
+        self.unsaid = None
         if not unfinished:
-            self._read(generation, self._prompt(generation, pending, valid), question, words)
-        return self._forward(generation, past, valid, kwargs), generation
+            prompt = self._prompt(generation, pending, valid)
+            self._read(generation, prompt, question, words, kept and self.told is None)
+        forward = self._forward(generation, past, valid, kwargs)
+        if question:
+            forward.edge = generation.find_edge(past)
+        return forward, generation
+
+    def _resumes(
+        self, generation: Generation, past: int, rows: int, seen: Mapping[str, Any] | None
+    ) -> bool:
+        """Whether this forward goes on with the prompt read last, of which `past` tokens end the
+        cache: not with its answer, and not with a new turn.
+        """
+        asked = 0 if self.told is None else self.told.end
+        if not generation.start < past <= generation.end or (rows == 1 and asked <= past):
+            return False
+        if self.told is not None and asked <= past:
+            return False
+        if past < generation.end:
+            return True  # it was taken out of the cache again from there on
+        finished = self._finished(generation)
+        if finished:
+            return False
+        ends_in_image = bool(generation.keys["image", 0][:, past - 1].all())
+        if generation.answered:
+            return ends_in_image
+        return finished is False or ends_in_image or seen is None or not carries_images(seen)
+
+    def _finished(self, generation: Generation) -> bool | None:
+        """Whether the prompt read last is whole by the chat template; None where that is not
+        known.
+        """
+        ids = generation.keys.get(("ids", 0))
+        if ids is None or self.reader.questions is None:
+            return None
+        return all(map(self.reader.questions.finished, ids.tolist()))
 
     def _pending(self, inputs: Mapping[str, Any]) -> _Pending:
         mask = inputs.get("attention_mask")
@@ -168,8 +210,8 @@ class Layout(threading.local):
         return told.end if piece else min(told.end, past + rows)
 
     def _prompt(self, generation: Generation, pending: _Pending | None, valid: Tensor) -> Prompt:
-        """The prompt whose reading starts in this forward with rows `valid` `[B, S]`."""
-        past, length = generation.start, generation.end - generation.start
+        """The prompt whose reading starts or goes on in this forward with rows `valid` `[B, S]`."""
+        past, length = generation.resumed, generation.end - generation.resumed
         chunked = length > valid.shape[1]
         if self.told is not None and (chunked or (pending is None and self.told.inner)):
             return self.told.prompt(past, length, valid)
@@ -178,19 +220,29 @@ class Layout(threading.local):
         return Prompt(past, ids, seen.images, valid[:, :length], where)
 
     def _read(
-        self, generation: Generation, prompt: Prompt, question: bool, words: str | Tensor
+        self,
+        generation: Generation,
+        new: Prompt,
+        question: bool,
+        words: str | Tensor,
+        may_go_on: bool,
     ) -> None:
-        """Keeps the masks of a prompt, all of it, before its first token runs."""
-        generation.step = None
-        past = prompt.past
-        images = generation.grow("image", self.reader.image(prompt, self.given), past)
+        """Keeps the masks of a prompt, all of it, before its first token runs.
+
+        new: what is not cached of it.
+        """
+        generation.step, generation.unsaid = None, []
+        prompt = generation.whole(new)
+        images = generation.grow("image", self.reader.image(new, self.given), new.past)
+        generation.open = may_go_on and not self._finished(generation)
+        self.unsaid = generation.unsaid if generation.open else None
         query = content = prompt.nothing
         if question:
             query, content = self.reader.question(prompt, self.given, words, images)
-        for name, new in (("query", query), ("content", content)):
+        for name, mask in (("query", query), ("content", content)):
             if (name, 0) in generation.keys:
                 generation.keys[name, 0].zero_()
-            generation.grow(name, new, past)
+            generation.grow(name, mask, prompt.past)
         seen = generation.keys["seen", 0] = images.any(1)
         generation.pictured = bool(seen.any())
         self._check_seen(seen)
@@ -220,13 +272,18 @@ class Layout(threading.local):
             inputs=kwargs,
             prompt=prompt,
             first=generation.start == 0,
-            starts=past == generation.start,
+            starts=past == generation.resumed,
             ends=ends,
+            resumed=generation.start < generation.resumed,
+            open=ends and generation.open,
             shard=self.shard,
         )
 
     def _step(self, generation: Generation, past: int, rows: int) -> Forward:
         """The forward of one generated token per sample, or of several that were drafted."""
+        self.unsaid = None
+        while generation.unsaid:
+            self._say(*generation.unsaid.pop(0))
         image, query, content = (generation.ahead(name, past + rows) for name in KEY_MASKS)
         if generation.step is not None and generation.step.forward.valid.shape[1] == rows:
             forward: Forward = generation.step.forward
@@ -301,8 +358,10 @@ class Layout(threading.local):
             )
 
     def _say(self, key: str, message: str) -> None:
-        """Warns once per patch."""
-        if key not in self.said:
+        """Warns once per patch; of what a prompt lacks only when it is known to be whole."""
+        if self.unsaid is not None and key in ("template", "no image"):
+            self.unsaid.append((key, message))
+        elif key not in self.said:
             self.said.add(key)
             warnings.warn(message, stacklevel=2)
 

@@ -102,6 +102,10 @@ class Forward:
     first: it is the first prompt of its conversation. starts, ends: its first, its last row is
     among them; a long one may be read in several forwards. shard: which heads are at hand; what
     compares heads must gather them first. copies: on other devices.
+
+    resumed: the rows go on with a prompt of which an earlier forward read a part, taking it for a
+    whole one. open: more of the prompt may follow in a later forward. edge: the last row with an
+    image token, of the sample whose image ends first; None without an image in these rows.
     """
 
     past: int
@@ -119,6 +123,9 @@ class Forward:
     first: bool = False
     starts: bool = False
     ends: bool = True
+    resumed: bool = False
+    open: bool = False
+    edge: int | None = None
     shard: Shard = WHOLE
     copies: dict[torch.device, Forward] = field(default_factory=dict, repr=False)
 

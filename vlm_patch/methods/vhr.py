@@ -173,6 +173,13 @@ class VHR(Method):
         """The text-only pass: keeps the last row's head outputs of every layer that is on."""
         if not forward.first:
             return self
+        if forward.resumed:
+            raise PatchError(
+                "vhr chooses its heads by the last row of the prompt and makes them louder in all "
+                f"rows before it, of which {forward.past} are cached already: give the whole "
+                "prompt, with its image, without a cache, or generate inside "
+                '`with patch.disabled("vhr"):`'
+            )
         if not forward.ends:
             raise PatchError(
                 "vhr chooses its heads by the last row of the prompt and makes them louder in all "
