@@ -144,7 +144,11 @@ class Layout(threading.local):
         self.unsaid = None
         if not unfinished:
             prompt = self._prompt(generation, pending, valid)
-            self._read(generation, prompt, question, words, kept and self.told is None)
+            by_hand = self.given is not None and self.given.query is not None
+            generation.open = kept and self.told is None and not by_hand
+            if cache is not None or (seen is not None and seen.get("use_cache")):
+                self.unsaid = generation.unsaid  # a cache was asked for: perhaps to go on
+            self._read(generation, prompt, question, words)
         forward = self._forward(generation, past, valid, kwargs)
         if question:
             forward.edge = generation.find_edge(past)
@@ -168,8 +172,17 @@ class Layout(threading.local):
             return False
         ends_in_image = bool(generation.keys["image", 0][:, past - 1].all())
         if generation.answered:
-            return ends_in_image
+            return ends_in_image or (finished is False and self._follows(generation, seen))
         return finished is False or ends_in_image or seen is None or not carries_images(seen)
+
+    def _follows(self, generation: Generation, seen: Mapping[str, Any] | None) -> bool:
+        """Whether the prompt read last, with the new tokens behind it, follows the template."""
+        new = None if seen is None else seen.get("input_ids")
+        if new is None or self.reader.questions is None:
+            return False
+        before = generation.keys["ids", 0]
+        rows = torch.cat((before, new.to(before.device)), 1).tolist()
+        return all(self.reader.questions.span(row) is not None for row in rows)
 
     def _finished(self, generation: Generation) -> bool | None:
         """Whether the prompt read last is whole by the chat template; None where that is not
@@ -220,22 +233,18 @@ class Layout(threading.local):
         return Prompt(past, ids, seen.images, valid[:, :length], where)
 
     def _read(
-        self,
-        generation: Generation,
-        new: Prompt,
-        question: bool,
-        words: str | Tensor,
-        may_go_on: bool,
+        self, generation: Generation, new: Prompt, question: bool, words: str | Tensor
     ) -> None:
         """Keeps the masks of a prompt, all of it, before its first token runs.
 
         new: what is not cached of it.
         """
-        generation.step, generation.unsaid = None, []
+        generation.step = None
+        generation.unsaid.clear()
         prompt = generation.whole(new)
+        generation.open &= not self._finished(generation)
+        self.unsaid = self.unsaid if generation.open else None
         images = generation.grow("image", self.reader.image(new, self.given), new.past)
-        generation.open = may_go_on and not self._finished(generation)
-        self.unsaid = generation.unsaid if generation.open else None
         query = content = prompt.nothing
         if question:
             query, content = self.reader.question(prompt, self.given, words, images)
@@ -358,8 +367,8 @@ class Layout(threading.local):
             )
 
     def _say(self, key: str, message: str) -> None:
-        """Warns once per patch; of what a prompt lacks only when it is known to be whole."""
-        if self.unsaid is not None and key in ("template", "no image"):
+        """Warns once per patch; of a prompt's template only when the prompt is known to be whole."""
+        if self.unsaid is not None and key == "template":
             self.unsaid.append((key, message))
         elif key not in self.said:
             self.said.add(key)
