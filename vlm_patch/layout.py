@@ -137,9 +137,9 @@ class Layout(threading.local):
             raise PatchError(
                 "a prompt ends in padding: found right padding, expected left padding. Set "
                 'processor.tokenizer.padding_side = "left" before the processor makes the batch. '
-                "To score right-padded answers, pad the whole rows (prompt and answer) on the left "
-                "too, and compare logits[:, -answer_length - 1 : -1] with the last answer_length "
-                "tokens; or run one sample at a time, without padding."
+                "To score answers, read the left-padded prompts in one forward with use_cache=True, "
+                "then feed the answers behind that cache one token at a time, as they would be "
+                "generated; padding behind the shorter ones does no harm there."
             )
         self.unsaid = None
         if not unfinished:

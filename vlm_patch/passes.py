@@ -413,11 +413,7 @@ def _last_rows(
         per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
         return value[:, -left:] if per_row else value
 
-    inputs = {
-        name: cut(name, value)
-        for name, value in kwargs.items()
-        if not _of_image(name)
-    }
+    inputs = {name: cut(name, value) for name, value in kwargs.items() if not _of_image(name)}
     step = replace(
         forward,
         past=forward.past + rows - left,
