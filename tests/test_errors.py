@@ -82,6 +82,7 @@ def test_already_wrapped() -> None:
     model = tiny.llava()
     text = (
         "this LlavaForConditionalGeneration is already wrapped: call remove() on its patch first, "
+        "or vlm_patch.unwrap(model) if that was lost, "
         "or give all methods to one wrap(model, VAR(), VHR())"
     )
     with wrap(model, SINKS):
@@ -248,7 +249,10 @@ def test_right_padding() -> None:
     batch["attention_mask"][2] = torch.tensor([1] * 25 + [0] * 2)
     text = (
         "a prompt ends in padding: found right padding, expected left padding. "
-        'Set processor.tokenizer.padding_side = "left".'
+        'Set processor.tokenizer.padding_side = "left" before the processor makes the batch. '
+        "To score answers, read the left-padded prompts in one forward with use_cache=True, then "
+        "feed the answers behind that cache one token at a time, as they would be generated; "
+        "padding behind the shorter ones does no harm there."
     )
     with wrap(model, SINKS) as patch:
         assert message(PatchError, lambda: model(**batch)) == text

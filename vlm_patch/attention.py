@@ -262,9 +262,9 @@ def check_kernel(layer: int, name: str) -> None:
     """Raises UnsupportedModelError for an attention implementation that methods cannot edit."""
     if name == "flex_attention":
         raise UnsupportedModelError(
-            f"layer {layer} of the decoder runs flex_attention, whose masks are functions and whose "
-            "rows no method can edit: load the model with "
-            'from_pretrained(..., attn_implementation="sdpa"), or switch it by '
+            f"layer {layer} of the decoder runs flex_attention, whose masks are functions and "
+            "whose rows no method can edit: load the model with from_pretrained(..., "
+            'attn_implementation="sdpa"), or switch it by '
             'model.set_attn_implementation("sdpa")'
         )
 

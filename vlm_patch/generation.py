@@ -121,8 +121,9 @@ class Generation:
         ids, valid = new.ids, new.valid
         if read:
             before = self.keys.get(("ids", 0))
-            together = ids is not None and before is not None
-            ids = torch.cat((before[:, :read], ids.to(before.device)), 1) if together else None
+            if ids is not None:
+                both = None if before is None else (before[:, :read], ids.to(before.device))
+                ids = None if both is None else torch.cat(both, 1)
             valid = torch.cat((self.keys["valid", 0][:, :read], valid), 1)
         self.keys["valid", 0] = valid
         self.keys.pop(("ids", 0), None)

@@ -137,9 +137,9 @@ class Layout(threading.local):
             raise PatchError(
                 "a prompt ends in padding: found right padding, expected left padding. Set "
                 'processor.tokenizer.padding_side = "left" before the processor makes the batch. '
-                "To score answers, read the left-padded prompts in one forward with use_cache=True, "
-                "then feed the answers behind that cache one token at a time, as they would be "
-                "generated; padding behind the shorter ones does no harm there."
+                "To score answers, read the left-padded prompts in one forward with "
+                "use_cache=True, then feed the answers behind that cache one token at a time, as "
+                "they would be generated; padding behind the shorter ones does no harm there."
             )
         self.unsaid = None
         if not unfinished:
@@ -367,7 +367,7 @@ class Layout(threading.local):
             )
 
     def _say(self, key: str, message: str) -> None:
-        """Warns once per patch; of a prompt's template only when the prompt is known to be whole."""
+        """Warns once per patch; of a prompt's template only when the prompt is whole."""
         if self.unsaid is not None and key == "template":
             self.unsaid.append((key, message))
         elif key not in self.said:

@@ -82,7 +82,8 @@ class Patch:
         base = self._shells[-1]
         decoder = read(base)
         for layer in decoder.layers:
-            attention.check_kernel(layer.index, layer.attention.config._attn_implementation)
+            config: Any = layer.attention.config
+            attention.check_kernel(layer.index, config._attn_implementation)
             if attention.patch_on(layer):
                 raise PatchError(
                     f"this {type(base).__name__} is already wrapped: call remove() on its patch "
