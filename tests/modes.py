@@ -340,8 +340,7 @@ def dynamic_cache(names: Names) -> float:
 
 @mode(
     "questions behind a cached image",
-    "on copies of its cache: raw forwards of a prefix that ends at the image, one token behind it, "
-    "in the question; beams; several questions at once",
+    "the prompt cut at the image, behind it, in the question; beams; a batch",
 )
 def cached_image(names: Names) -> float:
     model = model_of()

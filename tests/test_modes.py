@@ -28,7 +28,8 @@ from vlm_patch import PatchError
 
 README = Path(__file__).parent.parent / "README.md"
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
-REFUSED = {("chunked prefill", side) for side in SIDES if "vhr" in SIDES[side]}
+IN_PARTS = ("chunked prefill", "questions behind a cached image")
+REFUSED = {(name, side) for name in IN_PARTS for side in SIDES if "vhr" in SIDES[side]}
 MIXED = "all, map from an edited layer"
 
 
@@ -42,8 +43,9 @@ def test_all_methods_together(name: str) -> None:
 if tiny.FEATURES:
 
     @pytest.mark.parametrize("side", ["var", "gift", "gift, map from an edited layer"])
-    def test_chunks_of_a_prompt(side: str) -> None:
-        row = measure("chunked prefill", side)
+    @pytest.mark.parametrize("name", IN_PARTS)
+    def test_a_prompt_in_parts(name: str, side: str) -> None:
+        row = measure(name, side)
         assert row.max_error is not None
         assert row.ok
 

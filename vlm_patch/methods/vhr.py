@@ -5,6 +5,7 @@ Heads whose output changes most when the image is taken away are made louder.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -201,6 +202,12 @@ class VHR(Method):
         if self.settles(forward):
             for key in [key for key in memory if key[0] == "gain"]:
                 del memory[key]
+        elif forward.starts and forward.image[:, forward.new].any():
+            warnings.warn(
+                "VHR keeps the heads that it chose at the conversation's first prompt, also for "
+                "the image of this later turn. For heads of its own, give that turn without a cache.",
+                stacklevel=2,
+            )
 
     def output_gain(
         self, layer: int, output: Tensor, forward: Forward, memory: Memory
