@@ -205,7 +205,8 @@ class VHR(Method):
         elif forward.starts and forward.image[:, forward.new].any():
             warnings.warn(
                 "VHR keeps the heads that it chose at the conversation's first prompt, also for "
-                "the image of this later turn. For heads of its own, give that turn without a cache.",
+                "the image of this later turn. For heads of its own, give that turn without a "
+                "cache.",
                 stacklevel=2,
             )
 
