@@ -5,6 +5,7 @@ refusal. Tiny random models, float32 unless a note says otherwise.
 """
 
 import contextlib
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import vlm_patch
 from eval.modes import Row
 from tests import tiny
 from tests.compare import answer_logits, generated, ours, planted, reference
-from tests.reference import Sample, capture, logits, trace
+from tests.reference import Sample, Turn, capture, logits, trace
 from tests.tensor_parallel import errors
 from tests.two_devices import spread
 from vlm_patch import PatchError
@@ -299,6 +300,32 @@ def second_turn(names: Names) -> float:
     return apart(model, samples, torch.stack(second.logits, 1), names)
 
 
+@mode("second turn with an image", "on the first turn's cache; vhr keeps the first turn's heads")
+def second_image(names: Names) -> float:
+    model = model_of()
+    both = prompt(model, [[tiny.BOS, 5, tiny.IMAGE, 21, 22, 23, 60, 40, tiny.IMAGE, 41, 42, 43]])
+    whole = capture(model, both)
+    end = 1 + 1 + 16 + 3  # of the first turn
+    query = (whole.image.cumsum(0) > 0) & ~whole.image
+    after = torch.arange(whole.length) > int(whole.image.nonzero()[-1])
+    turns = Turn(0, end, query[:end], query[:end]), Turn(end, whole.length, after, after)
+    ids, pixels = both["input_ids"], both["pixel_values"]
+    with vlm_patch.wrap(model, *ours(names)):
+        first = generate(model, {"input_ids": ids[:, :end], "pixel_values": pixels[:1]}, 1)
+        cache = first.past_key_values
+        later = forward(
+            model, input_ids=ids[:, end:], pixel_values=pixels[1:], past_key_values=cache
+        )
+        found = [later.logits[:, -1]]
+        for token in (60, tiny.SINK_WORD):
+            cache = later.past_key_values
+            later = forward(model, input_ids=torch.tensor([[token]]), past_key_values=cache)
+            found.append(later.logits[:, -1])
+    answer = torch.tensor([60, tiny.SINK_WORD, 61])
+    sample = replace(whole, turns=turns).followed_by(model, answer)
+    return apart(model, [sample], torch.stack(found, 1), names)
+
+
 @mode("second turn encoded anew")
 def second_turn_anew(names: Names) -> float:
     row = [*tiny.ONE_IMAGE[0], 60, 61, tiny.SINK_WORD, 70, 71, 72]
@@ -311,6 +338,58 @@ def second_turn_anew(names: Names) -> float:
 @mode("dynamic cache", "made by the caller")
 def dynamic_cache(names: Names) -> float:
     return answered(names, past_key_values=DynamicCache(config=model_of().config))
+
+
+@mode(
+    "questions behind a cached image",
+    "the prompt cut at the image, behind it, in the question; beams; a batch",
+)
+def cached_image(names: Names) -> float:
+    model = model_of()
+    batch = prompt(model, tiny.ONE_IMAGE)
+    end = int((batch["input_ids"][0] == tiny.IMAGE).nonzero()[-1]) + 1
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    worst = 0.0
+    with vlm_patch.wrap(model, *ours(names)):
+        outputs = []
+        for cut in (end, end + 1, end + 3):
+            read = {name: text[name][:, :cut] for name in text}
+            known = forward(model, **read, pixel_values=batch["pixel_values"]).past_key_values
+            for beams in (1, 3):
+                mine = copy.deepcopy(known)
+                mine.batch_repeat_interleave(beams)
+                options = {"num_beams": beams, "num_return_sequences": beams}
+                outputs.append(generate(model, text | {"past_key_values": mine}, **options))
+        several = questions_at_once(model, batch, end)
+    for output in outputs:
+        new, ways = generated(batch, output), getattr(output, "beam_indices", None)
+        found = torch.stack(output.logits, 1)
+        if ways is not None:
+            found = torch.stack([found[way, torch.arange(STEPS)] for way in ways[:, :STEPS]])
+        for row in range(len(new)):
+            samples = tiny.samples(model, batch, new[row : row + 1])
+            worst = max(worst, apart(model, samples, found[row : row + 1], names))
+    for row, question, output in several:
+        alone = prompt(model, [[*tiny.ONE_IMAGE[0][:4], *question]])
+        new, found = output.sequences[row, -STEPS:], torch.stack(output.logits, 1)
+        sample = capture(model, alone, new)
+        worst = max(worst, apart(model, [sample], found[row : row + 1], names))
+    return worst
+
+
+def questions_at_once(
+    model: nn.Module, batch: Mapping[str, Tensor], end: int
+) -> list[tuple[int, list[int], Any]]:
+    """Questions of different lengths, padded on their left, behind one image that is read once."""
+    questions = [[21, 22, 23, 24, 25], [31, 32], [41, tiny.SINK_WORD, 43]]
+    read = {name: batch[name][:, :end] for name in ("input_ids", "attention_mask")}
+    cache = forward(model, **read, pixel_values=batch["pixel_values"]).past_key_values
+    cache.batch_repeat_interleave(len(questions))
+    padded = [[tiny.PAD] * (5 - len(question)) + question for question in questions]
+    ids = torch.cat([read["input_ids"].expand(3, -1), torch.tensor(padded)], 1)
+    given = {"input_ids": ids, "attention_mask": (ids != tiny.PAD).long()}
+    output = generate(model, given | {"past_key_values": cache})
+    return [(row, question, output) for row, question in enumerate(questions)]
 
 
 @mode("static cache")

@@ -84,6 +84,7 @@ def test_already_wrapped() -> None:
     model = tiny.llava()
     text = (
         "this LlavaForConditionalGeneration is already wrapped: call remove() on its patch first, "
+        "or vlm_patch.unwrap(model) if that was lost, "
         "or give all methods to one wrap(model, VAR(), VHR())"
     )
     with wrap(model, SINKS):
@@ -279,7 +280,10 @@ def test_right_padding() -> None:
     batch["attention_mask"][2] = torch.tensor([1] * 25 + [0] * 2)
     text = (
         "a prompt ends in padding: found right padding, expected left padding. "
-        'Set processor.tokenizer.padding_side = "left".'
+        'Set processor.tokenizer.padding_side = "left" before the processor makes the batch. '
+        "To score answers, read the left-padded prompts in one forward with use_cache=True, then "
+        "feed the answers behind that cache one token at a time, as they would be generated; "
+        "padding behind the shorter ones does no harm there."
     )
     with wrap(model, SINKS) as patch:
         assert message(PatchError, lambda: model(**batch)) == text
@@ -392,7 +396,7 @@ def test_a_batch_that_changed() -> None:
     model = tiny.llava()
     with wrap(model, SINKS):
         cache = model(**tiny.inputs(model, tiny.BATCH_OF_3), use_cache=True).past_key_values
-        cache.batch_select_indices(torch.tensor([0, 2]))
+        type(cache).batch_select_indices(cache, torch.tensor([0, 2]))  # unseen by the patch
         assert message(PatchError, lambda: model(**step(2, 27), past_key_values=cache)) == (
             "the cache was filled with a batch of 3, this forward has 2. Start from the prompt "
             "with an empty cache."
@@ -710,7 +714,7 @@ def test_a_question_before_the_image(query: Tensor | None) -> None:
 
     def ask() -> None:
         with wrap(model, GAZE) as patch, patch.prompt(query=query):
-            assert torch.equal(model(**batch).logits, stock)
+            assert torch.equal(model(**batch, use_cache=False).logits, stock)
 
     assert heard(ask)[-1] == (
         "GIFT leaves 1 of 1 prompts as they are: the question stands before the image (or there is "

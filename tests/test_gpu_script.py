@@ -1,4 +1,4 @@
-"""`make test-gpu` cannot rot: a part of it runs here on the CPU, and it says when no card is there."""
+"""The script for a card runs on the CPU too, and says clearly where no card is."""
 
 import os
 import subprocess

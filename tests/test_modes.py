@@ -26,7 +26,8 @@ from tests.modes import (
 from vlm_patch import PatchError
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
-REFUSED = {("chunked prefill", side) for side in SIDES if "vhr" in SIDES[side]} | {
+IN_PARTS = ("chunked prefill", "questions behind a cached image")
+REFUSED = {(name, side) for name in IN_PARTS for side in SIDES if "vhr" in SIDES[side]} | {
     ("inputs_embeds", side) for side in SIDES if "paint" in SIDES[side]
 }
 MIXED, PAINTED = "all, map from an edited layer", "all and paint"
@@ -43,8 +44,9 @@ def test_all_methods_together(name: str, side: str) -> None:
 if tiny.FEATURES:
 
     @pytest.mark.parametrize("side", ["var", "gift", "gift, map from an edited layer", "paint"])
-    def test_chunks_of_a_prompt(side: str) -> None:
-        row = measure("chunked prefill", side)
+    @pytest.mark.parametrize("name", IN_PARTS)
+    def test_a_prompt_in_parts(name: str, side: str) -> None:
+        row = measure(name, side)
         assert row.max_error is not None
         assert row.ok
 

@@ -190,10 +190,12 @@ class View:
 class Slot:
     """What a patched attention module carries. A deep copy or a pickle of it is empty: such a copy
     is a stock model.
+
+    patch: the handle, so that a model whose handle was lost leads back to it.
     """
 
-    def __init__(self, layer: int, now: Thread | None) -> None:
-        self.layer, self.now = layer, now
+    def __init__(self, layer: int, now: Thread | None, patch: Any = None) -> None:
+        self.layer, self.now, self.patch = layer, now, patch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         return Slot(self.layer, None)
@@ -233,6 +235,7 @@ def attention(
             shown, query, key, value, attention_mask, **options
         )
         return stock
+    check_kernel(slot.layer, name)
     # this kernel leaves the cap out, or refuses it in newer versions of transformers
     capped = name == "sdpa" and "softcap" in options
     seen = {**options, "softcap": None} if capped else options
@@ -274,20 +277,31 @@ def _outside_autocast(run: Run, call: Call) -> tuple[Tensor, Tensor | None]:
 AttentionInterface.register(NAME, attention)
 
 
-def occupied(layer: Layer) -> bool:
-    """Whether a patch sits on this layer; what a deep copy left behind is none."""
+def patch_on(layer: Layer) -> Any:
+    """The patch that sits on this layer, if any; what a deep copy left behind is none."""
     slot: Slot | None = layer.attention.__dict__.get(SLOT)
-    return slot is not None and slot.now is not None
+    return None if slot is None else slot.patch
 
 
-def install(layer: Layer, now: Thread, undo: ExitStack) -> None:
+def check_kernel(layer: int, name: str) -> None:
+    """Raises UnsupportedModelError for an attention implementation that methods cannot edit."""
+    if name == "flex_attention":
+        raise UnsupportedModelError(
+            f"layer {layer} of the decoder runs flex_attention, whose masks are functions and "
+            "whose rows no method can edit: load the model with from_pretrained(..., "
+            'attn_implementation="sdpa"), or switch it by '
+            'model.set_attn_implementation("sdpa")'
+        )
+
+
+def install(layer: Layer, now: Thread, undo: ExitStack, patch: Any = None) -> None:
     """Lets a layer's attention go through this file; closing `undo` restores it exactly."""
     module: Any = layer.attention
     state = module.__dict__
     config = state.pop(CONFIG, module.config)  # left behind by a deep copy of a patched model
     own = copy.copy(config)
     own._attn_implementation_internal = NAME
-    state[SLOT], state[CONFIG] = Slot(layer.index, now), config
+    state[SLOT], state[CONFIG] = Slot(layer.index, now, patch), config
     undo.callback(state.pop, SLOT)
     undo.callback(state.pop, CONFIG)
     module.config = own

@@ -131,6 +131,10 @@ class Forward:
     among them; a long one may be read in several forwards. shard: which heads are at hand; what
     compares heads must gather them first. patches: of a prompt that starts here and has images,
     all of it, if a method reads the tower. copies: on other devices.
+
+    resumed: the rows go on with a prompt of which an earlier forward read a part, taking it for a
+    whole one. open: more of the prompt may follow in a later forward. edge: the last row with an
+    image token, of the sample whose image ends first; None without an image in these rows.
     """
 
     past: int
@@ -148,6 +152,9 @@ class Forward:
     first: bool = False
     starts: bool = False
     ends: bool = True
+    resumed: bool = False
+    open: bool = False
+    edge: int | None = None
     shard: Shard = WHOLE
     patches: Patches | None = field(default=None, repr=False)
     # not a field of `replace`: a copy of other rows would be taken for one of these

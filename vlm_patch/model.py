@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from vlm_patch.errors import UnsupportedModelError
@@ -113,6 +114,44 @@ class Decoder:
     def softmax(self) -> tuple[int, ...]:
         """The layers that can be patched, by number."""
         return tuple(layer.index for layer in self.layers)
+
+
+def unwrapped(model: Any) -> list[Any]:
+    """The models inside a model whose forward runs on the way, the innermost last.
+
+    Sees through what `torch.compile` and DistributedDataParallel put around it, and through an
+    adapter of PEFT. Raises UnsupportedModelError for what would run something else.
+    """
+    found: list[Any] = []
+    while not found or found[-1] is not model:
+        if isinstance(model, nn.DataParallel):
+            raise UnsupportedModelError(
+                "DataParallel runs copies of the model, made anew at every forward, on which no "
+                "method is on: wrap the model inside it (model.module) and run it by itself, or "
+                "one process per GPU with DistributedDataParallel"
+            )
+        if "_orig_mod" in getattr(model, "_modules", {}):  # what torch.compile returns
+            _check_compiled([model.dynamo_ctx])
+            model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel):
+            model = model.module
+        else:
+            compiled = getattr(model, "_compiled_call_impl", None)  # model.compile()
+            _check_compiled(
+                [cell.cell_contents for cell in getattr(compiled, "__closure__", ()) or ()]
+            )
+            found.append(model)
+            model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return found
+
+
+def _check_compiled(parts: list[Any]) -> None:
+    """Raises UnsupportedModelError where torch.compile may not leave its graph for a method."""
+    if any(getattr(part, "fullgraph", False) is True for part in parts):
+        raise UnsupportedModelError(
+            "the model was compiled with fullgraph=True, but what a method does differs from row "
+            "to row and stands outside the graph: compile it with fullgraph=False (the default)"
+        )
 
 
 def read(model: Any) -> Decoder:

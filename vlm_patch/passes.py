@@ -14,7 +14,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from vlm_patch.attention import CARRIED, Call, Now, Run
 from vlm_patch.editing import Active, Editing, Watching
 from vlm_patch.errors import PatchError
-from vlm_patch.generation import Generation, attach
+from vlm_patch.generation import Generation, Tail, attach
 from vlm_patch.layout import Layout, carries_images
 from vlm_patch.method import Forward, Method, Watcher
 
@@ -118,21 +118,25 @@ class Passes:
         cache = kwargs.get(self.cache_name)
         _check(cache)
         asking = [method for method, _ in switched if method.reads_question]
+        kept = cache is not None or _wants_cache(module, kwargs)
         reader = _readers(switched)
         forward, generation = self.layout.see_decoder(
             kwargs,
             cache,
+            kept,
             bool(asking),
             asking[0].words if asking else "all",
             reader[0] if reader else None,
         )
-        if cache is None and _wants_cache(module, kwargs):
+        if cache is None and kept:
             config: Any = module.config
             cache = kwargs[self.cache_name] = DynamicCache(config=config)
         if cache is not None and forward.past == 0:
             attach(cache, generation)
         if generation.pictured:
             kwargs = self._start(forward, generation, switched, kwargs)
+        else:
+            generation.stock = generation.length
         return (), kwargs
 
     def after_decoder(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -184,6 +188,11 @@ class Passes:
         if forward.starts:
             for active in actives:
                 self._look(active, forward)
+        asking = any(active.method.reads_question for active in actives)
+        if asking and forward.starts and forward.resumed:
+            forward = self._read_again(forward, generation, actives, kwargs)
+        if asking and forward.prompt:
+            self._keep_tail(forward, generation, kwargs)
         shows = _shows(self.decoder, kwargs)
         late = [active for active in actives if _late(active, forward)]
         if late:
@@ -223,6 +232,57 @@ class Passes:
             return self.decoder(**kwargs)
         finally:
             self.now.run, self.now.inside = None, False
+
+    def _keep_tail(self, forward: Forward, generation: Generation, kwargs: dict[str, Any]) -> None:
+        """Keeps the rows behind the image, of a prompt that may go on."""
+        rows = forward.valid.shape[1]
+        text = rows if forward.edge is None else rows - 1 - forward.edge
+        if forward.edge is not None or not forward.resumed:
+            generation.tails = []
+        if not forward.open or not text:
+            return
+        image = bool(forward.image[:, -text:].any())
+        partial = image and any(v is not None and _of_image(name) for name, v in kwargs.items())
+        _, inputs = _last_rows(forward, kwargs, text)
+        inputs.pop(self.cache_name, None)
+        past = forward.past + rows - text
+        generation.tails.append(Tail(past, text, _copied(inputs), partial))
+
+    def _read_again(
+        self,
+        forward: Forward,
+        generation: Generation,
+        actives: list[Active],
+        kwargs: dict[str, Any],
+    ) -> Forward:
+        """Reads the cached text behind the image once more, as a part of a prompt that goes on.
+
+        It was read as the end of a prompt: its last row was edited, which this one's must not be,
+        and what it asks about was taken from the beginning of the question alone.
+        """
+        tails, start, past = generation.tails, generation.edge, forward.past
+        if not forward.image[:, :past].any() or start in (0, past):
+            return forward
+        cache: Any = kwargs[self.cache_name]
+        tails = [tail for tail in tails if start <= tail.past]
+        known = start + sum(tail.rows for tail in tails) == past
+        if not known or not _can_be_cut(cache) or any(tail.partial for tail in tails):
+            raise PatchError(
+                f"this prompt goes on behind a cache that ends {past - start} tokens behind the "
+                "image, which a method that reads the question must see again as a part of it, and "
+                "they were not kept, or cannot be taken out of this cache. Cut the prompt right "
+                "behind the last image token: read that part by a forward of the model, or crop "
+                "the cache to it."
+            )
+        cache.crop(start - past)
+        stock = [replace(a, heads={}) if a.method.reads_question else a for a in actives]
+        for tail in tails:
+            part = _part(forward, generation, tail)
+            for active in actives:
+                active.method.begin(part, active.memory)
+            self._run(Editing(part, stock, False), {**tail.inputs, self.cache_name: cache})
+            forward = replace(forward, starts=False)
+        return forward
 
     def _read_first(
         self,
@@ -348,7 +408,10 @@ def _check(cache: Any) -> None:
 def _late(active: Active, forward: Forward) -> bool:
     """Whether a method edits, in this forward, a layer that is not above all that it watches."""
     watched = active.method.watched(forward) if forward.ends else None
-    return watched is not None and bool(active.heads) and max(watched[0]) >= min(active.heads)
+    if watched is None or not active.heads or max(watched[0]) < min(active.heads):
+        return False
+    edited = active.method.edited(forward)
+    return edited is not None and bool(edited.any())
 
 
 def _last_rows(
@@ -369,11 +432,7 @@ def _last_rows(
         per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
         return value[:, -left:] if per_row else value
 
-    inputs = {
-        name: cut(name, value)
-        for name, value in kwargs.items()
-        if not any(part in name for part in OF_IMAGES)
-    }
+    inputs = {name: cut(name, value) for name, value in kwargs.items() if not _of_image(name)}
     step = replace(
         forward,
         past=forward.past + rows - left,
@@ -386,6 +445,42 @@ def _last_rows(
         starts=False,
     )
     return step, inputs
+
+
+def _of_image(name: str) -> bool:
+    return any(part in name for part in OF_IMAGES)
+
+
+def _copied(value: Any) -> Any:
+    """The same tensors, not as views of larger ones, nor with their gradients."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _part(forward: Forward, generation: Generation, tail: Tail) -> Forward:
+    """The rows of a tail as a part of the prompt that goes on in `forward`."""
+    total = tail.past + tail.rows
+    image, query, content = (
+        mask[:, :total] for mask in (forward.image, forward.query, forward.content)
+    )
+    valid = generation.keys["valid", 0][:, tail.past - generation.start : total - generation.start]
+    return replace(
+        forward,
+        past=tail.past,
+        image=image,
+        query=query,
+        content=content,
+        valid=valid,
+        text=~image[:, tail.past :] & valid & (image.cumsum(1)[:, tail.past :] > 0),
+        last=torch.zeros_like(valid),
+        inputs=tail.inputs,
+        prompt=tail.rows,
+        starts=forward.starts,
+        ends=False,
+        edge=None,
+        copies={},
+    )
 
 
 def _join(first: Any, last: Any, dim: int) -> Any:
