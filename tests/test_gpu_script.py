@@ -1,4 +1,4 @@
-"""`make test-gpu` cannot rot: a part of it runs here on the CPU, and it says when no card is there."""
+"""`make test-gpu` cannot rot: a part of it runs here on the CPU; without a card it says so."""
 
 import os
 import subprocess
