@@ -20,7 +20,7 @@ from tests.compare import generate as generated
 from tests.on_device import CASES, CPU, answered, moved
 from tests.two_devices import FAR, REFUSAL, second_device
 from vlm_patch import attention, editing, layout, method, prompt, wrap
-from vlm_patch.methods import gift, sinks, var, vhr
+from vlm_patch.methods import gift, sink_rules, sinks, var, vhr
 
 pytestmark = pytest.mark.filterwarnings(
     NO_PROCESSOR, "ignore:no published settings", "ignore:VAR does nothing"
@@ -79,7 +79,7 @@ LEFT_BEHIND: dict[str, tuple[Any, str, Case]] = {
     "a row's weights": (attention.Call, "weights", acting),
     "the causal rows": (attention.Call, "_hidden", one_prompt),
     "the search's values": (sinks, "_projected_norms", searching),
-    "the search's neighbours": (sinks, "cosine_similarity", searching),
+    "the search's sizes": (sink_rules, "value_sizes", searching),
 }
 """What a function makes, and who runs it."""
 
@@ -112,7 +112,6 @@ class Forgetful(ModuleType):
 FORGETTING: dict[str, tuple[ModuleType, Case]] = {
     "var": (var, acting),
     "vhr": (vhr, acting),
-    "sinks": (sinks, searching),
     "attention": (attention, one_prompt),
     "editing": (editing, switched),
 }

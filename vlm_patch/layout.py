@@ -115,13 +115,14 @@ class Layout(threading.local):
         question: bool,
         words: str | Tensor,
         reader: str | None = None,
+        at_end: bool = False,
     ) -> tuple[Forward, Generation]:
         """Called before the decoder runs, which it always does. Raises PatchError where the layout
         cannot be told.
 
         kept: the rows go into a cache. question: whether a method wants to know the question;
         words: what it calls content (see `GIFT`). reader: the name of a method that reads the
-        vision tower.
+        vision tower. at_end: whether a method edits the last row of a prompt.
         """
         seen, self.pending = self.pending, None
         embeds = kwargs.get("inputs_embeds")
@@ -160,7 +161,7 @@ class Layout(threading.local):
             self._read(generation, prompt, question, words)
             patches = None if reader is None else self._patches(generation, prompt, reader)
         forward = self._forward(generation, past, valid, kwargs, patches)
-        if question:
+        if at_end:
             forward.edge = generation.find_edge(past)
         return forward, generation
 

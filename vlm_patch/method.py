@@ -203,13 +203,15 @@ class Method:
     `edit_scores` of each method in the order given, takes one softmax, calls `observe` and
     `weights` of each, multiplies with the values, and asks for `output_gain`. It also applies the
     head table, batching, padding and the cache: a method never sees any of these. `reads_blocks`
-    asks for `block_input`, `reads_question` for the masks query and content; `words` says what
-    counts as content.
+    asks for `block_input`, `reads_question` for the masks query and content; `words` says what counts as
+    content; `edits_prompt_end` says that the row it edits in a prompt is the last, wherever that
+    turns out to be.
     """
 
     name: ClassVar[str]
     reads_blocks: ClassVar[bool] = False
     reads_question: ClassVar[bool] = False
+    edits_prompt_end: ClassVar[bool] = False
     words: str | Tensor = "all"
 
     def fit(self, facts: Facts) -> tuple[Method, list[str]]:

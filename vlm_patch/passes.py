@@ -127,6 +127,7 @@ class Passes:
             bool(asking),
             asking[0].words if asking else "all",
             reader[0] if reader else None,
+            any(method.edits_prompt_end for method, _ in switched),
         )
         if cache is None and kept:
             config: Any = module.config
@@ -188,10 +189,10 @@ class Passes:
         if forward.starts:
             for active in actives:
                 self._look(active, forward)
-        asking = any(active.method.reads_question for active in actives)
-        if asking and forward.starts and forward.resumed:
+        at_end = any(active.method.edits_prompt_end for active in actives)
+        if at_end and forward.starts and forward.resumed:
             forward = self._read_again(forward, generation, actives, kwargs)
-        if asking and forward.prompt:
+        if at_end and forward.prompt:
             self._keep_tail(forward, generation, kwargs)
         shows = _shows(self.decoder, kwargs)
         late = [active for active in actives if _late(active, forward)]
@@ -275,7 +276,7 @@ class Passes:
                 "the cache to it."
             )
         cache.crop(start - past)
-        stock = [replace(a, heads={}) if a.method.reads_question else a for a in actives]
+        stock = [replace(a, heads={}) if a.method.edits_prompt_end else a for a in actives]
         for tail in tails:
             part = _part(forward, generation, tail)
             for active in actives:
@@ -479,7 +480,6 @@ def _part(forward: Forward, generation: Generation, tail: Tail) -> Forward:
         starts=forward.starts,
         ends=False,
         edge=None,
-        copies={},
     )
 
 

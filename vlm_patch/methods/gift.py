@@ -166,6 +166,7 @@ class GIFT(Regrouping):
 
     name: ClassVar[str] = "gift"
     reads_question: ClassVar[bool] = True
+    edits_prompt_end: ClassVar[bool] = True
     compares_heads: ClassVar[bool] = True
 
     alpha: float | None = None

@@ -117,6 +117,7 @@ class PAINT(Method):
     """
 
     name: ClassVar[str] = "paint"
+    edits_prompt_end: ClassVar[bool] = True
 
     alpha: float = 0.7
     beta: float = 0.4
@@ -191,7 +192,9 @@ class PAINT(Method):
     def begin(self, forward: Forward, memory: Memory) -> None:
         """Chooses the patches of a prompt; generated tokens are none."""
         behind = forward.valid.shape[1] - forward.prompt
-        if forward.starts:
+        if forward.resumed and not forward.image[:, forward.new].any():
+            behind += forward.prompt  # text that goes on with a prompt read before
+        elif forward.starts:
             strengths = self._strengths(forward)
             if BOOST in memory:  # what stood behind may have been cut from the cache
                 memory[BOOST] = memory[BOOST][:, : forward.past]
@@ -199,7 +202,7 @@ class PAINT(Method):
             append(memory, BOOST, strengths, forward.past)
         if behind:
             nothing = memory[BOOST].new_zeros(len(forward.valid), behind)
-            append(memory, BOOST, nothing, forward.past + forward.prompt)
+            append(memory, BOOST, nothing, forward.past + len(forward.valid[0]) - behind)
 
     def _strengths(self, forward: Forward) -> Tensor:
         """What the scores of each token of a prompt are raised by, `[B, N]`."""
@@ -222,6 +225,8 @@ class PAINT(Method):
         if not (self.alpha or self.beta):
             return None
         rows = forward.last & forward.seen[:, None]
+        if forward.open:  # read up to its image, the question follows
+            rows = rows & ~forward.image[:, forward.new]
         if self.semantics == "release":
             rows[:, : forward.prompt] = False
         return rows
