@@ -52,7 +52,7 @@ $(LMMS_READY): pyproject.toml
 	touch $(LMMS_READY)
 
 test-lmms: $(LMMS_READY)
-	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest tests_lmms
+	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest -o addopts=-q --import-mode=importlib tests/lmms
 
 # 8-bit linears of torchao, in an environment of their own: transformers imports it where it is
 $(TORCHAO)/.ready: pyproject.toml
@@ -62,7 +62,7 @@ $(TORCHAO)/.ready: pyproject.toml
 	touch $(TORCHAO)/.ready
 
 test-torchao: $(TORCHAO)/.ready
-	$(TORCHAO)/bin/python -m pytest tests/with_torchao.py
+	$(TORCHAO)/bin/python -m pytest tests/models/with_torchao.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

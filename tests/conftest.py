@@ -22,16 +22,16 @@ settings.load_profile("suite")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 FAMILIES = (
-    "eval/test_families.py",
-    "methods/test_planted_sinks.py",
-    "test_family_facts.py",
-    "test_special_models.py",
+    "eval/support/test_families.py",
+    "primitives/test_planted_sinks.py",
+    "models/test_family_facts.py",
+    "models/test_special_models.py",
 )
 """They need families, or image features, that older versions of transformers do not have."""
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    from tests import tiny  # after the line for Triton
+    from eval.support import tiny  # after the line for Triton
 
     left_out = collection_path.as_posix().endswith(tuple(f"tests/{name}" for name in FAMILIES))
     return True if left_out and not tiny.FEATURES else None
@@ -40,7 +40,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from transformers import __version__
 
-    from tests import tiny
+    from eval.support import tiny
 
     if not tiny.FEATURES:
         names = ", ".join(FAMILIES)
