@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from vlm_patch import cpu
 from vlm_patch.models.tensor_parallel import WHOLE, Shard
 
 Memory: TypeAlias = dict[tuple[str, int], Tensor]
@@ -315,8 +314,8 @@ def reweigh(weights: Tensor, groups: Tensor, shares: Shares) -> Tensor:
 class Regrouping(Method, ABC):
     """A method whose edit is one factor per key, made of groups of keys (see `reweigh`).
 
-    Whatever has this form runs as two small kernels at a generated token on a GPU, and by `row` on
-    a CPU. compares_heads: a head's shares depend on the masses of the others.
+    Whatever has this form runs as two small kernels at a generated token on a GPU. compares_heads:
+    a head's shares depend on the masses of the others.
     """
 
     compares_heads: ClassVar[bool] = False
@@ -343,17 +342,7 @@ class Regrouping(Method, ABC):
 
     def weights(self, layer: int, weights: Tensor, forward: Forward, memory: Memory) -> Tensor:
         newest, every = self._newest(weights.shape[-1], layer, forward, memory)
-        if weights.shape[2] == 1 and cpu.serves(weights) and self._sees_all(forward):
-            edited = self.row(weights, cast(newest, weights.dtype))
-            if edited is not None:
-                return edited
         return reweigh(weights, newest, self._shares_by(newest, every, forward))
-
-    def row(self, weights: Tensor, groups: Tensor) -> Tensor | None:
-        """The same for one row `[B, H, 1, K]` by a compiled loop on a CPU; None if there is none
-        for it.
-        """
-        return None
 
     def _newest(
         self, keys: int, layer: int, forward: Forward, memory: Memory

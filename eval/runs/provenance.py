@@ -20,7 +20,6 @@ PACKAGES = (
     "accelerate",
     "tokenizers",
     "numpy",
-    "numba",
     "pillow",
 )
 

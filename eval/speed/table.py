@@ -56,7 +56,7 @@ RATIOS = (
         "pocket model, generate, batch 16",
         "pocket-16",
         "generate",
-        {"var": 1.25, "gift": 1.25, "vhr": 1.15, "all": 1.5},
+        {"vhr": 1.15},
         batch=16,
     ),
 )

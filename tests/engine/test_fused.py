@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval.support import tiny
 from eval.support.agreement import NO_PROCESSOR, error, generate, new_tokens, ours, planted
-from vlm_patch import GIFT, VAR, cpu, wrap
+from vlm_patch import GIFT, VAR, wrap
 from vlm_patch.engine import fused
 from vlm_patch.engine.attention import Call
 from vlm_patch.methods import gift, var
@@ -28,8 +28,7 @@ CLOSE = 1e-5
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels on the CPU too, in the place of its loops, for as long as a test runs."""
-    monkeypatch.setattr(cpu, "loops", lambda: None)
+    """The kernels on the CPU too, for as long as a test runs."""
     monkeypatch.setattr(dispatch, "DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(dispatch, "_verdicts", {})
 
@@ -243,8 +242,8 @@ def test_without_triton_torch_does_it(interpreter: None, monkeypatch: pytest.Mon
 def test_the_cpu_never_imports_triton() -> None:
     code = (
         "import sys, vlm_patch\n"
-        "from tests.compare import planted, ours, generate\n"
-        "from tests import tiny\n"
+        "from eval.support.agreement import planted, ours, generate\n"
+        "from eval.support import tiny\n"
         "model = planted('llava')\n"
         "with vlm_patch.wrap(model, *ours(['var'])):\n"
         "    generate(model, tiny.inputs(model, tiny.ONE_IMAGE), steps=2)\n"

@@ -29,7 +29,6 @@ from vlm_patch.method import (
     check_wholes,
     reweigh,
 )
-from vlm_patch.methods import looped
 from vlm_patch.primitives import dispatch, launch
 
 MOST_ALPHA = 80.0
@@ -329,10 +328,6 @@ class GIFT(Regrouping):
         return pad(
             (change * kept[..., None]).sum(1), (0, forward.image.shape[1] - change.shape[-1])
         )
-
-    def row(self, weights: Tensor, groups: Tensor) -> Tensor:
-        count = how_many(weights.shape[1], self.head_fraction)
-        return looped.gaze_row(weights, groups, self.beta, count)
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
         heads, beta, fraction = masses.shape[2], self.beta, self.head_fraction

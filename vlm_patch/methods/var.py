@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlm_patch import cpu
 from vlm_patch.errors import PatchError
 from vlm_patch.heads import text
 from vlm_patch.method import (
@@ -32,9 +31,7 @@ from vlm_patch.method import (
     check_whole,
     check_wholes,
     reweigh,
-    room,
 )
-from vlm_patch.methods import looped
 from vlm_patch.primitives import dispatch, launch
 from vlm_patch.primitives.sink_rules import Found, scaled_tau
 from vlm_patch.primitives.sinks import discover, one_stream
@@ -236,10 +233,6 @@ class VAR(Regrouping):
         hidden, key = one_stream(hidden), ("groups", layer)
         dims, tau = _constant(tuple(self.dims), hidden.device, torch.long), self.tau or 0.0
         fast = forward.generated and not self.release
-        kept = room(memory, key, forward.past + 1) if fast and cpu.serves(hidden) else None
-        if kept is not None:
-            looped.sink_column(hidden, dims, tau, kept, forward.past)
-            return
         if fast and dispatch.possible(hidden.device.type):
             groups = dispatch.tried(
                 ("sink column", str(hidden.device), hidden.dtype, len(dims)),
@@ -278,12 +271,6 @@ class VAR(Regrouping):
                 f'VAR(semantics="release") never acts below layer 2, but layer {layer} is on'
             )
         return memory["groups", layer]
-
-    def row(self, weights: Tensor, groups: Tensor) -> Tensor | None:
-        if self.require_visual_sink or self.release:
-            return None
-        numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass
-        return looped.sink_row(weights, groups, *numbers)
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
         numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass
