@@ -136,10 +136,10 @@ def test_an_error_in_a_pass_of_our_own_leaves_the_patch_whole() -> None:
 
 
 STAGES = {
-    "var": ("look", "begin", "block_input", "edited", "weights"),
-    "gift": ("begin", "edited", "watched", "observe", "weights"),
-    "vhr": ("look", "begin", "output_gain", "choose"),
-    "paint": ("begin", "edited", "edit_scores"),
+    "var": ("probe", "begin", "observe_hidden", "edited_rows", "edit_weights"),
+    "gift": ("begin", "edited_rows", "watched_rows", "observe", "edit_weights"),
+    "vhr": ("probe", "begin", "edit_heads", "choose"),
+    "paint": ("begin", "edited_rows", "edit_scores"),
 }
 
 

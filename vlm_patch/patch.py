@@ -19,7 +19,7 @@ from vlm_patch.engine.tower import tower_of
 from vlm_patch.engine.tracker import Layout
 from vlm_patch.errors import PatchError
 from vlm_patch.method import Method
-from vlm_patch.methods.registry import fit, instances, unknown, values
+from vlm_patch.methods.registry import instances, resolve, unknown, values
 from vlm_patch.models.info import Decoder, place, read, unwrapped
 from vlm_patch.models.tensor_parallel import shard_of
 from vlm_patch.prompts.masks import Given
@@ -93,7 +93,7 @@ class Patch:
                     "one wrap(model, VAR(), VHR())"
                 )
         self.model, self._base, self._decoder = model, base, decoder
-        self._methods = fit(instances(methods), decoder)
+        self._methods = resolve(instances(methods), decoder)
         self.heads = _tables(self._methods, decoder, layers, head_specs)
         self._disabled: list[frozenset[str]] = []
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
@@ -259,7 +259,7 @@ def _tables(
     softmax = torch.zeros_like(allowed)
     softmax[list(decoder.softmax)] = True
     for method in methods:
-        own = [layer for layer in method.own_layers(decoder.depth) if softmax[layer]]
+        own = [layer for layer in method.default_layers(decoder.depth) if softmax[layer]]
         spec = chosen[method.name]
         tables[method.name] = dict.fromkeys(own, "*") if spec is None else spec
         lost = (tables[method.name] & ~softmax).any(1).nonzero().flatten().tolist()

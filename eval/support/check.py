@@ -18,7 +18,7 @@ from eval.support.build import CLASSES, build
 from eval.support.prompts import FORMS, Inputs, prompt
 from eval.support.sizes import NOT_BUILT
 from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError
-from vlm_patch.method import Forward, Memory, Method
+from vlm_patch.method import ForwardContext, Method, State
 
 STEPS = 3
 TOLERANCE = 1e-5
@@ -47,7 +47,7 @@ class Same(Method):
 
     name: ClassVar[str] = "same"
 
-    def edited(self, forward: Forward) -> Tensor:
+    def edited_rows(self, forward: ForwardContext) -> Tensor:
         return forward.valid
 
 
@@ -60,14 +60,16 @@ class Probe(Method):
     reads_blocks: ClassVar[bool] = True
     seen: dict[str, Tensor] = field(default_factory=dict)
 
-    def begin(self, forward: Forward, memory: Memory) -> None:
+    def begin(self, forward: ForwardContext, state: State) -> None:
         embeds = forward.inputs.get("inputs_embeds")
         if forward.past == 0:
             self.seen["image"] = forward.image & forward.valid
             if embeds is not None:
                 self.seen["entering"] = embeds.clone()
 
-    def block_input(self, layer: int, hidden: Tensor, forward: Forward, memory: Memory) -> None:
+    def observe_hidden(
+        self, layer: int, hidden: Tensor, forward: ForwardContext, state: State
+    ) -> None:
         if forward.past == 0 and layer == 0 and hidden.shape[:2] == forward.valid.shape:
             self.seen["entering"] = hidden.clone()
 

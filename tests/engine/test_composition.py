@@ -29,7 +29,7 @@ from eval.support.reference import logits, trace
 from eval.support.tiny_text import VISION_END
 from tests.support.examples import places
 from vlm_patch import GIFT, VAR, VHR
-from vlm_patch.method import Forward, Memory, Method
+from vlm_patch.method import ForwardContext, Method, State
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
 EXACT = 1e-10
@@ -211,7 +211,7 @@ class Spy(Method):
         self.query: list[list[int]] = []
         self.content: list[list[int]] = []
 
-    def begin(self, forward: Forward, memory: Memory) -> None:
+    def begin(self, forward: ForwardContext, state: State) -> None:
         if forward.reading:
             self.query = [places(row) for row in forward.query]
             self.content = [places(row) for row in forward.content]

@@ -19,10 +19,10 @@ from eval.support.agreement import NO_PROCESSOR, ours, planted
 from eval.support.agreement import generate as generated
 from eval.support.simulated_device import FAR, REFUSAL, second_device
 from tests.support.on_device import CASES, CPU, answered, moved
-from vlm_patch import method, wrap
+from vlm_patch import wrap
 from vlm_patch.engine import attention, rows, tracker
 from vlm_patch.methods import gift, var, vhr
-from vlm_patch.primitives import sink_rules, sinks
+from vlm_patch.primitives import reweighting, sink_rules, sinks
 from vlm_patch.prompts import masks
 
 pytestmark = pytest.mark.filterwarnings(
@@ -63,9 +63,9 @@ def searching(device: torch.device) -> object:
 Case = Callable[[torch.device], object]
 LEFT_BEHIND: dict[str, tuple[Any, str, Case]] = {
     "VAR's constants": (var, "_constant", acting),
-    "VAR's block_input": (var, "peak_and_norm", acting),
+    "VAR's observe_hidden": (var, "peak_and_norm", acting),
     "VAR's shares": (var, "sink_shares", acting),
-    "the product with the groups": (method, "reweigh", lambda d: answered(d, ours(("var",)))),
+    "the product with the groups": (reweighting, "reweight", lambda d: answered(d, ours(("var",)))),
     "GIFT's observe": (gift, "positive_change", acting),
     "GIFT's map": (gift, "saliency_gain", acting),
     "GIFT's heads": (gift, "top_heads", acting),

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from eval.support.agreement import NO_PROCESSOR
 from vlm_patch import PAINT, wrap
-from vlm_patch.method import Forward, Memory
+from vlm_patch.method import ForwardContext, State
 from vlm_patch.methods.paint import LOCAL, SUMMARY, outliers, top
 
 PARITY = Path(__file__).parents[1] / "data" / "parity"
@@ -104,12 +104,12 @@ def test_sets(
     setting: str, sample: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the rows of the tower that they are made of."""
-    seen: list[Forward] = []
+    seen: list[ForwardContext] = []
     begin = PAINT.begin
 
-    def keep(self: PAINT, forward: Forward, memory: Memory) -> None:
+    def keep(self: PAINT, forward: ForwardContext, state: State) -> None:
         seen.append(forward)
-        begin(self, forward, memory)
+        begin(self, forward, state)
 
     monkeypatch.setattr(PAINT, "begin", keep)
     model, meta = model_of(dtype=dtype), SETTINGS[setting]

@@ -14,7 +14,7 @@ from eval.support.build import build
 from vlm_patch import PAINT, PatchError, UnsupportedModelError, wrap
 from vlm_patch.engine import tower
 from vlm_patch.engine.attention import Call
-from vlm_patch.method import Forward, Memory, Method, Patches, TowerRead
+from vlm_patch.method import ForwardContext, Method, Patches, State, TowerRead
 
 CLS, COLUMNS = TowerRead(0), TowerRead(-2, "patches")
 
@@ -29,7 +29,7 @@ class Looks(Method):
     def tower_reads(self) -> tuple[TowerRead, ...]:
         return CLS, COLUMNS
 
-    def begin(self, forward: Forward, memory: Memory) -> None:
+    def begin(self, forward: ForwardContext, state: State) -> None:
         if forward.starts:
             self.seen.update(patches=forward.patches, embeds=forward.inputs["inputs_embeds"])
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from eval.support import tiny
 from vlm_patch import PatchError, wrap
-from vlm_patch.method import Forward, Memory, Method
+from vlm_patch.method import ForwardContext, Method, State
 
 MASKS = ("image", "query", "content", "valid", "text", "last", "seen")
 
@@ -29,9 +29,9 @@ class Spy(Method):
     reads_question: ClassVar[bool] = True
 
     words: str | Tensor = "all"
-    forwards: list[Forward] = field(default_factory=list)
+    forwards: list[ForwardContext] = field(default_factory=list)
 
-    def begin(self, forward: Forward, memory: Memory) -> None:
+    def begin(self, forward: ForwardContext, state: State) -> None:
         masks = {name: getattr(forward, name).clone() for name in MASKS}
         self.forwards.append(replace(forward, **masks))
 
@@ -42,7 +42,7 @@ def run(
     processor: Any = None,
     words: str | Tensor = "all",
     prompt: Mapping[str, Tensor] | None = None,
-) -> Forward:
+) -> ForwardContext:
     """What a method is shown of the prompt `batch`."""
     spy = Spy(words)
     with wrap(model, spy, processor=processor) as patch, patch.prompt(**(prompt or {})):
@@ -60,7 +60,7 @@ def to(*bounds: int) -> list[int]:
     return [place for a, b in zip(bounds[::2], bounds[1::2], strict=True) for place in range(a, b)]
 
 
-def masks(forward: Forward) -> dict[str, list[list[int]]]:
+def masks(forward: ForwardContext) -> dict[str, list[list[int]]]:
     return {name: places(getattr(forward, name)) for name in MASKS[:-1]}
 
 
@@ -184,7 +184,7 @@ def test_generated_tokens_are_text_and_no_question(build: Any) -> None:
 
 def turns(
     model: nn.Module, first: Iterable[Sequence[int]], second: Tensor, **more: Any
-) -> list[Forward]:
+) -> list[ForwardContext]:
     """A prompt, one generated token, and a second turn on the same cache."""
     spy = Spy()
     batch = tiny.inputs(model, list(first))

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import GIFT
-from vlm_patch.method import Facts, Forward, Memory
-from vlm_patch.methods.gift import amplify, key_groups, positive_change, saliency_gain, top_heads
+from vlm_patch.method import ForwardContext, ModelInfo
+from vlm_patch.methods.gift import (
+    GazeState,
+    amplify,
+    key_groups,
+    positive_change,
+    saliency_gain,
+    top_heads,
+)
 
 EXAMPLE = EXAMPLES["gift"]
 
@@ -275,10 +282,10 @@ def test_guards() -> None:
 # ---- how the map is collected
 
 
-def reading(content: Tensor, image: Tensor) -> Forward:
+def reading(content: Tensor, image: Tensor) -> ForwardContext:
     """The forward of a prompt with these masks `[B, S]`."""
     true = torch.ones_like(image)
-    return Forward(
+    return ForwardContext(
         past=0,
         image=image,
         query=content,
@@ -305,17 +312,17 @@ def test_rows_shown_in_chunks_give_the_same_map(size: int, seed: int) -> None:
     content = (torch.rand(3, 16, generator=generator) < 0.5) & ~image
     content[:, 0], content[:, 12] = False, True
     forward, method = reading(content, image), GIFT(2.0, saliency_layer=0, layers=(1,))
-    watched = method.watched(forward)
+    watched = method.watched_rows(forward)
     assert watched is not None
     assert watched[0] == (0,)
     rows = places(watched[1].any(0))
     answer = torch.rand(3, 4, 1, 16, generator=generator, dtype=torch.float64).softmax(-1)
     found = []
     for step in (len(rows), size):
-        memory: Memory = {}
+        state = GazeState()
         for chunk in torch.tensor(rows).split(step):
-            method.observe(0, weights[:, :, chunk], chunk, forward, memory)
-        found.append(method.weights(1, answer, forward, memory))
+            method.observe(0, weights[:, :, chunk], chunk, forward, state)
+        found.append(method.edit_weights(1, answer, forward, state))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-14)
     gain = torch.ones(3, 16, dtype=torch.float64)
     for sample in range(3):
@@ -331,15 +338,15 @@ def test_several_saliency_layers_make_one_map_each_with_heads_of_its_own() -> No
     weights = torch.rand(2, 1, 4, 16, 16, generator=generator, dtype=torch.float64).softmax(-1)
     image, content = mask(range(1, 6), 16), mask([8, 9, 13], 16)
     forward, method = reading(content[None], image[None]), GIFT(2.0, saliency_layer=[3, 0])
-    watched = method.watched(forward)
+    watched = method.watched_rows(forward)
     assert watched is not None
     assert watched[0] == (3, 0)
     rows = watched[1][0].nonzero().flatten()
-    memory: Memory = {}
+    state = GazeState()
     for layer, of_layer in zip((0, 3), weights, strict=True):
-        method.observe(layer, of_layer[:, :, rows], rows, forward, memory)
+        method.observe(layer, of_layer[:, :, rows], rows, forward, state)
     answer = torch.rand(1, 4, 1, 16, generator=generator, dtype=torch.float64).softmax(-1)
-    found = method.weights(1, answer, forward, memory)
+    found = method.edit_weights(1, answer, forward, state)
     change = positive_change(weights[:, 0])[..., places(content[1:]), :][..., image]
     kept = top_heads(change.sum((2, 3)))
     assert not torch.equal(kept[0], kept[1])
@@ -425,23 +432,23 @@ def test_words() -> None:
 
 
 def test_layers_of_the_model() -> None:
-    facts = Facts(4, 64, 4, {})
+    facts = ModelInfo(4, 64, 4, {})
     with pytest.raises(ValueError, match="GIFT layers: found 4, but this model has only 0 to 3"):
-        GIFT(1.0, saliency_layer=0, layers=(1, 4)).fit(facts)
+        GIFT(1.0, saliency_layer=0, layers=(1, 4)).resolve(facts)
     with pytest.raises(ValueError, match=r"GIFT saliency_layer: found 9, but .* has only 0 to 3"):
-        GIFT(1.0, saliency_layer=9, layers=(1,)).fit(facts)
+        GIFT(1.0, saliency_layer=9, layers=(1,)).resolve(facts)
     with pytest.raises(ValueError, match=r"GIFT saliency_layer: found 9, but .* has only 0 to 3"):
-        GIFT(1.0, saliency_layer=[0, 9], layers=(1,)).fit(facts)
-    hybrid = Facts(4, 64, 4, {}, softmax=(1, 3))
+        GIFT(1.0, saliency_layer=[0, 9], layers=(1,)).resolve(facts)
+    hybrid = ModelInfo(4, 64, 4, {}, softmax=(1, 3))
     with pytest.raises(ValueError, match="saliency_layer: found 2, a layer without softmax"):
-        GIFT(1.0, saliency_layer=[1, 2], layers=(3,)).fit(hybrid)
+        GIFT(1.0, saliency_layer=[1, 2], layers=(3,)).resolve(hybrid)
 
 
 # ---- defaults
 
 
-def fitted(method: GIFT, facts: Facts) -> tuple[GIFT, list[str]]:
-    found, notes = method.fit(facts)
+def fitted(method: GIFT, facts: ModelInfo) -> tuple[GIFT, list[str]]:
+    found, notes = method.resolve(facts)
     assert isinstance(found, GIFT)
     return found, notes
 
@@ -454,11 +461,11 @@ def test_published_defaults() -> None:
 
 def test_values_come_from_the_profile_unless_given() -> None:
     profile = {"alpha": 5.0, "saliency_layer": 11, "layers": tuple(range(12, 23))}
-    found, notes = fitted(GIFT(), Facts(32, 4096, 32, profile))
+    found, notes = fitted(GIFT(), ModelInfo(32, 4096, 32, profile))
     assert (found.alpha, found.saliency_layer, found.layers) == (5.0, 11, tuple(range(12, 23)))
     assert notes == []
-    assert found.own_layers(32) == list(range(12, 23))
-    found, notes = fitted(GIFT(alpha=0.0, layers=[3]), Facts(32, 4096, 32, profile))
+    assert list(found.default_layers(32)) == list(range(12, 23))
+    found, notes = fitted(GIFT(alpha=0.0, layers=[3]), ModelInfo(32, 4096, 32, profile))
     assert (found.alpha, found.saliency_layer, found.layers) == (0.0, 11, [3])
     assert notes == []
 
@@ -471,7 +478,7 @@ def test_without_a_profile_the_middle_third_is_taken_and_said(
     depth: int, layers: range, saliency_layer: int
 ) -> None:
     """specs/gift.md, decision 20: alpha 4, the middle third."""
-    found, notes = fitted(GIFT(), Facts(depth, 64, 4, {}))
+    found, notes = fitted(GIFT(), ModelInfo(depth, 64, 4, {}))
     assert (found.alpha, found.layers) == (4.0, tuple(layers))
     assert found.saliency_layer == saliency_layer
     assert set(notes) == {
@@ -479,5 +486,5 @@ def test_without_a_profile_the_middle_third_is_taken_and_said(
         f"GIFT saliency_layer={saliency_layer}",
         f"GIFT layers={tuple(layers)}",
     }
-    _, notes = fitted(GIFT(alpha=1.0, layers=(1,)), Facts(depth, 64, 4, {}))
+    _, notes = fitted(GIFT(alpha=1.0, layers=(1,)), ModelInfo(depth, 64, 4, {}))
     assert notes == [f"GIFT saliency_layer={saliency_layer}"]

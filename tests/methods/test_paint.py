@@ -12,7 +12,7 @@ from eval.support.agreement import NO_PROCESSOR
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import PAINT, VAR, wrap
 from vlm_patch.engine.attention import Call
-from vlm_patch.method import Facts
+from vlm_patch.method import ModelInfo
 from vlm_patch.methods.paint import boosted, outliers, token_sets, top
 
 EXAMPLE, CLIFF = EXAMPLES["paint"]["A6"], EXAMPLES["paint"]["cliff"]
@@ -122,8 +122,8 @@ def test_scores_rise_and_never_pass_zero() -> None:
 # ---- defaults
 
 
-def facts(depth: int, softmax: tuple[int, ...] | None = None) -> Facts:
-    return Facts(depth, 64, 4, {}, softmax)
+def facts(depth: int, softmax: tuple[int, ...] | None = None) -> ModelInfo:
+    return ModelInfo(depth, 64, 4, {}, softmax)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def facts(depth: int, softmax: tuple[int, ...] | None = None) -> Facts:
     [(32, None, range(2, 32)), (2, None, [1]), (1, None, [0]), (8, (1, 3, 7), [3, 7])],
 )
 def test_it_acts_in_all_blocks_but_the_first_two(depth: int, softmax: Any, layers: Any) -> None:
-    fitted, notes = PAINT().fit(facts(depth, softmax))
-    assert fitted.own_layers(depth) == list(layers)
+    fitted, notes = PAINT().resolve(facts(depth, softmax))
+    assert list(fitted.default_layers(depth)) == list(layers)
     assert notes == []
 
 
@@ -145,7 +145,7 @@ def test_published_settings() -> None:
 def test_a_table_for_another_model() -> None:
     text = "PAINT sensitivity: found 1 layers of 2 heads, this model has 32 of 4"
     with pytest.raises(ValueError, match=text):
-        PAINT(sensitivity=[[1, 2]]).fit(facts(32))
+        PAINT(sensitivity=[[1, 2]]).resolve(facts(32))
 
 
 # ---- invariants
@@ -216,7 +216,7 @@ def test_all_patches_alike_is_pai(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Call, "scores", pai)
     nothing = PAINT(0.5, 0.5, 0.0, layers=(1, 2, 3))
-    monkeypatch.setattr(PAINT, "edit_scores", lambda self, layer, scores, forward, memory: scores)
+    monkeypatch.setattr(PAINT, "edit_scores", lambda self, layer, scores, forward, state: scores)
     expected, _ = run(model, nothing)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -246,13 +246,13 @@ def test_masked_keys_stay_masked() -> None:
     """Also where a method would raise them to 0, in a batch with padding."""
 
     class Loud(VAR):
-        def edited(self, forward: Any) -> Tensor:
+        def edited_rows(self, forward: Any) -> Tensor:
             return forward.last
 
         def edit_scores(self, layer: int, scores: Tensor, *rest: Any) -> Tensor:
             return scores.new_zeros(scores.shape)
 
-        def weights(self, layer: int, weights: Tensor, *rest: Any) -> Tensor:
+        def edit_weights(self, layer: int, weights: Tensor, *rest: Any) -> Tensor:
             seen.append(weights)
             return weights
 

@@ -12,8 +12,8 @@ import vlm_patch
 from eval.support import tiny
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import VAR, PatchError
-from vlm_patch.method import Facts, Forward
-from vlm_patch.methods.var import key_groups, redistribute, sink_score
+from vlm_patch.method import ForwardContext, ModelInfo
+from vlm_patch.methods.var import SinkState, key_groups, redistribute, sink_score
 from vlm_patch.primitives.sink_rules import scaled_tau
 
 GIVEN = EXAMPLES["var"]["redistribution"]["inputs"]
@@ -232,7 +232,7 @@ def test_the_release_understates_the_sink_ratio_by_its_epsilon() -> None:
 def acts(method: VAR, hidden: Tensor) -> bool:
     """Whether a row is edited where BOS, 4 image tokens and a text token enter layer 2 so."""
     true = torch.ones(1, 6, dtype=torch.bool)
-    forward = Forward(
+    forward = ForwardContext(
         past=0,
         image=IMAGE[None],
         query=true,
@@ -247,9 +247,9 @@ def acts(method: VAR, hidden: Tensor) -> bool:
         first=True,
         starts=True,
     )
-    weights, memory = tensor(GIVEN["attention"])[None, :, None], {}
-    method.block_input(2, hidden[None], forward, memory)
-    return not torch.equal(method.weights(2, weights, forward, memory), weights)
+    weights, state = tensor(GIVEN["attention"])[None, :, None], SinkState()
+    method.observe_hidden(2, hidden[None], forward, state)
+    return not torch.equal(method.edit_weights(2, weights, forward, state), weights)
 
 
 @pytest.mark.parametrize("scale", [1e4, 3.0])
@@ -329,19 +329,19 @@ def test_the_ends_of_every_range_are_allowed() -> None:
 
 
 def test_channels_and_layers_of_the_model() -> None:
-    facts = Facts(4, 64, 4, {})
-    VAR(dims=(63,), first_layer=3).fit(facts)
+    facts = ModelInfo(4, 64, 4, {})
+    VAR(dims=(63,), first_layer=3).resolve(facts)
     with pytest.raises(ValueError, match="VAR dims: found 64, but this model has only 0 to 63"):
-        VAR(dims=(3, 64)).fit(facts)
+        VAR(dims=(3, 64)).resolve(facts)
     with pytest.raises(ValueError, match=r"VAR first_layer: found 4, but .* only 0 to 3"):
-        VAR(first_layer=4).fit(facts)
+        VAR(first_layer=4).resolve(facts)
 
 
 # ---- defaults
 
 
-def fitted(method: VAR, facts: Facts) -> VAR:
-    found, notes = method.fit(facts)
+def fitted(method: VAR, facts: ModelInfo) -> VAR:
+    found, notes = method.resolve(facts)
     assert isinstance(found, VAR)
     assert notes == []
     return found
@@ -357,17 +357,17 @@ def test_published_defaults() -> None:
 
 def test_tau_is_scaled_by_the_width() -> None:
     for row in EXAMPLES["var"]["tau_scaled"]:
-        assert fitted(VAR(), Facts(32, row["hidden"], 32, {})).tau is None  # to be measured
-        found = fitted(VAR(dims=[3]), Facts(32, row["hidden"], 32, {}))
+        assert fitted(VAR(), ModelInfo(32, row["hidden"], 32, {})).tau is None  # to be measured
+        found = fitted(VAR(dims=[3]), ModelInfo(32, row["hidden"], 32, {}))
         assert found.tau == pytest.approx(row["tau"], abs=1e-9)
-    assert fitted(VAR(tau=7.0), Facts(32, 1024, 8, {})).tau == 7.0
+    assert fitted(VAR(tau=7.0), ModelInfo(32, 1024, 8, {})).tau == 7.0
 
 
 def test_channels_come_from_the_profile_unless_given() -> None:
-    facts = Facts(32, 4096, 32, {"dims": (1415, 2533)})
+    facts = ModelInfo(32, 4096, 32, {"dims": (1415, 2533)})
     assert fitted(VAR(), facts).dims == (1415, 2533)
     assert fitted(VAR(dims=[7]), facts).dims == (7,)
-    assert fitted(VAR(), Facts(32, 4096, 32, {})).dims is None
+    assert fitted(VAR(), ModelInfo(32, 4096, 32, {})).dims is None
 
 
 @pytest.mark.parametrize(
@@ -383,8 +383,8 @@ def test_channels_come_from_the_profile_unless_given() -> None:
     ids=str,
 )
 def test_layers(options: dict[str, Any], layers: range) -> None:
-    found = fitted(VAR(**options), Facts(32, 4096, 32, {}))
-    assert found.own_layers(32) == list(layers)
+    found = fitted(VAR(**options), ModelInfo(32, 4096, 32, {}))
+    assert list(found.default_layers(32)) == list(layers)
 
 
 # ---- on a model
@@ -432,4 +432,4 @@ def test_a_flag_is_true_or_false(name: str) -> None:
 
 def test_no_sink_channel_is_no_silent_no_op() -> None:
     with pytest.warns(UserWarning, match=r"VAR\(dims=\(\)\) does nothing"):
-        VAR(dims=()).fit(Facts(depth=4, width=64, heads=4, profile={}))
+        VAR(dims=()).resolve(ModelInfo(depth=4, width=64, heads=4, profile={}))

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, places, tensor
 from vlm_patch import VHR
-from vlm_patch.method import Facts, Forward
-from vlm_patch.methods.vhr import above_median, distinct, divergence, drop_outliers, without_image
+from vlm_patch.method import ForwardContext, ModelInfo
+from vlm_patch.methods.vhr import (
+    HeadState,
+    above_median,
+    distinct,
+    divergence,
+    drop_outliers,
+    without_image,
+)
 
 EXAMPLE = EXAMPLES["vhr"]
 GUARDS = {"release": 1.0, "paper": None}
@@ -70,9 +77,9 @@ def test_example_of_reinforcement(name: str, semantics: str) -> None:
     expected = EXAMPLE[name]["expected"]
     after = expected["after_alpha2"][semantics]
     full, text = outputs(EXAMPLE[name]["value_scale"])
-    method, memory = VHR(semantics=semantics), {("text", 0): text[None]}
+    method, state = VHR(semantics=semantics), HeadState({0: text[None]})
     output = torch.stack([0.5 * full, full])[None]  # two rows; the last one decides
-    gain = method.output_gain(0, output, forward_of(2), memory)
+    gain = method.edit_heads(0, output, forward_of(2), state)
     assert gain is not None
     result = (output * gain[:, None, :, None])[0]
     assert_near(result[1].flatten(), after["concat"])
@@ -101,12 +108,12 @@ def test_example_of_distance_and_std_conventions(dtype: torch.dtype) -> None:
 # ---- invariants
 
 
-def forward_of(rows: int, seen: tuple[bool, ...] = (True,)) -> Forward:
+def forward_of(rows: int, seen: tuple[bool, ...] = (True,)) -> ForwardContext:
     """A prompt of `rows` tokens, of which the second is the image where one is `seen`."""
     true = torch.ones(len(seen), rows, dtype=torch.bool)
     image = torch.zeros_like(true)
     image[:, 1] = torch.tensor(seen)
-    return Forward(
+    return ForwardContext(
         past=0,
         image=image,
         query=~image,
@@ -199,11 +206,11 @@ def test_half_precision_does_not_overflow() -> None:
 
 def test_samples_without_an_image_keep_gain_1() -> None:
     full, text = random_outputs(1)
-    gain = VHR(alpha=3.0).output_gain(
+    gain = VHR(alpha=3.0).edit_heads(
         0,
         full[:, None].expand(-1, 4, -1, -1),
         forward_of(4, (True, False, True)),
-        {("text", 0): text},
+        HeadState({0: text}),
     )
     assert gain is not None
     assert gain[1].tolist() == [1.0] * 8
@@ -212,10 +219,10 @@ def test_samples_without_an_image_keep_gain_1() -> None:
 
 def test_heads_are_kept_for_the_generation() -> None:
     full, text = random_outputs(2)
-    method, memory, forward = VHR(), {("text", 5): text}, forward_of(4, (True,) * 3)
-    first = method.output_gain(5, full[:, None].expand(-1, 4, -1, -1), forward, memory)
+    method, state, forward = VHR(), HeadState({5: text}), forward_of(4, (True,) * 3)
+    first = method.edit_heads(5, full[:, None].expand(-1, 4, -1, -1), forward, state)
     assert first is not None
-    assert torch.equal(first, method.output_gain(5, 100 * text[:, None], forward, memory))
+    assert torch.equal(first, method.edit_heads(5, 100 * text[:, None], forward, state))
 
 
 def test_the_text_branch_is_the_prompt_without_image_tokens() -> None:
@@ -303,7 +310,7 @@ def test_semantics(semantics: Any) -> None:
 
 def test_layers_of_the_model() -> None:
     with pytest.raises(ValueError, match="VHR layers: found 4, but this model has only 0 to 3"):
-        VHR(layers=(1, 4)).fit(Facts(4, 64, 4, {}))
+        VHR(layers=(1, 4)).resolve(ModelInfo(4, 64, 4, {}))
 
 
 # ---- defaults
@@ -320,12 +327,12 @@ def test_published_defaults() -> None:
 
 
 def test_layers_come_from_the_profile_unless_given() -> None:
-    facts = Facts(32, 4096, 32, {"layers": (1, *range(18, 32))})
-    found, notes = VHR().fit(facts)
-    assert found.own_layers(32) == [1, *range(18, 32)]
+    facts = ModelInfo(32, 4096, 32, {"layers": (1, *range(18, 32))})
+    found, notes = VHR().resolve(facts)
+    assert list(found.default_layers(32)) == [1, *range(18, 32)]
     assert notes == []
-    found, notes = VHR(layers=[2]).fit(facts)
-    assert found.own_layers(32) == [2]
+    found, notes = VHR(layers=[2]).resolve(facts)
+    assert list(found.default_layers(32)) == [2]
     assert notes == []
 
 
@@ -342,8 +349,8 @@ def test_layers_come_from_the_profile_unless_given() -> None:
 )
 def test_without_a_profile_the_depth_is_scaled_and_said(depth: int, layers: list[int]) -> None:
     """The second layer and the last 14 of 32."""
-    found, notes = VHR().fit(Facts(depth, 64, 4, {}))
-    assert found.own_layers(depth) == layers
+    found, notes = VHR().resolve(ModelInfo(depth, 64, 4, {}))
+    assert list(found.default_layers(depth)) == layers
     assert notes == [f"VHR layers={layers}"]
 
 

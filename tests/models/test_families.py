@@ -20,7 +20,7 @@ from eval.support.reference import Gift, Var, Vhr, trace
 from tests.support.family import BREAKS_PADDING, KINDS, STATEFUL, STEPS, WITHOUT, Family, made
 from tests.support.untouched import check_untouched
 from vlm_patch import GIFT, VAR, VHR
-from vlm_patch.method import Forward, Memory, Method
+from vlm_patch.method import ForwardContext, Method, State
 from vlm_patch.primitives import sinks
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR, "ignore:no published settings")
@@ -118,7 +118,9 @@ class Streams(Method):
     reads_blocks: ClassVar[bool] = True
     seen: dict[int, Tensor] = field(default_factory=dict)
 
-    def block_input(self, layer: int, hidden: Tensor, forward: Forward, memory: Memory) -> None:
+    def observe_hidden(
+        self, layer: int, hidden: Tensor, forward: ForwardContext, state: State
+    ) -> None:
         self.seen.setdefault(layer, hidden.clone())
 
 

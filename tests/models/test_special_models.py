@@ -19,7 +19,7 @@ from eval.support.prompts import around, images, prompt, tokens
 from eval.support.sizes import BOS, IMAGE, PAD, VIDEO
 from eval.support.sizes import VISION as SMALL_VISION
 from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError
-from vlm_patch.method import Forward, Memory, Method
+from vlm_patch.method import ForwardContext, Method, State
 from vlm_patch.primitives.sinks import one_stream
 
 DICT = {"do_sample": False, "return_dict_in_generate": True}
@@ -40,14 +40,14 @@ class Seen(Method):
     name: ClassVar[str] = "seen"
     reads_question: ClassVar[bool] = True
     words: str = "all"
-    masks: list[Forward] = field(default_factory=list)
+    masks: list[ForwardContext] = field(default_factory=list)
 
-    def begin(self, forward: Forward, memory: Memory) -> None:
+    def begin(self, forward: ForwardContext, state: State) -> None:
         if forward.past == 0:
             self.masks.append(forward)
 
 
-def masks(model: Any, inputs: dict[str, Any], **options: Any) -> Forward:
+def masks(model: Any, inputs: dict[str, Any], **options: Any) -> ForwardContext:
     """What is image, text and question in a prompt that the model generates from."""
     seen = Seen()
     with vlm_patch.wrap(model, seen):

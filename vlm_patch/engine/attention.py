@@ -21,8 +21,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_patch.errors import PatchError, UnsupportedModelError
-from vlm_patch.method import cast
 from vlm_patch.models.info import Layer
+from vlm_patch.primitives.buffers import cast
 
 NAME = "vlm_patch"
 SLOT = "_vlm_patch"

@@ -2,7 +2,8 @@
 
 While a GPU generates, launching kernels takes longer than running them. Scores, softmax and group
 masses are one kernel, edit and product with the values a second; between them a method works out
-its shares from a few numbers a head. `Call.weights`, `reweigh` and `Call.output` define the result.
+its shares from a few numbers a head. `Call.weights`, `reweight` and `Call.output` define what
+results.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vlm_patch.engine.attention import Call
-from vlm_patch.method import Shares, reweigh
 from vlm_patch.primitives import dispatch
+from vlm_patch.primitives.reweighting import Shares, reweight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK = 64
@@ -31,7 +32,7 @@ def serves(call: Call) -> bool:
 
 
 def attend(call: Call, groups: Tensor, shares: Shares) -> Tensor:
-    """The head outputs `[B, 1, H, Dv]` of a row whose weights `shares` edits (see `reweigh`)."""
+    """The head outputs `[B, 1, H, Dv]` of a row whose weights `shares` edits (see `reweight`)."""
     query, value = call.query, call.value
     kind = ("row", str(query.device), query.dtype, query.shape[3], value.shape[3], groups.shape[1])
     return dispatch.tried(
@@ -44,7 +45,7 @@ def attend(call: Call, groups: Tensor, shares: Shares) -> Tensor:
 def twin(call: Call, groups: Tensor, shares: Shares) -> Tensor:
     """What `attend` must give, in plain torch."""
     row = torch.zeros(1, dtype=torch.long, device=call.query.device)
-    return call.output(reweigh(call.weights(row), groups, shares))
+    return call.output(reweight(call.weights(row), groups, shares))
 
 
 def launch(call: Call, groups: Tensor, shares: Shares) -> Tensor:

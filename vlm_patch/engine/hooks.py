@@ -16,7 +16,7 @@ from vlm_patch.engine.rows import Active, Editing, Watching
 from vlm_patch.engine.state import Generation, Tail, attach
 from vlm_patch.engine.tracker import Layout, carries_images
 from vlm_patch.errors import PatchError
-from vlm_patch.method import Forward, Method, Watcher
+from vlm_patch.method import ForwardContext, Method, Watcher
 
 OLD_CACHE_NAME = "past_key_values"
 
@@ -166,13 +166,13 @@ class Passes:
                 forward = run.forward.on(hidden.device)
                 for active in run.actives:
                     if active.method.reads_blocks and layer in active.heads:
-                        active.method.block_input(layer, hidden, forward, active.memory)
+                        active.method.observe_hidden(layer, hidden, forward, active.state)
 
         return show
 
     def _start(
         self,
-        forward: Forward,
+        forward: ForwardContext,
         generation: Generation,
         switched: list[tuple[Method, dict[int, Tensor | None]]],
         kwargs: dict[str, Any],
@@ -180,8 +180,8 @@ class Passes:
         """Lets methods look, runs first passes; returns the decoder inputs that remain to run."""
         actives = []
         for method, layers in switched:
-            memory = generation.memory.setdefault(method.name, {})
-            actives.append(Active(method, memory, layers))
+            state = generation.states.setdefault(method.name, method.state())
+            actives.append(Active(method, state, layers))
             if method.reads_blocks:
                 generation.follow(method.name, layers, forward.past)
             elif method.tower_reads():
@@ -199,7 +199,7 @@ class Passes:
         if late:
             forward, kwargs = self._read_first(forward, actives, late, kwargs)
         for active in actives:
-            active.method.begin(forward, active.memory)
+            active.method.begin(forward, active.state)
         run: Editing | None = generation.step
         if run is not None and run.serves(actives, forward):
             run.go_on(forward)
@@ -212,7 +212,7 @@ class Passes:
             kwargs[CARRIED], self.now.run = run, Lost()
         return kwargs
 
-    def _look(self, active: Active, forward: Forward) -> None:
+    def _look(self, active: Active, forward: ForwardContext) -> None:
         """Runs a method's own passes of the stock model, and keeps what it learned of the model."""
 
         def run(inputs: dict[str, Any], watcher: Watcher) -> None:
@@ -222,7 +222,7 @@ class Passes:
 
         before = active.method
         with torch.no_grad():
-            active.method = before.look(forward, active.memory, list(active.heads), run)
+            active.method = before.probe(forward, active.state, list(active.heads), run)
         if active.method is not before:
             self.learned(before, active.method)
 
@@ -234,7 +234,9 @@ class Passes:
         finally:
             self.now.run, self.now.inside = None, False
 
-    def _keep_tail(self, forward: Forward, generation: Generation, kwargs: dict[str, Any]) -> None:
+    def _keep_tail(
+        self, forward: ForwardContext, generation: Generation, kwargs: dict[str, Any]
+    ) -> None:
         """Keeps the rows behind the image, of a prompt that may go on."""
         rows = forward.valid.shape[1]
         text = rows if forward.edge is None else rows - 1 - forward.edge
@@ -251,11 +253,11 @@ class Passes:
 
     def _read_again(
         self,
-        forward: Forward,
+        forward: ForwardContext,
         generation: Generation,
         actives: list[Active],
         kwargs: dict[str, Any],
-    ) -> Forward:
+    ) -> ForwardContext:
         """Reads the cached text behind the image once more, as a part of a prompt that goes on.
 
         It was read as the end of a prompt: its last row was edited, which this one's must not be,
@@ -280,18 +282,18 @@ class Passes:
         for tail in tails:
             part = _part(forward, generation, tail)
             for active in actives:
-                active.method.begin(part, active.memory)
+                active.method.begin(part, active.state)
             self._run(Editing(part, stock, False), {**tail.inputs, self.cache_name: cache})
             forward = replace(forward, starts=False)
         return forward
 
     def _read_first(
         self,
-        forward: Forward,
+        forward: ForwardContext,
         actives: list[Active],
         late: list[Active],
         kwargs: dict[str, Any],
-    ) -> tuple[Forward, dict[str, Any]]:
+    ) -> tuple[ForwardContext, dict[str, Any]]:
         """Shows the prompt to methods that must see it before their first edit, with that edit off.
 
         What is left to run is its last token and what was drafted behind it, on the same cache,
@@ -299,7 +301,7 @@ class Passes:
         method settles something by that row.
         """
         for active in actives:
-            active.method.begin(forward, active.memory)
+            active.method.begin(forward, active.state)
         first = [replace(a, heads={}) if a in late else a for a in actives]
         cache: Any = kwargs.get(self.cache_name)
         again = any(a.method.settles(forward) for a in actives if a not in late)
@@ -356,7 +358,7 @@ def _can_be_cut(cache: Any) -> bool:
     return type(cache) is DynamicCache and kinds <= {"DynamicLayer", "DummyLayer"}
 
 
-def _last_is_seen(forward: Forward, kwargs: Mapping[str, Any]) -> bool:
+def _last_is_seen(forward: ForwardContext, kwargs: Mapping[str, Any]) -> bool:
     """Whether other rows of the prompt look at its last token, as in PaliGemma's prefix."""
     given = kwargs.get("attention_mask")
     masks = list(given.values()) if isinstance(given, Mapping) else [given]
@@ -406,18 +408,18 @@ def _check(cache: Any) -> None:
         )
 
 
-def _late(active: Active, forward: Forward) -> bool:
+def _late(active: Active, forward: ForwardContext) -> bool:
     """Whether a method edits, in this forward, a layer that is not above all that it watches."""
-    watched = active.method.watched(forward) if forward.ends else None
+    watched = active.method.watched_rows(forward) if forward.ends else None
     if watched is None or not active.heads or max(watched[0]) < min(active.heads):
         return False
-    edited = active.method.edited(forward)
+    edited = active.method.edited_rows(forward)
     return edited is not None and bool(edited.any())
 
 
 def _last_rows(
-    forward: Forward, kwargs: dict[str, Any], left: int
-) -> tuple[Forward, dict[str, Any]]:
+    forward: ForwardContext, kwargs: dict[str, Any], left: int
+) -> tuple[ForwardContext, dict[str, Any]]:
     """The step that remains when all of a prompt but the `left` last rows is done."""
     batch, rows = forward.valid.shape
 
@@ -459,13 +461,13 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _part(forward: Forward, generation: Generation, tail: Tail) -> Forward:
+def _part(forward: ForwardContext, generation: Generation, tail: Tail) -> ForwardContext:
     """The rows of a tail as a part of the prompt that goes on in `forward`."""
     total = tail.past + tail.rows
     image, query, content = (
         mask[:, :total] for mask in (forward.image, forward.query, forward.content)
     )
-    valid = generation.keys["valid", 0][:, tail.past - generation.start : total - generation.start]
+    valid = generation.keys.valid[:, tail.past - generation.start : total - generation.start]
     return replace(
         forward,
         past=tail.past,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vlm_patch.engine import fused
 from vlm_patch.engine.attention import Call, check, softmax
-from vlm_patch.method import Forward, Memory, Method, Regrouping, Watcher
+from vlm_patch.method import ForwardContext, Method, State, Watcher
+from vlm_patch.primitives.reweighting import KeyReweighting
 
 WEIGHTS_BUDGET = 64 * 2**20
 """Bytes of explicit attention weights held at once; more rows are done in chunks."""
@@ -43,7 +44,7 @@ class Active:
     """
 
     method: Method
-    memory: Memory
+    state: State
     heads: dict[int, Tensor | None]
 
 
@@ -113,26 +114,26 @@ class Editing:
     shows: the user wants to see the weights, where the stock kernel has any.
     """
 
-    def __init__(self, forward: Forward, actives: list[Active], shows: bool) -> None:
+    def __init__(self, forward: ForwardContext, actives: list[Active], shows: bool) -> None:
         self.forward, self.actives, self.shows = forward, actives, shows
-        self._edited = [active.method.edited(forward) for active in actives]
-        self._watched = [active.method.watched(forward) for active in actives]
+        self._edited = [active.method.edited_rows(forward) for active in actives]
+        self._watched = [active.method.watched_rows(forward) for active in actives]
         self._plans: dict[Any, Plan] = {}
         self._work: dict[int, Work | None] = {}
 
-    def serves(self, actives: list[Active], forward: Forward) -> bool:
+    def serves(self, actives: list[Active], forward: ForwardContext) -> bool:
         """Whether as many rows are edited by the same methods in the same layers and heads."""
         same = forward.valid.shape == self.forward.valid.shape
         return (
             same
             and len(actives) == len(self.actives)
             and all(
-                old.method is new.method and old.heads is new.heads and old.memory is new.memory
+                old.method is new.method and old.heads is new.heads and old.state is new.state
                 for old, new in zip(self.actives, actives, strict=True)
             )
         )
 
-    def go_on(self, forward: Forward) -> None:
+    def go_on(self, forward: ForwardContext) -> None:
         """Takes the next generated tokens."""
         self.forward = forward
 
@@ -164,14 +165,14 @@ class Editing:
             for _, parts in plan
             for part in parts
         )
-        alone = direct and len(tasks) == 1 and isinstance(tasks[0].active.method, Regrouping)
+        alone = direct and len(tasks) == 1 and isinstance(tasks[0].active.method, KeyReweighting)
         return Work(tasks, loud, plan, direct, alone and fused.serves(call))
 
     def _gain(
         self, layer: int, output: Tensor, active: Active, heads: Tensor | None
     ) -> Tensor | None:
         forward = self.forward.on(output.device)
-        gain = active.method.output_gain(layer, output, forward, active.memory)
+        gain = active.method.edit_heads(layer, output, forward, active.state)
         return gain if gain is None or heads is None else torch.where(heads, gain, 1.0)
 
     def _tasks(self, call: Call) -> Iterator[Task]:
@@ -232,7 +233,7 @@ class Editing:
     def _fused(self, call: Call, active: Active) -> Tensor:
         method: Any = active.method
         keys, forward = call.key.shape[2], self.forward.on(call.query.device)
-        return fused.attend(call, *method.parts(keys, call.layer, forward, active.memory))
+        return fused.attend(call, *method.parts(keys, call.layer, forward, active.state))
 
     def _weights(self, call: Call, rows: Tensor, parts: list[Part], tasks: list[Task]) -> Tensor:
         """The weights `[B, H, R, K]` of a chunk: all edits of scores, one softmax, then the rest in
@@ -255,14 +256,14 @@ class Editing:
     def _apply(self, layer: int, before: Tensor, rows: Tensor, part: Part, task: Task) -> Tensor:
         """Scores or weights `[B, H, R, K]` of a chunk behind what a task does to them."""
         mine = before if part.index is None else before[:, :, part.index]
-        method, memory = task.active.method, task.active.memory
+        method, state = task.active.method, task.active.state
         forward = self.forward.on(before.device)
         if task.stage is Stage.WATCH:
             watched = rows if part.index is None else rows[part.index]
-            method.observe(layer, mine, watched, forward, memory)
+            method.observe(layer, mine, watched, forward, state)
             return before
-        edit = method.edit_scores if task.stage is Stage.SCORES else method.weights
-        new = edit(layer, mine, forward, memory)
+        edit = method.edit_scores if task.stage is Stage.SCORES else method.edit_weights
+        new = edit(layer, mine, forward, state)
         if part.mask is not None:
             new = torch.where(part.mask[:, None, :, None], new, mine)
         if task.heads is not None:

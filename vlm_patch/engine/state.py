@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import StaticCache
 
 from vlm_patch.errors import PatchError
-from vlm_patch.method import Memory, append
+from vlm_patch.method import State
+from vlm_patch.primitives.buffers import append
 from vlm_patch.prompts.masks import Prompt
 
 KEY_MASKS = ("image", "query", "content")
@@ -48,15 +49,32 @@ def _select(name: str, value: Any, index: Tensor, batch: int) -> Any:
 
 
 @dataclass
+class TokenMasks(State):
+    """What is known of the tokens of a generation, of B samples.
+
+    image, query, content: `[B, at least length]` (bool), see `ForwardContext`.
+    ids: `[B, N]`, the prompt read last, where its tokens are known.
+    valid: `[B, N]` (bool), which of them are no padding.
+    seen: `[B]` (bool), samples with an image.
+    """
+
+    image: Any = None
+    query: Any = None
+    content: Any = None
+    ids: Tensor | None = None
+    valid: Any = None
+    seen: Any = None
+
+
+@dataclass
 class Generation:
     """What is remembered of one generation; it travels with the cache, also through a deep copy.
 
     owner: the patch that made it. length: tokens seen so far. start, end: the prompt read last, in
     tokens from the beginning. resumed: where reading it went on, behind a part that an earlier
     forward took for a whole prompt; start where there was none. answered: it was read by
-    `generate`, which answers. keys: the masks "image", "query" and "content" of the tokens, "ids"
-    and "valid" of that prompt, and "seen" `[B]`, the samples with an image. memory: of each method,
-    by name. history: the layers in which a method was on, and up to which length. step: what is
+    `generate`, which answers. keys: the masks of the tokens. states: what each method remembers, by
+    its name. history: the layers in which a method was on, and up to which length. step: what is
     done at every generated token (an `editing.Editing`). pictured: whether any sample has an image;
     without one everything is left stock; stock: the length up to which it was. open: more of the
     prompt may follow in a later forward. edge: how many tokens stand before and at the last image;
@@ -71,8 +89,8 @@ class Generation:
     end: int = 0
     resumed: int = 0
     answered: bool = False
-    keys: Memory = field(default_factory=dict)
-    memory: dict[str, Memory] = field(default_factory=dict)
+    keys: TokenMasks = field(default_factory=TokenMasks)
+    states: dict[str, State] = field(default_factory=dict)
     history: dict[str, tuple[Collection[int], int]] = field(default_factory=dict)
     step: Any = None
     pictured: bool = True
@@ -84,9 +102,8 @@ class Generation:
 
     def select(self, index: Tensor) -> None:
         """Follows the cache when its samples are reordered, picked or repeated; index `[B]`."""
-        for memory in (self.keys, *self.memory.values()):
-            for key, tensor in memory.items():
-                memory[key] = tensor.index_select(0, index.to(tensor.device))
+        for state in (self.keys, *self.states.values()):
+            state.select(index)
         for tail in self.tails:
             tail.select(index, self.batch)
         if len(index) != self.batch:
@@ -113,22 +130,22 @@ class Generation:
 
     def grow(self, name: str, new: Tensor, past: int) -> Tensor:
         """The mask `name` `[B, past + S]` with the new tokens' `[B, S]` behind the cached ones."""
-        return append(self.keys, (name, 0), new, past)[:, : past + new.shape[1]]
+        buffer = append(getattr(self.keys, name), new, past)
+        setattr(self.keys, name, buffer)
+        return buffer[:, : past + new.shape[1]]
 
     def whole(self, new: Prompt) -> Prompt:
         """The prompt read last with its `new` part, and the part that is cached, which it keeps."""
         read = new.past - self.start
         ids, valid = new.ids, new.valid
         if read:
-            before = self.keys.get(("ids", 0))
+            before = self.keys.ids
             if ids is not None:
                 both = None if before is None else (before[:, :read], ids.to(before.device))
                 ids = None if both is None else torch.cat(both, 1)
-            valid = torch.cat((self.keys["valid", 0][:, :read], valid), 1)
-        self.keys["valid", 0] = valid
-        self.keys.pop(("ids", 0), None)
-        if ids is not None:
-            self.keys["ids", 0] = ids
+            valid = torch.cat((self.keys.valid[:, :read], valid), 1)
+        self.keys.valid = valid
+        self.keys.ids = ids
         return Prompt(self.start, ids, new.images, valid)
 
     def find_edge(self, past: int) -> int | None:
@@ -137,9 +154,9 @@ class Generation:
         """
         if not self.pictured:
             return None
-        image = self.keys["image", 0][:, past : self.length]
+        image = self.keys.image[:, past : self.length]
         places = torch.arange(image.shape[1], device=image.device) + 1
-        last = (image * places).amax(1).masked_fill(~self.keys["seen", 0], image.shape[1] + 1)
+        last = (image * places).amax(1).masked_fill(~self.keys.seen, image.shape[1] + 1)
         edge = int(last.min()) - 1
         if edge < 0:
             return None
@@ -149,13 +166,14 @@ class Generation:
     def cut(self, past: int) -> None:
         """Forgets the masks of tokens that were taken out of the cache again."""
         for name in KEY_MASKS:
-            self.keys[name, 0][:, past:] = False
+            getattr(self.keys, name)[:, past:] = False
 
     def ahead(self, name: str, total: int) -> Tensor:
         """The mask `name` `[B, total]` where the tokens not seen yet are none of it."""
-        buffer = self.keys[name, 0]
+        buffer: Tensor = getattr(self.keys, name)
         if buffer.shape[1] < total:
-            buffer = append(self.keys, (name, 0), torch.zeros_like(buffer), buffer.shape[1])
+            buffer = append(buffer, torch.zeros_like(buffer), buffer.shape[1])
+            setattr(self.keys, name, buffer)
         return buffer[:, :total]
 
 

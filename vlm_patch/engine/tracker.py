@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_patch.engine.state import KEY_MASKS, Generation, cached
 from vlm_patch.engine.tower import Tower
 from vlm_patch.errors import PatchError
-from vlm_patch.method import Forward, Patches
+from vlm_patch.method import ForwardContext, Patches
 from vlm_patch.models.tensor_parallel import Shard
 from vlm_patch.prompts.masks import Given, Prompt, Reader, expand
 from vlm_patch.prompts.question import QuestionReader
@@ -75,7 +75,7 @@ class _Pending:
 
 
 class Layout(threading.local):
-    """Turns the inputs of the model and of its decoder into a `Forward`; one state per thread.
+    """Makes a `ForwardContext` of the inputs of model and decoder; one state per thread.
 
     pending: the inputs of the whole model whose decoder is about to run, the only place where token
     ids and images are seen. unsaid: takes warnings while a prompt is read that may go on.
@@ -116,7 +116,7 @@ class Layout(threading.local):
         words: str | Tensor,
         reader: str | None = None,
         at_end: bool = False,
-    ) -> tuple[Forward, Generation]:
+    ) -> tuple[ForwardContext, Generation]:
         """Called before the decoder runs, which it always does. Raises PatchError where the layout
         cannot be told.
 
@@ -167,7 +167,7 @@ class Layout(threading.local):
 
     def _patches(self, generation: Generation, prompt: Prompt, reader: str) -> Patches | None:
         """What the vision tower looked at in the images of a prompt; None if it has none."""
-        image = generation.keys["image", 0][:, prompt.past : generation.end]
+        image = generation.keys.image[:, prompt.past : generation.end]
         if self.tower is None or not image.any():
             return None
         by_hand = self.given is not None and self.given.image is not None
@@ -192,7 +192,7 @@ class Layout(threading.local):
         finished = self._finished(generation)
         if finished:
             return False
-        ends_in_image = bool(generation.keys["image", 0][:, past - 1].all())
+        ends_in_image = bool(generation.keys.image[:, past - 1].all())
         if generation.answered:
             return ends_in_image or (finished is False and self._follows(generation, seen))
         return finished is False or ends_in_image or seen is None or not carries_images(seen)
@@ -202,7 +202,7 @@ class Layout(threading.local):
         new = None if seen is None else seen.get("input_ids")
         if new is None or self.reader.questions is None:
             return False
-        before = generation.keys["ids", 0]
+        before: Any = generation.keys.ids
         rows = torch.cat((before, new.to(before.device)), 1).tolist()
         return all(self.reader.questions.span(row) is not None for row in rows)
 
@@ -210,7 +210,7 @@ class Layout(threading.local):
         """Whether the prompt read last is whole by the chat template; None where that is not
         known.
         """
-        ids = generation.keys.get(("ids", 0))
+        ids = generation.keys.ids
         if ids is None or self.reader.questions is None:
             return None
         return all(map(self.reader.questions.finished, ids.tolist()))
@@ -271,10 +271,11 @@ class Layout(threading.local):
         if question:
             query, content = self.reader.question(prompt, self.given, words, images)
         for name, mask in (("query", query), ("content", content)):
-            if (name, 0) in generation.keys:
-                generation.keys[name, 0].zero_()
+            known: Tensor | None = getattr(generation.keys, name)
+            if known is not None:
+                known.zero_()
             generation.grow(name, mask, prompt.past)
-        seen = generation.keys["seen", 0] = images.any(1)
+        seen = generation.keys.seen = images.any(1)
         generation.pictured = bool(seen.any())
         self._check_seen(seen)
 
@@ -285,7 +286,7 @@ class Layout(threading.local):
         valid: Tensor,
         kwargs: dict[str, Any],
         patches: Patches | None,
-    ) -> Forward:
+    ) -> ForwardContext:
         """A forward that holds rows `valid` `[B, S]` of a prompt, perhaps with drafts behind."""
         total = past + valid.shape[1]
         prompt = min(generation.end, total) - past
@@ -295,7 +296,7 @@ class Layout(threading.local):
         last = torch.zeros_like(valid)
         if ends:
             last[:, prompt - 1 :] = True
-        return Forward(
+        return ForwardContext(
             past=past,
             image=image,
             query=query,
@@ -303,7 +304,7 @@ class Layout(threading.local):
             valid=valid,
             text=~image[:, past:] & valid & (image.cumsum(1)[:, past:] > 0),
             last=last,
-            seen=generation.keys["seen", 0],
+            seen=generation.keys.seen,
             reading=True,
             inputs=kwargs,
             prompt=prompt,
@@ -316,23 +317,23 @@ class Layout(threading.local):
             patches=patches,
         )
 
-    def _step(self, generation: Generation, past: int, rows: int) -> Forward:
+    def _step(self, generation: Generation, past: int, rows: int) -> ForwardContext:
         """The forward of one generated token per sample, or of several that were drafted."""
         self.unsaid = None
         while generation.unsaid:
             self._say(*generation.unsaid.pop(0))
         image, query, content = (generation.ahead(name, past + rows) for name in KEY_MASKS)
         if generation.step is not None and generation.step.forward.valid.shape[1] == rows:
-            forward: Forward = generation.step.forward
+            forward: ForwardContext = generation.step.forward
             forward.past, forward.image = past, image
             forward.query, forward.content = query, content
             forward.copies.clear()
             return forward
-        seen = generation.keys["seen", 0]
+        seen = generation.keys.seen
         row, text = torch.ones_like(seen)[:, None], seen[:, None]
         if rows > 1:
             row, text = row.expand(-1, rows), text.expand(-1, rows)
-        return Forward(
+        return ForwardContext(
             past=past,
             image=image,
             query=query,

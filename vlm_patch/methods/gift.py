@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,17 +19,15 @@ from torch.nn.functional import pad
 
 from vlm_patch.errors import PatchError
 from vlm_patch.method import (
-    Facts,
-    Forward,
-    Memory,
+    ForwardContext,
     Method,
-    Regrouping,
-    append,
-    check_number,
-    check_wholes,
-    reweigh,
+    ModelInfo,
+    State,
 )
 from vlm_patch.primitives import dispatch, launch
+from vlm_patch.primitives.buffers import append
+from vlm_patch.primitives.reweighting import KeyReweighting, reweight
+from vlm_patch.validation import check_number, check_wholes
 
 MOST_ALPHA = 80.0
 
@@ -136,7 +134,7 @@ def amplify(
     weights `[B, H, R, K]`: attention after the softmax. groups `[B, 4, K]`: see `key_groups`. beta,
     head_fraction: see `gaze_shares`.
     """
-    return reweigh(weights, groups, lambda m, _: gaze_shares(m, beta, head_fraction))
+    return reweight(weights, groups, lambda m, _: gaze_shares(m, beta, head_fraction))
 
 
 def _say_blind(blind: Tensor) -> None:
@@ -148,8 +146,27 @@ def _say_blind(blind: Tensor) -> None:
     )
 
 
+@dataclass
+class GazeState(State):
+    """What GIFT remembers of a generation, by layer where the gaze is read.
+
+    read: `[B]`, samples with an image; None before a prompt.
+    blind: `[B]`, samples without a question behind the image, to be said if none follows.
+    edge, row_before: `[B, H, 1, K]`, weights of the last image row, of the row watched last.
+    change: `[B, H, K]`, positive changes of the content rows, added up.
+    groups: `[B, 4, at least K]`, see `key_groups`, once the map is made.
+    """
+
+    read: Tensor | None = None
+    blind: Tensor | None = None
+    edge: dict[int, Tensor] = field(default_factory=dict)
+    row_before: dict[int, Tensor] = field(default_factory=dict)
+    change: dict[int, Tensor] = field(default_factory=dict)
+    groups: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
-class GIFT(Regrouping):
+class GIFT(KeyReweighting):
     """Looks harder, while answering, at what the question made the model look at.
 
     alpha: strength; 0 changes nothing; None for the published value. beta: how far the question
@@ -164,6 +181,7 @@ class GIFT(Regrouping):
     """
 
     name: ClassVar[str] = "gift"
+    state: ClassVar[type[State]] = GazeState
     reads_question: ClassVar[bool] = True
     edits_prompt_end: ClassVar[bool] = True
     compares_heads: ClassVar[bool] = True
@@ -205,63 +223,64 @@ class GIFT(Regrouping):
         given = self.saliency_layer
         return (given or 0,) if isinstance(given, int | None) else tuple(given)
 
-    def fit(self, facts: Facts) -> tuple[Method, list[str]]:
-        third = max(1, facts.depth // 3)
-        layers = facts.acting(range(third, max(third + 1, 2 * third)))
-        below = [layer for layer in facts.acting(range(facts.depth)) if layer < layers[0]]
+    def resolve(self, info: ModelInfo) -> tuple[Method, list[str]]:
+        third = max(1, info.depth // 3)
+        layers = info.acting(range(third, max(third + 1, 2 * third)))
+        below = [layer for layer in info.acting(range(info.depth)) if layer < layers[0]]
         scaled = {
             "alpha": 4.0,
             "layers": layers,
             "saliency_layer": below[-1] if below else layers[0],
         }
         missing = [name for name in scaled if getattr(self, name) is None]
-        notes = [f"GIFT {name}={scaled[name]}" for name in missing if name not in facts.profile]
-        fitted = replace(self, **{n: facts.profile.get(n, scaled[n]) for n in missing})
-        facts.check_layers("GIFT saliency_layer", fitted.saliency_layers)
-        facts.check_layers("GIFT layers", fitted.layers)
+        notes = [f"GIFT {name}={scaled[name]}" for name in missing if name not in info.profile]
+        fitted = replace(self, **{n: info.profile.get(n, scaled[n]) for n in missing})
+        info.check_layers("GIFT saliency_layer", fitted.saliency_layers)
+        info.check_layers("GIFT layers", fitted.layers)
         return fitted, notes
 
-    def own_layers(self, depth: int) -> list[int]:
-        return list(self.layers or ())
+    def default_layers(self, depth: int) -> Sequence[int]:
+        return self.layers or ()
 
-    def begin(self, forward: Forward, memory: Memory) -> None:
+    def begin(self, forward: ForwardContext, state: GazeState) -> None:
         if not forward.reading:
-            if ("blind", 0) in memory and not forward.prompt:
-                _say_blind(memory.pop(("blind", 0)))
-            if ("read", 0) not in memory:
+            if state.blind is not None and not forward.prompt:
+                _say_blind(state.blind)
+                state.blind = None
+            if state.read is None:
                 raise PatchError(
                     "gift is on, but was off when the prompt was read, so it has no map. Switch it "
                     "on before the prompt."
                 )
-            if forward.image.shape[1] > forward.past and ("groups", 0) in memory:
-                nothing = torch.zeros_like(memory["groups", 0][..., :1])
+            if forward.image.shape[1] > forward.past and state.groups is not None:
+                nothing = torch.zeros_like(state.groups[..., :1])
                 nothing[:, 3] = 1
                 rows = forward.image.shape[1] - forward.past
-                append(memory, ("groups", 0), nothing.expand(-1, -1, rows), forward.past)
+                nothing = nothing.expand(-1, -1, rows)
+                state.groups = append(state.groups, nothing, forward.past)
             return
         if forward.starts:
-            edges = {key[1]: edge for key, edge in memory.items() if key[0] == "edge"}
+            edges = state.edge
             if forward.resumed and not edges and forward.image[:, : forward.past].any():
                 raise PatchError(
                     "gift is on, but was off when the beginning of this prompt was read, with its "
                     "image. Switch it on before the prompt."
                 )
-            memory.clear()
-            memory["read", 0] = forward.seen
+            state.clear()
+            state.read = forward.seen
             if forward.resumed:
-                for layer, edge in edges.items():
-                    memory["edge", layer] = memory["row before", layer] = edge
+                state.edge, state.row_before = edges, dict(edges)
         blind = forward.seen & ~forward.query.any(1)
         if forward.ends and blind.any():
             if forward.open:  # the question may follow
-                memory["blind", 0] = blind
+                state.blind = blind
             else:
                 _say_blind(blind)
 
-    def edited(self, forward: Forward) -> Tensor | None:
+    def edited_rows(self, forward: ForwardContext) -> Tensor | None:
         return forward.last & (forward.seen & forward.query.any(1))[:, None]
 
-    def watched(self, forward: Forward) -> tuple[Sequence[int], Tensor] | None:
+    def watched_rows(self, forward: ForwardContext) -> tuple[Sequence[int], Tensor] | None:
         """Rows of content words and the rows before them, which may end the forward before."""
         if not forward.reading:
             return None
@@ -274,7 +293,7 @@ class GIFT(Regrouping):
         return self.saliency_layers, content | before
 
     def observe(
-        self, layer: int, weights: Tensor, rows: Tensor, forward: Forward, memory: Memory
+        self, layer: int, weights: Tensor, rows: Tensor, forward: ForwardContext, state: GazeState
     ) -> None:
         """Adds up the positive change of the content rows per head and key; may be called in chunks
         of rows, and in several forwards.
@@ -284,8 +303,8 @@ class GIFT(Regrouping):
         weights = pad(weights.detach(), (keys - weights.shape[-1], 0))
         edge = rows == (-1 if forward.edge is None else forward.edge)
         if forward.edge is not None and edge.any():
-            memory["edge", layer] = weights[:, :, edge]
-        before = memory.get(("row before", layer))
+            state.edge[layer] = weights[:, :, edge]
+        before = state.row_before.get(layer)
         valid = forward.valid[:, rows]
         if before is not None:
             weights = torch.cat((pad(before, (0, keys - before.shape[-1])), weights), 2)
@@ -293,37 +312,38 @@ class GIFT(Regrouping):
         else:
             rows = rows[1:]
         weights = without_padding(weights, valid)
-        memory["row before", layer] = weights[:, :, -1:]
+        state.row_before[layer] = weights[:, :, -1:]
         # two watched rows in sequence are neighbours wherever the later one is a content row with a
         # row before it
         content = forward.content[:, forward.new][:, rows]
         change = positive_change(weights) * content[:, None, :, None]
         change = change.sum(2) * forward.image[:, None]
-        total = memory.get(("change", layer))
+        total = state.change.get(layer)
         if total is not None:
             change = change + pad(total, (0, keys - total.shape[-1]))
-        memory["change", layer] = change
+        state.change[layer] = change
 
-    def groups(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
+    def groups(self, layer: int, forward: ForwardContext, state: GazeState) -> Tensor:
         """The same in every layer; the map is made when it is first asked for."""
-        if ("groups", 0) not in memory:
-            maps = [self._layer_map(each, forward, memory) for each in self.saliency_layers]
+        if state.groups is None:
+            maps = [self._layer_map(each, forward, state) for each in self.saliency_layers]
             # the sum in place of the mean: the gain is the same for a map of any scale
             gain = saliency_gain(torch.stack(maps).sum(0), forward.image, self.alpha or 0.0)
-            append(memory, ("groups", 0), key_groups(forward.image, forward.query, gain), 0)
-        return memory["groups", 0]
+            groups = key_groups(forward.image, forward.query, gain)
+            state.groups = append(state.groups, groups, 0)
+        return state.groups
 
-    def _layer_map(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
+    def _layer_map(self, layer: int, forward: ForwardContext, state: GazeState) -> Tensor:
         """What the gaze shifted to in one layer, `[B, K]`: the change of the heads that change
         most there, added up.
         """
-        if ("change", layer) not in memory:
+        if layer not in state.change:
             raise PatchError(
                 f"gift has no map: no attention was seen in its saliency_layer {layer}, which has "
                 "no softmax attention on this model"
             )
-        change = forward.shard.gather(memory.pop(("change", layer)), 1).to(forward.image.device)
-        memory.pop(("row before", layer), None)
+        change = forward.shard.gather(state.change.pop(layer), 1).to(forward.image.device)
+        state.row_before.pop(layer, None)
         kept = top_heads(change.sum(-1), self.head_fraction)
         return pad(
             (change * kept[..., None]).sum(1), (0, forward.image.shape[1] - change.shape[-1])

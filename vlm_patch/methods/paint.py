@@ -10,27 +10,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlm_patch.method import (
-    Facts,
-    Forward,
-    Memory,
+    ForwardContext,
     Method,
+    ModelInfo,
+    State,
     TowerRead,
-    append,
-    cast,
-    check_number,
-    check_wholes,
 )
+from vlm_patch.primitives.buffers import append, cast
+from vlm_patch.validation import check_number, check_wholes
 
 LOCAL, SUMMARY = TowerRead(0), TowerRead(-2)
 SPATIAL = TowerRead(0, "patches")
 TUKEY = 1.5
-BOOST = "boost", 0
 
 
 @lru_cache(maxsize=16)
@@ -92,6 +89,13 @@ def boosted(scores: Tensor, strength: Tensor) -> Tensor:
     return torch.addcmul(scores, strength, scores.abs())
 
 
+@dataclass
+class BoostState(State):
+    """boost: `[B, at least K]`, what the score of each key is raised by."""
+
+    boost: Any = None
+
+
 @dataclass(frozen=True)
 class PAINT(Method):
     """Raises the attention scores of the patches that matter to the vision tower, in the last row.
@@ -117,6 +121,7 @@ class PAINT(Method):
     """
 
     name: ClassVar[str] = "paint"
+    state: ClassVar[type[State]] = BoostState
     edits_prompt_end: ClassVar[bool] = True
 
     alpha: float = 0.7
@@ -169,42 +174,43 @@ class PAINT(Method):
         if not any(map(any, table)):
             raise ValueError("PAINT sensitivity: found no number above 0, expected at least one")
 
-    def fit(self, facts: Facts) -> tuple[Method, list[str]]:
-        facts.check_layers("PAINT layers", self.layers)
+    def resolve(self, info: ModelInfo) -> tuple[Method, list[str]]:
+        info.check_layers("PAINT layers", self.layers)
         table = self.sensitivity
-        if table is not None and (len(table), len(table[0])) != (facts.depth, facts.heads):
+        if table is not None and (len(table), len(table[0])) != (info.depth, info.heads):
             raise ValueError(
                 f"PAINT sensitivity: found {len(table)} layers of {len(table[0])} heads, this "
-                f"model has {facts.depth} of {facts.heads}"
+                f"model has {info.depth} of {info.heads}"
             )
         layers = self.layers
         if layers is None:
-            layers = facts.acting(range(min(2, facts.depth - 1), facts.depth))
+            layers = info.acting(range(min(2, info.depth - 1), info.depth))
         table = None if table is None else tuple(map(tuple, table))
         return replace(self, layers=layers, sensitivity=table), []
 
-    def own_layers(self, depth: int) -> list[int]:
-        return list(self.layers or ())
+    def default_layers(self, depth: int) -> Sequence[int]:
+        return self.layers or ()
 
     def tower_reads(self) -> tuple[TowerRead, ...]:
         return (LOCAL, SUMMARY, SPATIAL) if self.rho_sp else (LOCAL, SUMMARY)
 
-    def begin(self, forward: Forward, memory: Memory) -> None:
+    def begin(self, forward: ForwardContext, state: BoostState) -> None:
         """Chooses the patches of a prompt; generated tokens are none."""
         behind = forward.valid.shape[1] - forward.prompt
         if forward.resumed and not forward.image[:, forward.new].any():
             behind += forward.prompt  # text that goes on with a prompt read before
         elif forward.starts:
             strengths = self._strengths(forward)
-            if BOOST in memory:  # what stood behind may have been cut from the cache
-                memory[BOOST] = memory[BOOST][:, : forward.past]
-                strengths = strengths.to(memory[BOOST].dtype)
-            append(memory, BOOST, strengths, forward.past)
+            if state.boost is not None:  # what stood behind may have been cut from the cache
+                state.boost = state.boost[:, : forward.past]
+                strengths = strengths.to(state.boost.dtype)
+            state.boost = append(state.boost, strengths, forward.past)
         if behind:
-            nothing = memory[BOOST].new_zeros(len(forward.valid), behind)
-            append(memory, BOOST, nothing, forward.past + len(forward.valid[0]) - behind)
+            nothing = state.boost.new_zeros(len(forward.valid), behind)
+            past = forward.past + forward.valid.shape[1] - behind
+            state.boost = append(state.boost, nothing, past)
 
-    def _strengths(self, forward: Forward) -> Tensor:
+    def _strengths(self, forward: ForwardContext) -> Tensor:
         """What the scores of each token of a prompt are raised by, `[B, N]`."""
         patches = forward.patches
         if patches is None:
@@ -221,7 +227,7 @@ class PAINT(Method):
                 strengths[sample, where] = self.alpha * local + self.beta * summary
         return strengths
 
-    def edited(self, forward: Forward) -> Tensor | None:
+    def edited_rows(self, forward: ForwardContext) -> Tensor | None:
         if not (self.alpha or self.beta):
             return None
         rows = forward.last & forward.seen[:, None]
@@ -231,9 +237,10 @@ class PAINT(Method):
             rows[:, : forward.prompt] = False
         return rows
 
-    def edit_scores(self, layer: int, scores: Tensor, forward: Forward, memory: Memory) -> Tensor:
-        keys, total = scores.shape[-1], forward.image.shape[1]
-        strength = memory[BOOST][:, total - keys : total].to(scores.device)
+    def edit_scores(
+        self, layer: int, scores: Tensor, forward: ForwardContext, state: BoostState
+    ) -> Tensor:
+        strength = forward.newest(state.boost, scores.shape[-1]).to(scores.device)
         strength = cast(strength, scores.dtype)[:, None, None]
         if self.sensitivity is not None:
             heads = _relative(self.sensitivity, scores.device, scores.dtype)[layer]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm_patch import heads
 from vlm_patch.errors import UnsupportedModelError
-from vlm_patch.method import Facts, Method
+from vlm_patch.method import Method, ModelInfo
 from vlm_patch.methods.gift import GIFT
 from vlm_patch.methods.paint import PAINT
 from vlm_patch.methods.var import VAR
@@ -54,7 +54,7 @@ def unknown(name: str, known: Sequence[str]) -> str:
     return f"unknown method {name!r}: expected one of {list(known)}{hint}"
 
 
-def fit(methods: Sequence[Method], decoder: Decoder) -> list[Method]:
+def resolve(methods: Sequence[Method], decoder: Decoder) -> list[Method]:
     """The methods with every default filled in; what had to be scaled is said in one warning.
 
     Raises UnsupportedModelError for a method that would be wrong on this model.
@@ -67,8 +67,8 @@ def fit(methods: Sequence[Method], decoder: Decoder) -> list[Method]:
                 f"{decoder.special.refused[method.name]}"
             )
         profile = decoder.profile.get(method.name, {})
-        ready, scaled = method.fit(
-            Facts(decoder.depth, decoder.width, decoder.heads, profile, decoder.softmax)
+        ready, scaled = method.resolve(
+            ModelInfo(decoder.depth, decoder.width, decoder.heads, profile, decoder.softmax)
         )
         fitted.append(ready)
         notes += scaled

@@ -18,23 +18,18 @@ from torch import Tensor
 from vlm_patch.errors import PatchError
 from vlm_patch.heads import text
 from vlm_patch.method import (
-    Facts,
-    Forward,
-    Memory,
+    ExtraForward,
+    ForwardContext,
     Method,
-    Regrouping,
-    StockPass,
-    append,
-    cast,
-    check_flag,
-    check_number,
-    check_whole,
-    check_wholes,
-    reweigh,
+    ModelInfo,
+    State,
 )
 from vlm_patch.primitives import dispatch, launch
+from vlm_patch.primitives.buffers import append, cast
+from vlm_patch.primitives.reweighting import KeyReweighting, reweight
 from vlm_patch.primitives.sink_rules import Found, scaled_tau
 from vlm_patch.primitives.sinks import discover, one_stream
+from vlm_patch.validation import check_flag, check_number, check_whole, check_wholes
 
 
 @lru_cache(maxsize=256)
@@ -119,11 +114,18 @@ def redistribute(weights: Tensor, groups: Tensor, *options: Any, **named: Any) -
 
     weights `[B, H, R, K]`: attention after the softmax. groups and options: see `sink_shares`.
     """
-    return reweigh(weights, groups, lambda m, g: sink_shares(m, g, *options, **named))
+    return reweight(weights, groups, lambda m, g: sink_shares(m, g, *options, **named))
+
+
+@dataclass
+class SinkState(State):
+    """groups: by layer, `[B, 4, at least K]`, see `key_groups`."""
+
+    groups: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class VAR(Regrouping):
+class VAR(KeyReweighting):
     """Gives image tokens the attention that sinks into BOS-like tokens, for every text token after
     the image.
 
@@ -141,6 +143,7 @@ class VAR(Regrouping):
     """
 
     name: ClassVar[str] = "var"
+    state: ClassVar[type[State]] = SinkState
     reads_blocks: ClassVar[bool] = True
 
     move_fraction: float = 0.6
@@ -174,25 +177,27 @@ class VAR(Regrouping):
     def release(self) -> bool:
         return self.semantics == "release"
 
-    def fit(self, facts: Facts) -> tuple[Method, list[str]]:
-        dims = facts.profile.get("dims") if self.dims is None else self.dims
-        check_wholes("VAR dims", dims, facts.width)
+    def resolve(self, info: ModelInfo) -> tuple[Method, list[str]]:
+        dims = info.profile.get("dims") if self.dims is None else self.dims
+        check_wholes("VAR dims", dims, info.width)
         tau = self.tau
         if tau is None and dims is not None:
-            tau = scaled_tau(facts.width)
+            tau = scaled_tau(info.width)
         first = (2 if self.release else 0) if self.first_layer is None else self.first_layer
         if self.release:
             first = max(first, 2)
-        check_whole("VAR first_layer", first, facts.depth)
+        check_whole("VAR first_layer", first, info.depth)
         dims = None if dims is None else tuple(dims)
         if dims == ():
             warnings.warn("VAR(dims=()) does nothing: it names no sink channel", stacklevel=5)
         return replace(self, dims=dims, tau=tau, first_layer=first), []
 
-    def own_layers(self, depth: int) -> list[int]:
-        return list(range(self.first_layer or 0, depth - self.exclude_last_layer))
+    def default_layers(self, depth: int) -> Sequence[int]:
+        return range(self.first_layer or 0, depth - self.exclude_last_layer)
 
-    def look(self, forward: Forward, memory: Memory, layers: list[int], run: StockPass) -> Method:
+    def probe(
+        self, forward: ForwardContext, state: SinkState, layers: list[int], run: ExtraForward
+    ) -> Method:
         """Finds the sink channels, and the threshold, on the first prompt where no channels are
         known for this model.
         """
@@ -226,11 +231,13 @@ class VAR(Regrouping):
         where = text(list(self.found.layers))
         return f"found its sinks at the first prompt, measured in layers {where}"
 
-    def block_input(self, layer: int, hidden: Tensor, forward: Forward, memory: Memory) -> None:
+    def observe_hidden(
+        self, layer: int, hidden: Tensor, forward: ForwardContext, state: SinkState
+    ) -> None:
         """Finds the sinks among the new tokens; the release looks at the first prompt only."""
         if not self.dims:
             return
-        hidden, key = one_stream(hidden), ("groups", layer)
+        hidden = one_stream(hidden)
         dims, tau = _constant(tuple(self.dims), hidden.device, torch.long), self.tau or 0.0
         fast = forward.generated and not self.release
         if fast and dispatch.possible(hidden.device.type):
@@ -241,9 +248,9 @@ class VAR(Regrouping):
             )
         else:
             groups = self._groups(hidden, forward)
-        append(memory, key, groups, forward.past)
+        state.groups[layer] = append(state.groups.get(layer), groups, forward.past)
 
-    def _groups(self, hidden: Tensor, forward: Forward) -> Tensor:
+    def _groups(self, hidden: Tensor, forward: ForwardContext) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
         hidden = cast(hidden, torch.promote_types(hidden.dtype, torch.float32))
         kind = hidden.device, hidden.dtype
@@ -262,15 +269,15 @@ class VAR(Regrouping):
         sink, other = _constant((0, 1, 0, 1), *kind, 1), _constant((0, 0, 0, 1), *kind, 1)
         return torch.where(sinks.unsqueeze(1), sink, other)
 
-    def edited(self, forward: Forward) -> Tensor | None:
+    def edited_rows(self, forward: ForwardContext) -> Tensor | None:
         return forward.text if self.dims else None
 
-    def groups(self, layer: int, forward: Forward, memory: Memory) -> Tensor:
+    def groups(self, layer: int, forward: ForwardContext, state: SinkState) -> Tensor:
         if self.release and layer < 2:
             raise PatchError(
                 f'VAR(semantics="release") never acts below layer 2, but layer {layer} is on'
             )
-        return memory["groups", layer]
+        return state.groups[layer]
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
         numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass

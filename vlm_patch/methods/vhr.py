@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,16 +15,14 @@ from torch import Tensor
 
 from vlm_patch.errors import PatchError
 from vlm_patch.method import (
-    Facts,
-    Forward,
-    Memory,
+    ExtraForward,
+    ForwardContext,
     Method,
-    StockPass,
+    ModelInfo,
+    State,
     Watcher,
-    check_flag,
-    check_number,
-    check_wholes,
 )
+from vlm_patch.validation import check_flag, check_number, check_wholes
 
 
 def divergence(with_image: Tensor, text_only: Tensor, squared: bool) -> Tensor:
@@ -63,7 +61,7 @@ PER_TOKEN = ("inputs_embeds", "input_ids", "per_layer_inputs")
 """Decoder inputs `[B, S, ...]` that a prompt without its image keeps."""
 
 
-def without_image(forward: Forward) -> dict[str, Any]:
+def without_image(forward: ForwardContext) -> dict[str, Any]:
     """The decoder inputs of a prompt with its image tokens deleted, left-padded, positions
     re-packed from 0.
 
@@ -127,6 +125,18 @@ def _text_rows(mask: Any, order: Tensor) -> Tensor | None:
     return seen if seen.dtype == torch.bool else seen == 0
 
 
+@dataclass
+class HeadState(State):
+    """What VHR remembers of a generation, by layer.
+
+    text: `[B, H, Dv]`, head outputs of the last row without the image.
+    gain: `[B, H]`, of the chosen heads.
+    """
+
+    text: dict[int, Tensor] = field(default_factory=dict)
+    gain: dict[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class VHR(Method):
     """Doubles the heads whose output depends most on the image, chosen once per prompt.
@@ -138,6 +148,7 @@ class VHR(Method):
     """
 
     name: ClassVar[str] = "vhr"
+    state: ClassVar[type[State]] = HeadState
 
     alpha: float = 2.0
     layers: Sequence[int] | None = None
@@ -153,24 +164,26 @@ class VHR(Method):
                 f'VHR semantics: found {self.semantics!r}, expected "release" or "paper"'
             )
 
-    def fit(self, facts: Facts) -> tuple[Method, list[str]]:
+    def resolve(self, info: ModelInfo) -> tuple[Method, list[str]]:
         if self.layers is not None:
-            facts.check_layers("VHR layers", self.layers)
+            info.check_layers("VHR layers", self.layers)
             return self, []
-        if "layers" in facts.profile:
-            return replace(self, layers=tuple(facts.profile["layers"])), []
-        last = max(1, round(facts.depth * 14 / 32))
-        second, ending = min(1, facts.depth - 1), range(facts.depth - last, facts.depth)
-        layers = facts.acting(sorted({second, *ending}))
+        if "layers" in info.profile:
+            return replace(self, layers=tuple(info.profile["layers"])), []
+        last = max(1, round(info.depth * 14 / 32))
+        second, ending = min(1, info.depth - 1), range(info.depth - last, info.depth)
+        layers = info.acting(sorted({second, *ending}))
         return replace(self, layers=layers), [f"VHR layers={list(layers)}"]
 
-    def own_layers(self, depth: int) -> list[int]:
-        return list(self.layers or ())
+    def default_layers(self, depth: int) -> Sequence[int]:
+        return self.layers or ()
 
-    def settles(self, forward: Forward) -> bool:
+    def settles(self, forward: ForwardContext) -> bool:
         return forward.first and forward.prompt > 0
 
-    def look(self, forward: Forward, memory: Memory, layers: list[int], run: StockPass) -> Method:
+    def probe(
+        self, forward: ForwardContext, state: HeadState, layers: list[int], run: ExtraForward
+    ) -> Method:
         """The text-only pass: keeps the last row's head outputs of every layer that is on."""
         if not forward.first:
             return self
@@ -187,21 +200,20 @@ class VHR(Method):
                 "rows before it, so a prompt cannot be read in chunks: leave prefill_chunk_size "
                 'out, or generate inside `with patch.disabled("vhr"):`'
             )
-        memory.clear()
+        state.clear()
         inputs, place = distinct(without_image(forward))
 
         def keep(layer: int, output: Tensor) -> None:
             if layer in layers:
-                memory["text", layer] = output[:, -1].index_select(0, place.to(output.device))
+                state.text[layer] = output[:, -1].index_select(0, place.to(output.device))
 
         run(inputs, Watcher(heads=keep))
         return self
 
-    def begin(self, forward: Forward, memory: Memory) -> None:
+    def begin(self, forward: ForwardContext, state: HeadState) -> None:
         """Heads are chosen anew by every pass over the first prompt, and kept from then on."""
         if self.settles(forward):
-            for key in [key for key in memory if key[0] == "gain"]:
-                del memory[key]
+            state.gain.clear()
         elif forward.starts and forward.image[:, forward.new].any():
             warnings.warn(
                 "VHR keeps the heads that it chose at the conversation's first prompt, also for "
@@ -210,22 +222,22 @@ class VHR(Method):
                 stacklevel=2,
             )
 
-    def output_gain(
-        self, layer: int, output: Tensor, forward: Forward, memory: Memory
+    def edit_heads(
+        self, layer: int, output: Tensor, forward: ForwardContext, state: HeadState
     ) -> Tensor | None:
-        gain = memory.get(("gain", layer))
+        gain = state.gain.get(layer)
         if gain is None:
-            if ("text", layer) not in memory:
+            if layer not in state.text:
                 raise PatchError(
                     f"vhr is on in layer {layer}, but chose no heads there: they are chosen when "
                     "a conversation's first prompt is read, with its image. Switch layers before "
                     "the prompt."
                 )
-            outputs = output[:, forward.prompt - 1].detach(), memory["text", layer]
+            outputs = output[:, forward.prompt - 1].detach(), state.text[layer]
             chosen = self.choose(*(forward.shard.gather(heads, 1) for heads in outputs))
             chosen = forward.shard.mine(chosen, 1)
             gain = torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)
-            memory["gain", layer] = gain
+            state.gain[layer] = gain
         return gain
 
     def choose(self, with_image: Tensor, text_only: Tensor) -> Tensor:

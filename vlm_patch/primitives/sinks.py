@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_patch.errors import UnsupportedModelError
-from vlm_patch.method import Forward, StockPass, Watcher
+from vlm_patch.method import ExtraForward, ForwardContext, Watcher
 from vlm_patch.primitives.sink_rules import Found, judge
 
 WATCHED_ROWS = 32
@@ -32,7 +32,7 @@ class _Record:
     norms `[B, S]`.
     """
 
-    forward: Forward
+    forward: ForwardContext
     layers: list[int] = field(default_factory=list)
     blocks: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
@@ -76,7 +76,7 @@ def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
     return norms
 
 
-def discover(forward: Forward, run: StockPass) -> Found:
+def discover(forward: ForwardContext, run: ExtraForward) -> Found:
     """One pass of the stock model over the first prompt, and what `judge` makes of it."""
     seen, end = forward.seen, forward.prompt
     rows = forward.text[seen, :end].all(0).nonzero().flatten()[-WATCHED_ROWS:]

@@ -12,7 +12,7 @@ import transformers as hf
 
 from eval.runs.config import METHODS, load
 from vlm_patch import PAINT
-from vlm_patch.method import Facts
+from vlm_patch.method import ModelInfo
 from vlm_patch.models.info import _profile
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -115,7 +115,7 @@ def name(path: Path) -> str:
     return f"{path.parent.name}-{path.stem}"
 
 
-def facts(known: Known, method: str) -> Facts:
+def facts(known: Known, method: str) -> ModelInfo:
     """What the library knows of a model of this size: its config as transformers makes it."""
     text = {
         "num_hidden_layers": known.depth,
@@ -125,7 +125,7 @@ def facts(known: Known, method: str) -> Facts:
     }
     config = known.kind(text)
     profile = _profile(config.get_text_config(), config.model_type).get(method, {})
-    return Facts(known.depth, known.width, known.heads, profile)
+    return ModelInfo(known.depth, known.width, known.heads, profile)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=name)
@@ -171,10 +171,10 @@ def test_the_protocol_is_in_the_config(folder: str) -> None:
 def test_layers_and_channels_are_there_in_the_model(path: Path) -> None:
     known, made = MODELS[path.parent.name], load(path)
     for method in made.build_methods():
-        fitted, scaled = method.fit(facts(known, method.name))
+        fitted, scaled = method.resolve(facts(known, method.name))
         assert scaled == [], "a config leaves nothing to be scaled"
-        assert 0 < len(fitted.own_layers(known.depth)) <= known.depth
-        assert max(fitted.own_layers(known.depth)) < known.depth
+        assert 0 < len(fitted.default_layers(known.depth)) <= known.depth
+        assert max(fitted.default_layers(known.depth)) < known.depth
     assert (made.layers, made.heads) == (None, None)
 
 
@@ -188,8 +188,8 @@ def test_the_library_takes_the_values_of_the_config_by_itself(path: Path) -> Non
     known = MODELS[path.parent.name]
     seen = facts(known, path.stem)
     (configured,) = load(path).build_methods()
-    fitted, scaled = METHODS[path.stem]().fit(seen)
-    written = vars(configured.fit(seen)[0])
+    fitted, scaled = METHODS[path.stem]().resolve(seen)
+    written = vars(configured.resolve(seen)[0])
     if path.stem == "var":
         assert written["dims"] == seen.profile.get("dims")
         assert written.pop("tau") == (20.0 if seen.profile else None)

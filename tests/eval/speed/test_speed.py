@@ -144,7 +144,7 @@ def test_decode_leaves_the_prompt_as_it_was() -> None:
 
 def test_the_attention_clock_counts_each_call_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(1000))
-    monkeypatch.setattr("eval.speed.measure.sides.now", lambda device: next(ticks))
+    monkeypatch.setattr("eval.speed.sides.now", lambda device: next(ticks))
     shape = small(3)
     loaded = shape.load(CPU)
     for kind in ("stock", "eager", "ours"):
