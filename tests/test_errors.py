@@ -51,7 +51,7 @@ def quiet(act: Callable[[], Any]) -> Any:
 # ---- wrap
 
 
-NAMES = "expected one of ['var', 'gift', 'vhr', 'paint']"
+NAMES = "expected one of ['gift', 'paint', 'var', 'vhr']"
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,15 @@ NAMES = "expected one of ['var', 'gift', 'vhr', 'paint']"
         (("zzz",), f"unknown method 'zzz': {NAMES}"),
         (
             (VAR,),
-            "found <class 'vlm_patch.methods.var.VAR'> as a method: write VAR(), or a name of "
-            "['var', 'gift', 'vhr', 'paint']",
+            "found <class 'vlm_patch.methods.var.VAR'> as a method: write VAR(), a name of "
+            "['gift', 'paint', 'var', 'vhr'], or an import path such as "
+            "'my_package.my_file:MyMethod'",
         ),
         (
             (7,),
-            "found 7 as a method: pass one such as VAR(), or a name of "
-            "['var', 'gift', 'vhr', 'paint']",
+            "found 7 as a method: pass one such as VAR(), a name of "
+            "['gift', 'paint', 'var', 'vhr'], or an import path such as "
+            "'my_package.my_file:MyMethod'",
         ),
     ],
     ids=str,

@@ -13,19 +13,13 @@ from vlm_patch.method import (
     TowerRead,
     Watcher,
 )
-from vlm_patch.methods.gift import GIFT
-from vlm_patch.methods.paint import PAINT
-from vlm_patch.methods.var import VAR
-from vlm_patch.methods.vhr import VHR
+from vlm_patch.methods import *  # noqa: F403
+from vlm_patch.methods.registry import METHODS as _METHODS
 from vlm_patch.patch import Patch, unwrap, wrap
 from vlm_patch.primitives.buffers import append
 from vlm_patch.primitives.reweighting import KeyReweighting, reweight
 
 __all__ = [
-    "GIFT",
-    "PAINT",
-    "VAR",
-    "VHR",
     "ExtraForward",
     "ForwardContext",
     "KeyReweighting",
@@ -41,5 +35,6 @@ __all__ = [
     "reweight",
     "unwrap",
     "wrap",
+    *(kind.__name__ for kind in _METHODS.values()),
 ]
 __version__ = "0.1.0"

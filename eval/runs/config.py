@@ -33,6 +33,7 @@ from eval.benchmarks.pope import STRATEGIES
 from eval.benchmarks.rows import read_text
 from eval.runs.schema import check, check_names, check_positive, check_section, describe, unknown
 from vlm_patch.methods.registry import METHODS as LIBRARY
+from vlm_patch.methods.registry import find
 
 METHODS: Mapping[str, Any] = LIBRARY
 PARTS = ("tune", "report")
@@ -222,7 +223,7 @@ class Config:
     def __post_init__(self) -> None:
         check_positive("", self, "limit", "batch_size", "max_pixels")
         check_names("tasks", self.tasks, TASKS)
-        check_names("methods", self.methods, METHODS)
+        check_names("methods", self.methods, {**METHODS, **_foreign(self.methods, by_path=True)})
         check_names("dtype", (self.dtype,), DTYPES)
         if not self.tasks:
             raise EvalError(f"tasks is empty: name at least one of {', '.join(TASKS)}")
@@ -242,7 +243,7 @@ class Config:
                 f"quantization: expected a section such as {{load_in_4bit: true}}, "
                 f"found {describe(self.quantization)}"
             )
-        for name in {*self.options} - {*self.methods}:
+        for name in {*self.options} - {_kind(method).name for method in self.methods}:
             raise EvalError(
                 f"section {name}: the run does not use {name} (methods: {[*self.methods]}); "
                 f"add it to methods or drop the section"
@@ -251,7 +252,7 @@ class Config:
 
     def build_methods(self) -> list[Any]:
         """The methods in the order given, each with its options."""
-        return [_build(name, self.options.get(name, {})) for name in self.methods]
+        return [_build(kind, self.options.get(kind.name, {})) for kind in map(_kind, self.methods)]
 
     def settings(self) -> dict[str, Any]:
         """The resolved settings as plain YAML values; `from_settings` reads them back."""
@@ -275,15 +276,16 @@ def from_settings(settings: Mapping[str, Any]) -> Config:
     del hints["options"]
     values: dict[str, Any] = {}
     options: dict[str, Mapping[str, Any]] = {}
+    methods = {**METHODS, **_foreign(settings.get("methods"))}
     for key, value in settings.items():
-        if key in METHODS:
-            options[key] = check_section(key, value, METHODS[key])
+        if key in methods:
+            options[key] = check_section(key, value, methods[key])
         elif key in TASKS:
             values[key] = TASKS[key](**check_section(key, value, TASKS[key]))
         elif key in hints:
             values[key] = check(key, value, hints[key])
         else:
-            raise EvalError(unknown("setting", key, [*hints, *METHODS]))
+            raise EvalError(unknown("setting", key, [*hints, *methods]))
     return Config(**values, options=options)
 
 
@@ -316,11 +318,26 @@ def _override(settings: dict[str, Any], text: str) -> None:
         raise EvalError(f"--set {text}: the value is not YAML: {error}") from error
 
 
-def _build(name: str, options: Mapping[str, Any]) -> Any:
+def _kind(method: str) -> Any:
+    """The class of a method by its name or import path."""
     try:
-        return METHODS[name](**options)
+        return find(method)
+    except ValueError as error:
+        raise EvalError(f"methods: {error}") from error
+
+
+def _foreign(methods: Any, by_path: bool = False) -> dict[str, Any]:
+    """The classes of the methods that are given by import path, by their names or these paths."""
+    given = methods if isinstance(methods, (list, tuple)) else ()
+    paths = [path for path in given if isinstance(path, str) and ":" in path]
+    return {path if by_path else _kind(path).name: _kind(path) for path in paths}
+
+
+def _build(kind: Any, options: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**options)
     except (TypeError, ValueError) as error:
-        raise EvalError(f"section {name}: {error}") from error
+        raise EvalError(f"section {kind.name}: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -32,9 +32,15 @@ class Point:
     overrides: tuple[str, ...] | None
 
 
-def points(grids: Sequence[str], spots: Sequence[Point] = ()) -> list[Point]:
-    """All combinations of `key=value,value` texts, and of the head choices in `spots`."""
-    axes = [_axis(text) for text in grids] + ([list(spots)] if spots else [])
+def points(
+    grids: Sequence[str], spots: Sequence[Point] = (), own: Sequence[str] = ()
+) -> list[Point]:
+    """All combinations of `key=value,value` texts, and of the head choices in `spots`.
+
+    own: names of methods beside the library's.
+    """
+    names = list(dict.fromkeys((*METHODS, *own)))
+    axes = [_axis(text, names) for text in grids] + ([list(spots)] if spots else [])
     if not axes:
         raise EvalError(
             "nothing to sweep: give --grid key=value,value or --grid-heads layers|heads"
@@ -51,14 +57,14 @@ def points(grids: Sequence[str], spots: Sequence[Point] = ()) -> list[Point]:
     return found
 
 
-def _axis(text: str) -> list[Point]:
+def _axis(text: str, methods: Sequence[str]) -> list[Point]:
     key, equals, values = text.partition("=")
     if not equals or not values.strip():
         raise EvalError(f"--grid {text}: expected key=value,value, as in var.move_fraction=0.2,0.4")
-    if key.partition(".")[0] not in (*METHODS, *SWITCHES):
+    if key.partition(".")[0] not in (*methods, *SWITCHES):
         raise EvalError(
             f"--grid {text}: a sweep varies the methods and their heads on one loaded model, "
-            f"expected a setting of {', '.join(METHODS)}, or one of {', '.join(SWITCHES)}"
+            f"expected a setting of {', '.join(methods)}, or one of {', '.join(SWITCHES)}"
         )
     try:
         chosen = yaml.safe_load(f"[{values}]")

@@ -77,7 +77,8 @@ def sweep(wanted: Sweep, out: Path, load: Load = generate.load_model) -> dict[st
     check_names("--measure", (measure,), MEASURES)
     tune, report = _samples(wanted, out / "scenes")
     loaded = functools.cache(lambda: load(base))
-    points = grid.points(wanted.grids, _spots(base, wanted.grid_heads, loaded))
+    own = [method.name for method in base.build_methods()]
+    points = grid.points(wanted.grids, _spots(base, wanted.grid_heads, loaded), own)
     plan = _plan(out, base, measure, wanted, points)
     tried = {
         point.name: runner.run(
@@ -128,7 +129,7 @@ def _spots(base: Config, kind: str | None, loaded: Callable[[], tuple[Any, Any]]
     with workers.wrapped(*loaded(), base) as patch:
         if patch is None:
             raise EvalError("--grid-heads: the configuration has no methods, so no heads to choose")
-        return grid.spots({name: patch.heads[name] for name in base.methods}, kind)
+        return grid.spots(patch.heads, kind)
 
 
 def _plan(

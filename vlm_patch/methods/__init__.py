@@ -1,1 +1,9 @@
-"""One file per paper: the mathematics as pure functions of tensors, then the method."""
+"""One file per paper: the mathematics as pure functions of tensors, then the method.
+
+A line here is all that a new file needs to be known by its name.
+"""
+
+from vlm_patch.methods.gift import GIFT as GIFT
+from vlm_patch.methods.paint import PAINT as PAINT
+from vlm_patch.methods.var import VAR as VAR
+from vlm_patch.methods.vhr import VHR as VHR

@@ -1,29 +1,86 @@
-"""The methods by name, and their defaults for a model."""
+"""Methods by name or import path, and their defaults for a model."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import warnings
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
 
-from vlm_patch import heads
+from vlm_patch import heads, methods
 from vlm_patch.errors import UnsupportedModelError
 from vlm_patch.method import Method, ModelInfo
-from vlm_patch.methods.gift import GIFT
-from vlm_patch.methods.paint import PAINT
-from vlm_patch.methods.var import VAR
-from vlm_patch.methods.vhr import VHR
 from vlm_patch.models.info import Decoder
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (VAR, GIFT, VHR, PAINT)}
+PATH = "my_package.my_file:MyMethod"
+
+
+def _classes(module: Any) -> dict[str, type[Method]]:
+    """The methods among the names of a module."""
+    found = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    return {name: kind for name, kind in found.items() if issubclass(kind, Method)}
+
+
+METHODS: Mapping[str, type[Method]] = {kind.name: kind for kind in _classes(methods).values()}
+"""The library's own, by name."""
+
+
+def find(name: str) -> type[Method]:
+    """The class of a method by its name, or by the import path of one of your own.
+
+    Raises ValueError for what is not there or is no method.
+
+        find("var")
+        find("my_package.my_file:MyMethod")
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if ":" not in name:
+        raise ValueError(unknown(name, list(METHODS)))
+    path, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(path)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"method {name!r}: cannot import {path!r} ({error}); expected {PATH!r}, of a module "
+            "that Python finds, such as a file in the folder it was started in"
+        ) from error
+    kind = getattr(module, class_name, None)
+    if not isinstance(kind, type) or not issubclass(kind, Method):
+        raise ValueError(f"method {name!r}: {_not_there(module, class_name, kind)}")
+    _check(name, kind)
+    return kind
+
+
+def _not_there(module: Any, class_name: str, found: Any) -> str:
+    """Why a module has no such method, in words."""
+    there = [one for one, kind in _classes(module).items() if kind.__module__ == module.__name__]
+    near = difflib.get_close_matches(class_name, there, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    what = f"{found!r} is no subclass of vlm_patch.Method" if found is not None else "not there"
+    return f"{what}; {module.__name__} defines the methods {there}{hint}"
+
+
+def _check(path: str, kind: type[Method]) -> None:
+    """Raises ValueError for a class that cannot be used as a method."""
+    name = getattr(kind, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(
+            f"method {path!r}: found name = {name!r}, expected a word for configs and head tables, "
+            'such as name: ClassVar[str] = "my_method"'
+        )
+    if not is_dataclass(kind):
+        raise ValueError(f"method {path!r} is no dataclass: write @dataclass(frozen=True) above it")
 
 
 def instances(methods: Sequence[Method | str]) -> list[Method]:
-    """Methods from instances and names. Raises ValueError for none, unknown ones and doubles."""
+    """Methods from instances, names and import paths. Raises ValueError for none, unknown ones and
+    doubles.
+    """
     if not methods:
         raise ValueError("no method given: expected for example wrap(model, VAR(), VHR())")
     found = [_instance(method) for method in methods]
@@ -38,13 +95,15 @@ def instances(methods: Sequence[Method | str]) -> list[Method]:
 
 def _instance(method: Any) -> Method:
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(unknown(method, list(METHODS)))
-        return METHODS[method]()
+        return find(method)()
     if isinstance(method, Method):
+        _check(type(method).__name__, type(method))
         return method
     hint = f"write {method.__name__}()" if isinstance(method, type) else "pass one such as VAR()"
-    raise ValueError(f"found {method!r} as a method: {hint}, or a name of {list(METHODS)}")
+    raise ValueError(
+        f"found {method!r} as a method: {hint}, a name of {list(METHODS)}, or an import path such "
+        f"as {PATH!r}"
+    )
 
 
 def unknown(name: str, known: Sequence[str]) -> str:

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_patch.method import Method
-from vlm_patch.methods.registry import METHODS, unknown
+from vlm_patch.methods.registry import METHODS, find
 
 BASELINE = "baseline"
 
 
 def build_methods(text: str | None, options: Mapping[str, Any]) -> list[Method]:
-    """The methods in `text` ("var+gift"; "baseline" for none) with `options` such as `gift.alpha`.
+    """The methods in `text` ("var+gift", also import paths; "baseline" for none) with `options` such
+    as `gift.alpha`.
 
     Raises ValueError for a missing or unknown name, and for an option that no method takes.
     """
@@ -26,11 +27,9 @@ def build_methods(text: str | None, options: Mapping[str, Any]) -> list[Method]:
             f"{list(METHODS)}, as in methods=var+gift"
         )
     names = [] if text == BASELINE else [name.strip() for name in text.split("+")]
-    for name in names:
-        if name not in METHODS:
-            raise ValueError(unknown(name, list(METHODS)))
-    sections: dict[str, dict[str, Any]] = {name: {} for name in names}
-    known = {f"{name}.{entry}": hint for name in names for entry, hint in _types(name).items()}
+    kinds = {kind.name: kind for kind in map(find, names)}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in kinds}
+    known = {f"{n}.{entry}": hint for n, kind in kinds.items() for entry, hint in _types(kind)}
     for key, value in options.items():
         if key not in known:
             raise ValueError(
@@ -39,13 +38,13 @@ def build_methods(text: str | None, options: Mapping[str, Any]) -> list[Method]:
             )
         name, _, entry = key.partition(".")
         sections[name][entry] = _as(known[key], key, value)
-    return [METHODS[name](**sections[name]) for name in names]
+    return [find(name)(**sections[find(name).name]) for name in names]
 
 
-def _types(name: str) -> dict[str, Any]:
-    hints = typing.get_type_hints(METHODS[name])
-    entries = dataclasses.fields(METHODS[name])  # type: ignore[arg-type]
-    return {entry.name: hints[entry.name] for entry in entries if entry.init}
+def _types(kind: type[Method]) -> list[tuple[str, Any]]:
+    hints = typing.get_type_hints(kind)
+    entries = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return [(entry.name, hints[entry.name]) for entry in entries if entry.init]
 
 
 def _as(hint: Any, key: str, value: Any) -> Any:
