@@ -125,7 +125,7 @@ def _add_speed(costs: argparse.ArgumentParser) -> None:
     costs.add_argument(
         "--shapes", help="names with commas between, or all (default: the quick ones)"
     )
-    costs.add_argument("--methods", help="of var,gift,vhr,all (default: every one)")
+    costs.add_argument("--methods", help="of var,gift,vhr,all, or import paths (default: those)")
     costs.add_argument("--repeats", type=int, default=25, help="pairs at most (default: 25)")
     costs.add_argument("--device", help="cpu or cuda (default: the accelerator if there is one)")
     costs.add_argument("--out", type=Path, default=Path("runs/speed"))

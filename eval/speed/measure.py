@@ -28,6 +28,7 @@ from eval.speed.memory import peaks
 from eval.speed.models import Loaded
 from eval.speed.shapes import METHODS, SHAPES, Shape, chosen
 from eval.speed.sides import Side, check_acting, sides
+from vlm_patch.methods.registry import PATH, find
 
 COARSE = ("again", "eager", "release")
 """Kinds whose ratios are far from 1, and the stock model next to itself: they run in every third
@@ -105,11 +106,11 @@ def wanted_sides(
     if phase == "idle":
         return [("idle", "all")] if batch == 1 else []
     if layers == 1 and phase in ("prefill", "attention"):
-        methods = [method for method in methods if method in ("var", "vhr")]
+        methods = [method for method in methods if method not in ("gift", "all")]
     found = [("ours", method) for method in methods]
     found += [("eager", "")] if phase == "memory" else [("again", ""), ("eager", "")]
     if batch == 1:
-        found += [("release", method) for method in methods]
+        found += [("release", method) for method in methods if method in METHODS]
     if phase == "prefill" and "vhr" in methods:
         found.append(("text only", ""))
     return found
@@ -211,8 +212,15 @@ def speed(
 def _methods(names: str | None) -> list[str]:
     found = list(METHODS) if names is None else [name.strip() for name in names.split(",")]
     for name in found:
-        if name not in METHODS:
-            raise EvalError(f"--methods: found {name!r}, expected some of {list(METHODS)}")
+        if name not in METHODS and ":" not in name:
+            raise EvalError(
+                f"--methods: found {name!r}, expected some of {list(METHODS)}, or import paths "
+                f"such as {PATH!r}"
+            )
+        try:
+            ":" not in name or find(name)
+        except ValueError as error:
+            raise EvalError(f"--methods: {error}") from error
     return found
 
 

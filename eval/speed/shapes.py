@@ -26,6 +26,7 @@ from eval.speed.models import (
     pocket,
 )
 from vlm_patch import GIFT, VAR, VHR
+from vlm_patch.methods.registry import find
 
 METHODS = ("var", "gift", "vhr", "all")
 TAU_SHARE = 0.25
@@ -44,6 +45,8 @@ class Acting:
 
     def say(self, method: str) -> str:
         """In words, with the layers counted from 0."""
+        if ":" in method:
+            return f"{method} in its default layers"
         parts = {
             "var": "VAR in all layers",
             "gift": f"GIFT in {_list(self.gift)}, map of {self.saliency}",
@@ -71,7 +74,9 @@ def acting(text: Any) -> Acting:
 
 
 def ours(method: str, at: Acting) -> list[Any]:
-    """The library's methods."""
+    """The library's methods, or one of somebody's own by its import path."""
+    if ":" in method:
+        return [find(method)()]
     return [
         {
             "var": VAR(tau=at.tau, dims=SINK_DIMS, exclude_last_layer=False),

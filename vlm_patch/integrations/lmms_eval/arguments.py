@@ -16,8 +16,8 @@ BASELINE = "baseline"
 
 
 def build_methods(text: str | None, options: Mapping[str, Any]) -> list[Method]:
-    """The methods in `text` ("var+gift", also import paths; "baseline" for none) with `options` such
-    as `gift.alpha`.
+    """The methods in `text` ("var+gift", also import paths; "baseline" for none) with `options`
+    such as `gift.alpha`.
 
     Raises ValueError for a missing or unknown name, and for an option that no method takes.
     """
