@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -88,14 +89,10 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.01)
 
 
-def children(pid: int) -> dict[int, str]:
-    """The processes below `pid`, each with its command line."""
-    found = {}
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            named = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            found |= {child: named} | children(child)
-    return found
+def below(process: subprocess.Popen[str], named: str) -> list[psutil.Process]:
+    """The processes started below this one whose command line holds `named`."""
+    found = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in found if named in " ".join(child.cmdline())]
 
 
 def check_same(out: Path, single: Path, before: list[str]) -> None:
@@ -112,8 +109,7 @@ def test_one_of_two_processes_is_killed_and_the_run_resumed(single: Path, tmp_pa
     out = tmp_path / "out"
     first = start(tmp_path, out)
     wait_for(lambda: len([*out.glob("answers.rank-*.jsonl")]) == 2, first)
-    ranks = [pid for pid, name in children(first.pid).items() if " eval run " in f"{name} "]
-    os.kill(ranks[-1], signal.SIGKILL)
+    below(first, "eval run")[-1].kill()
     assert first.wait(60) != 0
     before = lines(out)
     assert 0 < len(before) < SAMPLES, "it was in the middle"
@@ -131,9 +127,9 @@ def test_a_ray_actor_and_then_the_driver_are_killed_and_the_run_resumed(
     out = tmp_path / "out"
     first = start(tmp_path, out, *RAY)
     wait_for(lambda: len(lines(out)) > 0, first)
-    actors = [pid for pid, name in children(first.pid).items() if name.startswith("ray::Actor")]
-    assert len(actors) == 2
-    os.kill(actors[0], signal.SIGKILL)
+    both = below(first, "ray::Actor")
+    assert len(both) == 2
+    both[0].kill()
     before = len(lines(out))
     wait_for(lambda: len(lines(out)) > before, first)
     first.kill()
