@@ -10,6 +10,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from eval import answering, splitting
@@ -74,15 +75,15 @@ def hand_out(ray: Any, actors: Sequence[Any], batches: Sequence[Batch]) -> Answe
     queue, deaths, tries = deque(batches), Counter[Any](), Counter[int]()
     busy: dict[Any, tuple[Any, Batch | None]] = {a.ready.remote(): (a, None) for a in actors}
     free: list[Any] = []
-    left = len(batches)
+    left, reason = len(batches), ""
     while left:
         while queue and free:
             actor, batch = free.pop(), queue.popleft()
             busy[actor.answer.remote(batch)] = actor, batch
         if not busy:
             raise EvalError(
-                f"every Ray actor died {RESTARTS + 1} times: their logs (ray logs) say of what; "
-                f"the answers so far are kept, and the same command goes on from there"
+                f"every Ray actor died {RESTARTS + 1} times, the last one so: {reason} "
+                f"The answers so far are kept, and the same command goes on from there"
             )
         (done,), _ = ray.wait([*busy], num_returns=1)
         actor, asked = busy.pop(done)
@@ -91,12 +92,12 @@ def hand_out(ray: Any, actors: Sequence[Any], batches: Sequence[Batch]) -> Answe
         except ray.exceptions.RayTaskError as error:
             raise error.cause or error from error
         except ray.exceptions.RayError as error:
-            reason = str(error).partition("\n")[0]
+            reason = str(error).strip().rpartition("\n")[2].strip()
+            notice(f"a Ray actor died: {reason}")
             if asked is not None:
                 tries[id(asked)] += 1
                 _check_tries(asked, tries[id(asked)], reason)
                 queue.appendleft(asked)
-            notice(f"a Ray actor died, its batch is handed out again: {reason}")
             deaths[actor] += 1
             if deaths[actor] <= RESTARTS:
                 busy[actor.ready.remote()] = actor, None
@@ -136,9 +137,12 @@ def _import(config: Config) -> Any:
 
 def _connect(ray: Any) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # this very code, not a copy that is installed where the actor runs
+    paths = [os.getcwd(), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
     if address := os.environ.get("RAY_ADDRESS"):
         try:
-            ray.init(address=address)
+            ray.init(address=address, runtime_env=environment)
         except ConnectionError as error:
             raise EvalError(
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start one with "
@@ -146,7 +150,12 @@ def _connect(ray: Any) -> None:
             ) from error
     else:
         # not the default, which takes whatever cluster was started here last
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE,
+            runtime_env=environment,
+        )
 
 
 def _size(ray: Any, config: Config, workers: int | None) -> tuple[int, int]:
