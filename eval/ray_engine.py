@@ -127,6 +127,8 @@ def _import(config: Config) -> Any:
             "tp_plan divides one model among the processes of a launcher, and --engine ray loads "
             "one into each: use accelerate launch, or drop tp_plan"
         )
+    if os.environ.get("RAY_ADDRESS"):  # its 20 attempts to connect take a quarter of an hour
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     try:
         return importlib.import_module("ray")
     except ImportError as error:

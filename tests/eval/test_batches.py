@@ -89,9 +89,7 @@ def test_what_is_of_like_length_is_asked_together(
     assert ids == [["lost", "0"], ["1", "3"], ["2", "large"]]
 
 
-def test_batches_are_the_same_for_every_process(
-    settings: Settings, samples: list[Sample]
-) -> None:
+def test_batches_are_the_same_for_every_process(settings: Settings, samples: list[Sample]) -> None:
     one, two = batches.divide(samples, settings(batch_size=2))
     assert [one, two] == batches.divide(samples[::-1], settings(batch_size=2, seed=3))
     assert {sample.key for sample in (*one.samples, *two.samples)} == {s.key for s in samples}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,10 +32,10 @@ SMALL = {
     "dtype": "float32",
     "device": "cpu",
     "batch_size": 2,
-    "chair": {"images": 12, "max_new_tokens": 40},
+    "chair": {"images": 24, "max_new_tokens": 60},
     "pope": {"images": 6, "max_new_tokens": 2, "per_image": 1},
 }
-SAMPLES = 12 + 3 * 6 * 2
+SAMPLES = 24 + 3 * 6 * 2
 RAY = ("--engine", "ray", "--workers", "2")
 
 
@@ -127,17 +128,16 @@ def test_a_ray_actor_and_then_the_driver_are_killed_and_the_run_resumed(
     out = tmp_path / "out"
     first = start(tmp_path, out, *RAY)
     wait_for(lambda: len(lines(out)) > 0, first)
-    both = below(first, "ray::Actor")
-    assert len(both) == 2
-    both[0].kill()
-    before = len(lines(out))
-    wait_for(lambda: len(lines(out)) > before, first)
+    below(first, "ray::Actor")[0].kill()
+    told = tmp_path / "launch.txt"
+    wait_for(lambda: "a Ray actor died: " in told.read_text(), first)
     first.kill()
     first.wait(60)
     kept = lines(out)
     assert len(kept) < SAMPLES, "it was in the middle"
 
-    assert start(tmp_path, out, *RAY).wait(120) == 0, (tmp_path / "launch.txt").read_text()
+    assert start(tmp_path, out, *RAY).wait(120) == 0, told.read_text()
+    assert told.read_text().count("2 Ray actors") == 2
     check_same(out, single, kept)
 
 
@@ -172,7 +172,7 @@ def test_each_batch_is_the_share_of_one_process(
         dealt.append([*splitting.share([*"abcde"], settings())])  # type: ignore[list-item]
         whole = splitting.share([*"abcde"], settings(device=None, tp_plan="auto"))  # type: ignore[list-item]
         assert whole == [*"abcde"]
-    assert sorted(sum(dealt, [])) == [*"abcde"]
+    assert sorted(chain(*dealt)) == [*"abcde"]
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
@@ -229,13 +229,13 @@ def test_a_batch_that_ends_every_actor_is_named(ray: Any, tmp_path: Path) -> Non
 
 def test_actors_that_die_while_they_load_are_given_up(ray: Any, tmp_path: Path) -> None:
     there = actors(ray, 1, "ready", tmp_path / "died")
-    with pytest.raises(EvalError, match="every Ray actor died 4 times, the last .* goes on from there"):
+    with pytest.raises(EvalError, match=r"every Ray actor died 4 times, the .* goes on"):
         next(ray_engine.hand_out(ray, there, batches("a")))
 
 
 def test_an_error_of_a_batch_is_that_of_the_run(ray: Any, tmp_path: Path) -> None:
     there = actors(ray, 2, "", tmp_path / "died")
-    with pytest.raises(EvalError, match="^wrong batch$"):
+    with pytest.raises(EvalError, match=r"^wrong batch$"):
         [*ray_engine.hand_out(ray, there, batches("wrong", "b"))]
 
 
@@ -272,7 +272,7 @@ def test_an_engine_that_cannot_be_used_says_what_to_do(
     assert "tp_plan divides one model" in said(settings(device=None, tp_plan="auto"))
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "ray", None)
-        assert 'needs the extra `ray`' in said(settings())
+        assert "needs the extra `ray`" in said(settings())
     monkeypatch.setattr(splitting, "processes", lambda: SimpleNamespace(num_processes=2))
     assert "without accelerate launch" in said(settings())
 

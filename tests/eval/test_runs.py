@@ -237,7 +237,7 @@ def test_a_second_command_in_the_folder_is_refused(
     before = (finished / "answers.jsonl").read_bytes()
     with (
         RunFolder(finished).locked(),
-        pytest.raises(EvalError, match="another command is at work in .* choose another --out"),
+        pytest.raises(EvalError, match=r"another command is at work in .* choose another --out"),
     ):
         runs.run(settings(), finished, load=lambda _: loaded)
     assert (finished / "answers.jsonl").read_bytes() == before
