@@ -168,8 +168,9 @@ class RunFolder:
         place = {sample.key: number for number, sample in enumerate(samples)}
         for path, rows in ((self.answers, self.rows()), (self.skip_list, self.skipped())):
             rows.sort(key=lambda row: place.get(row_key(row), len(place)))
-            if parts := self._parts(path):
-                log.replace(path, log.lines(rows))
+            text, parts = log.lines(rows), self._parts(path)
+            if parts and (parts[0] != path or path.read_bytes() != text.encode()):
+                log.replace(path, text)
             for part in parts:
                 if part != path:
                     part.unlink()
