@@ -125,6 +125,7 @@ def test_one_of_two_processes_is_killed_and_the_run_resumed(single: Path, tmp_pa
 def test_a_ray_actor_and_then_the_driver_are_killed_and_the_run_resumed(
     single: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("ray")
     out = tmp_path / "out"
     first = start(tmp_path, out, *RAY)
     wait_for(lambda: len(lines(out)) > 0, first)
