@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import json
 import os
 import sys
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval import commands as benchmarks
-from eval import compare, config, demo, formats, plot, runs, sweep, table
+from eval import compare, config, demo, formats, plot, ray_engine, runs, sweep, table
+from eval.answering import Engine, answer_here
 from eval.errors import EvalError
 from vlm_patch import PatchError, UnsupportedModelError
 
@@ -51,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for example gift.alpha=4"
     )
+    run.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="where models are loaded"
+    )
+    run.add_argument("--workers", type=int, help="of ray (default: one per accelerator, or 1)")
     run.set_defaults(command=_run)
 
     _add_score(
@@ -142,9 +148,21 @@ def _add_score(score: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     limit = [] if options.limit is None else [f"limit={options.limit}"]
-    runs.run(config.load(options.config, [*options.set, *limit]), options.out)
+    settings = config.load(options.config, [*options.set, *limit])
+    runs.run(settings, options.out, engine=_engine(options))
     if _prints():
         print(table.markdown([options.out]))
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    if options.engine == "ray":
+        return functools.partial(ray_engine.answer, workers=options.workers)
+    if options.workers is not None:
+        raise EvalError(
+            f"--workers {options.workers} needs --engine ray; for as many processes without Ray: "
+            f"accelerate launch --num_processes {options.workers} -m eval run ..."
+        )
+    return answer_here
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval import runs, speed_table
+from eval import speed_table
 from eval.config import Config
+from eval.environment import environment
 from eval.errors import EvalError
 from eval.generate import best_device
 from eval.speed_memory import peaks
@@ -223,7 +224,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "processor": processor,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        **runs.describe(Config(device=str(device)), [])["environments"][0],
+        **environment(Config(device=str(device))),
     }
 
 
