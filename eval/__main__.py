@@ -11,10 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval import commands as benchmarks
-from eval import compare, config, demo, formats, plot, ray_engine, runs, sweep, table
-from eval.answering import Engine, answer_here
+from eval.cli import score as benchmarks
 from eval.errors import EvalError
+from eval.reports import compare, export, plot, table
+from eval.runs import config, ray_engine, runner
+from eval.runs.workers import Engine, answer_here
+from eval.studies import demo, sweep
 from vlm_patch import PatchError, UnsupportedModelError
 
 ROOM = ": what was written is kept; make room and give the same command again"
@@ -90,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_table(tables: argparse.ArgumentParser) -> None:
     tables.add_argument("folders", type=Path, nargs="+", metavar="RUN")
-    tables.add_argument("--format", default="markdown", help=" | ".join(formats.FORMATS))
+    tables.add_argument("--format", default="markdown", help=" | ".join(export.FORMATS))
     tables.add_argument("--plot", type=Path, metavar="FILE.png", help="needs the extra `plot`")
     tables.set_defaults(command=_table)
 
@@ -149,7 +151,7 @@ def _add_score(score: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     limit = [] if options.limit is None else [f"limit={options.limit}"]
     settings = config.load(options.config, [*options.set, *limit])
-    runs.run(settings, options.out, engine=_engine(options))
+    runner.run(settings, options.out, engine=_engine(options))
     if _prints():
         print(table.markdown([options.out]))
 
@@ -166,20 +168,20 @@ def _engine(options: argparse.Namespace) -> Engine:
 
 
 def _score(options: argparse.Namespace) -> None:
-    runs.score(options.folder)
+    runner.score(options.folder)
     print(table.markdown([options.folder]))
 
 
 def _models(options: argparse.Namespace) -> None:
-    from eval import families  # builds a model of every type, which no other command needs
+    from eval.support import families  # builds a model of every type, which no other command needs
 
     families.models(options.types, options.json, options.out, options.docs)
 
 
 def _speed(options: argparse.Namespace) -> None:
-    from eval import speed  # models of many sizes, which no other command needs
+    from eval.speed import measure  # models of many sizes, which no other command needs
 
-    speed.speed(
+    measure.speed(
         options.out,
         options.shapes,
         options.methods,
@@ -190,7 +192,7 @@ def _speed(options: argparse.Namespace) -> None:
 
 
 def _modes(options: argparse.Namespace) -> None:
-    from eval import modes  # runs models, which no other command needs
+    from eval.support import modes  # runs models, which no other command needs
 
     modes.modes(options.json, options.out, options.docs)
 
@@ -216,7 +218,7 @@ def _prints() -> bool:
 
 
 def _table(options: argparse.Namespace) -> None:
-    print(formats.write(options.folders, options.format))
+    print(export.write(options.folders, options.format))
     if options.plot is not None:
         plot.plot(options.folders, options.plot)
 

@@ -31,7 +31,7 @@ FAMILIES = (
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    from tests import tiny  # after the line for Triton
+    from eval.support import tiny  # after the line for Triton
 
     left_out = collection_path.as_posix().endswith(tuple(f"tests/{name}" for name in FAMILIES))
     return True if left_out and not tiny.FEATURES else None
@@ -40,7 +40,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from transformers import __version__
 
-    from tests import tiny
+    from eval.support import tiny
 
     if not tiny.FEATURES:
         names = ", ".join(FAMILIES)

@@ -16,10 +16,11 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from tests import tiny
-from vlm_patch import GIFT, PAINT, VAR, VHR, PatchError, UnsupportedModelError, attention, wrap
-from vlm_patch.generating import REFUSED
-from vlm_patch.passes import Lost
+from eval.support import tiny
+from vlm_patch import GIFT, PAINT, VAR, VHR, PatchError, UnsupportedModelError, wrap
+from vlm_patch.engine import attention
+from vlm_patch.engine.generate_guard import REFUSED
+from vlm_patch.engine.hooks import Lost
 
 TOKENS = PAINT(layers=(1, 2, 3))
 SINKS = VAR(dims=tiny.SINK_DIMS, tau=3.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import tiny
+from eval.support import tiny
 from vlm_patch import VAR, VHR, Patch, heads, wrap
 
 SHAPE = (4, 3)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import tiny
-from tests.compare import NO_PROCESSOR, error, generate, new_tokens, ours, planted
+from eval.support import tiny
+from eval.support.agreement import NO_PROCESSOR, error, generate, new_tokens, ours, planted
 from vlm_patch import GIFT, VAR, cpu, wrap
 from vlm_patch.method import Memory, append, reweigh, room
 from vlm_patch.methods import gift, looped, var

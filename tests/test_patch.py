@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from tests import tiny
+from eval.support import tiny
 from vlm_patch import GIFT, VAR, VHR, PatchError, wrap
 from vlm_patch.heads import numbers
 from vlm_patch.method import Method

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
-from tests import tiny
-from tests.compare import NO_PROCESSOR, ours, planted
+from eval.support import tiny
+from eval.support.agreement import NO_PROCESSOR, ours, planted
 from vlm_patch import GIFT, VAR, VHR, PatchError, wrap
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tests import tiny
-from tests.untouched import (
+from eval.support import tiny
+from tests.support.untouched import (
     answers,
     check_error_in_method,
     check_interrupt,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm_patch import cpu
-from vlm_patch.shard import WHOLE, Shard
+from vlm_patch.models.tensor_parallel import WHOLE, Shard
 
 Memory: TypeAlias = dict[tuple[str, int], Tensor]
 """What one method remembers of one generation, by name and layer.

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_patch import attention, heads
-from vlm_patch.catalogue import fit, instances, unknown, values
+from vlm_patch import heads
+from vlm_patch.engine import attention
+from vlm_patch.engine.generate_guard import Generate, check_options, told
+from vlm_patch.engine.hooks import Hook, Passes, QuietHook
+from vlm_patch.engine.tower import tower_of
+from vlm_patch.engine.tracker import Layout
 from vlm_patch.errors import PatchError
-from vlm_patch.generating import Generate, check_options, told
-from vlm_patch.layout import Layout
 from vlm_patch.method import Method
-from vlm_patch.model import Decoder, place, read, unwrapped
-from vlm_patch.passes import Hook, Passes, QuietHook
-from vlm_patch.prompt import Given
-from vlm_patch.question import QuestionReader
-from vlm_patch.shard import shard_of
-from vlm_patch.tower import tower_of
+from vlm_patch.methods.registry import fit, instances, unknown, values
+from vlm_patch.models.info import Decoder, place, read, unwrapped
+from vlm_patch.models.tensor_parallel import shard_of
+from vlm_patch.prompts.masks import Given
+from vlm_patch.prompts.question import QuestionReader
 
 _owners = itertools.count()
 

@@ -15,12 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eval.pocket.build import IMAGE_TOKENS, PATCH
 from eval.pocket.glyphs import COLORS, SIDE
-from eval.pocket.language import (
-    CAPTION_PROMPTS,
-    caption,
-    detail_question,
-    presence_question,
-)
+from eval.pocket.language import CAPTION_PROMPTS, caption, detail_question, presence_question
 from eval.pocket.scenes import NAMES, Scene, render, scene, stream
 
 Turn = tuple[str, str]

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from eval import chair, pope
-from eval.coco import Vocabulary
+from eval.benchmarks import chair, pope
+from eval.benchmarks.coco import Vocabulary
 from eval.pocket import CAPTION_PROMPT, MODEL, pope_question
 from eval.pocket.anatomy import anatomy, findings, rows
 from eval.pocket.card import card

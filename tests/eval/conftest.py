@@ -7,12 +7,12 @@ from pathlib import Path
 import nltk
 import pytest
 
-from eval import wordnet
-from eval.config import Config, from_settings
+from eval.benchmarks import wordnet
 from eval.pocket import world
-from tests import tiny
-from tests.eval.local_server import Chat, serving
-from tests.shared_data import SHARED
+from eval.runs.config import Config, from_settings
+from eval.support import tiny
+from tests.support.local_server import Chat, serving
+from tests.support.shared_data import SHARED
 
 Settings = Callable[..., Config]
 

@@ -7,16 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
+from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import GIFT
 from vlm_patch.method import Facts, Forward, Memory
-from vlm_patch.methods.gift import (
-    amplify,
-    key_groups,
-    positive_change,
-    saliency_gain,
-    top_heads,
-)
+from vlm_patch.methods.gift import amplify, key_groups, positive_change, saliency_gain, top_heads
 
 EXAMPLE = EXAMPLES["gift"]
 

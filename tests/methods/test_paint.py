@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import tiny
-from tests.compare import NO_PROCESSOR
-from tests.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
+from eval.support import tiny
+from eval.support.agreement import NO_PROCESSOR
+from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import PAINT, VAR, wrap
-from vlm_patch.attention import Call
+from vlm_patch.engine.attention import Call
 from vlm_patch.method import Facts
 from vlm_patch.methods.paint import boosted, outliers, token_sets, top
 

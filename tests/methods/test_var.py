@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import vlm_patch
-from tests import tiny
-from tests.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
+from eval.support import tiny
+from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import VAR, PatchError
 from vlm_patch.method import Facts, Forward
-from vlm_patch.methods.sink_rules import scaled_tau
 from vlm_patch.methods.var import key_groups, redistribute, sink_score
+from vlm_patch.primitives.sink_rules import scaled_tau
 
 GIVEN = EXAMPLES["var"]["redistribution"]["inputs"]
 CASES = {case["name"]: case for case in EXAMPLES["var"]["redistribution"]["cases"]}

@@ -7,16 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.examples import EXAMPLES, PRECISIONS, assert_near, places, tensor
+from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, places, tensor
 from vlm_patch import VHR
 from vlm_patch.method import Facts, Forward
-from vlm_patch.methods.vhr import (
-    above_median,
-    distinct,
-    divergence,
-    drop_outliers,
-    without_image,
-)
+from vlm_patch.methods.vhr import above_median, distinct, divergence, drop_outliers, without_image
 
 EXAMPLE = EXAMPLES["vhr"]
 GUARDS = {"release": 1.0, "paper": None}

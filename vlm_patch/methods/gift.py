@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlm_patch import gpu
 from vlm_patch.errors import PatchError
 from vlm_patch.method import (
     Facts,
@@ -30,7 +29,8 @@ from vlm_patch.method import (
     check_wholes,
     reweigh,
 )
-from vlm_patch.methods import launch, looped
+from vlm_patch.methods import looped
+from vlm_patch.primitives import dispatch, launch
 
 MOST_ALPHA = 80.0
 
@@ -336,9 +336,9 @@ class GIFT(Regrouping):
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
         heads, beta, fraction = masses.shape[2], self.beta, self.head_fraction
-        if masses.shape[3] > 1 or not gpu.possible(masses.device.type):
+        if masses.shape[3] > 1 or not dispatch.possible(masses.device.type):
             return gaze_shares(masses, beta, fraction)
-        return gpu.tried(
+        return dispatch.tried(
             ("gaze shares", str(masses.device), heads),
             lambda: launch.gaze_shares(masses, beta, how_many(heads, fraction)),
             lambda: gaze_shares(masses, beta, fraction),

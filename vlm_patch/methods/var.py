@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlm_patch import cpu, gpu
+from vlm_patch import cpu
 from vlm_patch.errors import PatchError
 from vlm_patch.heads import text
 from vlm_patch.method import (
@@ -34,9 +34,10 @@ from vlm_patch.method import (
     reweigh,
     room,
 )
-from vlm_patch.methods import launch, looped
-from vlm_patch.methods.sink_rules import Found, scaled_tau
-from vlm_patch.methods.sinks import discover, one_stream
+from vlm_patch.methods import looped
+from vlm_patch.primitives import dispatch, launch
+from vlm_patch.primitives.sink_rules import Found, scaled_tau
+from vlm_patch.primitives.sinks import discover, one_stream
 
 
 @lru_cache(maxsize=256)
@@ -239,8 +240,8 @@ class VAR(Regrouping):
         if kept is not None:
             looped.sink_column(hidden, dims, tau, kept, forward.past)
             return
-        if fast and gpu.possible(hidden.device.type):
-            groups = gpu.tried(
+        if fast and dispatch.possible(hidden.device.type):
+            groups = dispatch.tried(
                 ("sink column", str(hidden.device), hidden.dtype, len(dims)),
                 lambda: launch.sink_column(hidden, dims, tau),
                 lambda: self._groups(hidden, forward),
@@ -287,9 +288,9 @@ class VAR(Regrouping):
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
         numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass
         visual = self.require_visual_sink or self.release
-        if visual or masses.shape[3] > 1 or not gpu.possible(masses.device.type):
+        if visual or masses.shape[3] > 1 or not dispatch.possible(masses.device.type):
             return sink_shares(masses, groups, *numbers, visual, self.release)
-        return gpu.tried(
+        return dispatch.tried(
             ("sink shares", str(masses.device), masses.shape[2]),
             lambda: launch.sink_shares(masses, *numbers),
             lambda: sink_shares(masses, groups, *numbers),

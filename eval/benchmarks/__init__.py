@@ -1,0 +1,1 @@
+"""How responses are scored: one file or folder per benchmark."""

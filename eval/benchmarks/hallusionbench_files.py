@@ -1,0 +1,129 @@
+"""HallusionBench from files: questions, answers made elsewhere, and what a judge says of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks.answers import answer_text, read_answers
+from eval.benchmarks.hallusionbench import Key, Question, score, score_parsed, verdict_of
+from eval.benchmarks.hallusionbench_diagnosis import diagnose
+from eval.benchmarks.joining import capped
+from eval.benchmarks.judge import Judge, Template, judge_of, shipped
+from eval.benchmarks.rows import Row, read_rows
+from eval.errors import EvalError
+
+
+def score_files(
+    answers: Path,
+    questions: Path,
+    parser: str = "strict",
+    judge: str | None = None,
+    judge_model: str | None = None,
+    verdicts: Path | None = None,
+    template: Path | None = None,
+    same_template: Path | None = None,
+) -> dict[str, Any]:
+    """HallusionBench of a file with `model_prediction` against `HallusionBench.json`.
+
+    Without a judge an answer is read by the parser. Only answered questions count: 951 of the 1129
+    have an image, and many evaluations ask no others, so the two kinds of run do not compare.
+    """
+    known = {question.key: question for question in read_questions(questions)}
+    rows = read_answers(answers)
+    asked = _asked(rows, known, questions)
+    texts = [answer_text(row) for row in rows]
+    sizes = {"answered": len(asked), "all_questions": len(known)}
+    chosen = judge_of(judge, judge_model, verdicts)
+    if chosen is None:
+        return {**score_parsed(asked, texts, parser), **sizes}
+    prompt = Template.load(template or shipped("hallusionbench"))
+    values = _judged(chosen, prompt, asked, texts)
+    second = Template.load(same_template or shipped("hallusionbench_same"))
+    same = _judged_same(chosen, second, asked, texts, values)
+    how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
+    return {**score(asked, values, same), **sizes, **how, "same_template": second.name}
+
+
+def _judged(
+    judge: Judge, template: Template, questions: Sequence[Question], texts: Sequence[str]
+) -> list[int]:
+    prompts = {
+        "/".join(q.key): template.fill(question=q.text, reference=q.reference, answer=text)
+        for q, text in zip(questions, texts, strict=True)
+    }
+    return [verdict_of(reply) for reply in judge.replies(prompts).values()]
+
+
+def _judged_same(
+    judge: Judge,
+    template: Template,
+    questions: Sequence[Question],
+    texts: Sequence[str],
+    verdicts: Sequence[int],
+) -> set[Key]:
+    """The same by a judge, who is asked where the diagnosis depends on it."""
+    said = {question.key: text for question, text in zip(questions, texts, strict=True)}
+    values = {question.key: value for question, value in zip(questions, verdicts, strict=True)}
+    prompts = {}
+    for question in questions:
+        value, first = values[question.key], question.first
+        if first is None or first not in said:
+            continue
+        kinds = {diagnose(question.category, value, values[first], s) for s in (False, True)}
+        if len(kinds) > 1:
+            prompts[question.key] = template.fill(first=said[first], answer=said[question.key])
+    replies = judge.replies({"/".join(("same", *key)): text for key, text in prompts.items()})
+    pairs = zip(prompts, replies.values(), strict=True)
+    return {key for key, reply in pairs if "same" in reply.lower()}
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of `HallusionBench.json`, in its order."""
+    return [_question(row) for row in read_rows(path)]
+
+
+def _key(row: Row) -> Key:
+    names = ("category", "subcategory", "set_id", "figure_id", "question_id")
+    return tuple(str(row.first(name)) for name in names)
+
+
+def _question(row: Row) -> Question:
+    category, subcategory, set_id, figure_id, question_id = _key(row)
+    label = str(row.first("gt_answer"))
+    if label not in ("0", "1"):
+        raise EvalError(f"{row.where}: the field 'gt_answer' is {label!r}; expected 0 or 1.")
+    return Question(
+        category,
+        subcategory,
+        set_id,
+        figure_id,
+        question_id,
+        str(row.first("visual_input")),
+        row.text("question"),
+        row.text("gt_answer_details"),
+        "yes" if label == "1" else "no",
+    )
+
+
+def _asked(rows: Sequence[Row], known: Mapping[Key, Question], path: Path) -> list[Question]:
+    """The question of each answer, by its five ids; `EvalError` names unknown and repeated ones."""
+    keys = [_answer_key(row) for row in rows]
+    unknown = [(row, key) for row, key in zip(rows, keys, strict=True) if key not in known]
+    if unknown:
+        names = capped(["/".join(key) for _, key in unknown])
+        raise EvalError(f"{unknown[0][0].where}: question {names} is not in {path}.")
+    if twice := ["/".join(key) for key, times in Counter(keys).items() if times > 1]:
+        raise EvalError(f"HallusionBench: question {capped(twice)} is answered more than once.")
+    return [known[key] for key in keys]
+
+
+def _answer_key(row: Row) -> Key:
+    """Of an answer: the five ids, or VLMEvalKit's `index`, which ends in set, figure, question."""
+    index = str(row.fields.get("index", "")).split("_")
+    if row.has("set_id") or len(index) != 6:
+        return _key(row)
+    category, subcategory, _, *numbers = index
+    return category, subcategory, *numbers

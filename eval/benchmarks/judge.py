@@ -1,0 +1,193 @@
+"""A language model that judges answers: any endpoint of the OpenAI chat form. Off unless named.
+
+Every reply is appended to a file as it comes, so judging goes on where it was interrupted, and can
+be scored again, without the endpoint, by anybody who has the file. One line of it:
+`{"id": "3", "prompt_sha256": "9f2c...", "model": "gpt-4", "reply": "... Rating: 4"}`.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from eval.benchmarks.rows import read_rows, read_text
+from eval.errors import EvalError
+
+KEY = "OPENAI_API_KEY"
+_BUSY = (408, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to ask, and how. `url` is what comes before `/chat/completions`."""
+
+    url: str
+    model: str
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    waits: tuple[float, ...] = (1, 5, 20, 60)
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+
+    def ask(self, prompt: str) -> str:
+        """The reply to one user message; waits and tries again while the endpoint is busy."""
+        for wait in (*self.waits, None):
+            try:
+                return self._reply(self._request(prompt))
+            except urllib.error.HTTPError as error:
+                if error.code not in _BUSY or wait is None:
+                    told = error.read()[:300].decode(errors="replace")
+                    raise EvalError(
+                        f"{self.url}: HTTP {error.code} ({told}). Check the address, the model "
+                        f"{self.model!r} and the key in {KEY}; replies so far are kept."
+                    ) from error
+            except OSError as error:
+                if wait is None:
+                    raise EvalError(
+                        f"{self.url}: not reached ({error}). Replies so far are kept: the same "
+                        "command goes on."
+                    ) from error
+            self.sleep(wait)
+        raise AssertionError("the last try returns or raises")
+
+    def _request(self, prompt: str) -> bytes:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
+        headers = {"Content-Type": "application/json"}
+        if KEY in os.environ:
+            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+        request = urllib.request.Request(
+            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            content: bytes = answer.read()
+        return content
+
+    def _reply(self, content: bytes) -> str:
+        try:
+            reply = json.loads(content)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError):
+            shown = content[:200].decode(errors="replace")
+            raise EvalError(f"{self.url}: no chat completion in its answer: {shown}") from None
+        return str(reply or "")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Verdicts of a file, and of an endpoint where it lacks them (None: the file alone)."""
+
+    verdicts: Path
+    endpoint: Endpoint | None = None
+
+    def replies(self, prompts: Mapping[str, str]) -> dict[str, str]:
+        """Reply to every prompt by its key. A changed prompt or model is asked anew."""
+        wanted = {key: _sha256(prompt) for key, prompt in prompts.items()}
+        known = self._known(wanted)
+        missing = [key for key in prompts if key not in known]
+        if missing and self.endpoint is None:
+            raise EvalError(
+                f"{self.verdicts}: no verdict on {len(missing)} of {len(prompts)} answers (first: "
+                f"{missing[0]}). Name a judge with --judge URL and --judge-model NAME."
+            )
+        for key in tqdm(missing, desc="judge", unit=" verdicts", disable=not missing):
+            known[key] = self._ask(key, prompts[key])
+        return {key: known[key] for key in prompts}
+
+    def _known(self, wanted: Mapping[str, str]) -> dict[str, str]:
+        if not self.verdicts.exists() or not _whole_lines(self.verdicts):
+            return {}
+        rows = [row for row in read_rows(self.verdicts) if self._is_ours(row.text("model"))]
+        pairs = ((row.text("id"), row) for row in rows)
+        return {
+            key: row.text("reply")
+            for key, row in pairs
+            if wanted.get(key) == row.text("prompt_sha256")
+        }
+
+    def _is_ours(self, model: str) -> bool:
+        return self.endpoint is None or model == self.endpoint.model
+
+    def _ask(self, key: str, prompt: str) -> str:
+        assert self.endpoint is not None
+        reply = self.endpoint.ask(prompt)
+        line = {"id": key, "prompt_sha256": _sha256(prompt), "model": self.endpoint.model}
+        with self.verdicts.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "reply": reply}) + "\n")
+        return reply
+
+
+def judge_of(
+    judge: str | None, judge_model: str | None, verdicts: Path | None, **settings: Any
+) -> Judge | None:
+    """The judge that command-line options ask for; None where they ask for none."""
+    if (judge is None) != (judge_model is None):
+        raise EvalError("a judge needs both --judge URL and --judge-model NAME.")
+    if judge is None or judge_model is None:
+        return None if verdicts is None else Judge(verdicts)
+    if verdicts is None:
+        raise EvalError("--judge needs --verdicts FILE, to which its replies are appended.")
+    return Judge(verdicts, Endpoint(judge, judge_model, **settings))
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt with places for values. `name` says which: file name and start of its SHA-256."""
+
+    name: str
+    text: str
+
+    @classmethod
+    def load(cls, path: Path) -> Template:
+        """A text file, or the variable `template` of a published Python script."""
+        text = _template_of(path) if path.suffix == ".py" else read_text(path)
+        return cls(f"{path.name} (sha256 {_sha256(text)[:12]})", text)
+
+    def fill(self, **values: str) -> str:
+        """The prompt; places are named, or empty braces that are filled in the given order."""
+        try:
+            return self.text.format(*values.values(), **values)
+        except (LookupError, ValueError) as error:
+            raise EvalError(
+                f"{self.name}: has a place {error} that cannot be filled; known are "
+                f"{', '.join(values)}. Braces that are no place are written twice."
+            ) from None
+
+
+def shipped(name: str) -> Path:
+    """A prompt of our own wording."""
+    return Path(__file__).parent / "prompts" / f"{name}.txt"
+
+
+def _template_of(script: Path) -> str:
+    for statement in ast.parse(read_text(script)).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "template":
+            return str(ast.literal_eval(statement.value))
+    raise EvalError(f"{script}: no variable 'template' in it.")
+
+
+def _whole_lines(path: Path) -> bool:
+    """Cut off a last line that was not written to its end; whether any line is left."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return end > 0
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,179 @@
+"""MMVP: questions with two options on 150 pairs of images that CLIP cannot tell apart.
+
+Tong et al. 2024, https://arxiv.org/abs/2401.06209. One row of `Questions.csv`:
+`1,"Are the butterfly's wings closer to being open or closed?",(a) Open (b) Closed,(a)`.
+One answer: `{"question_id": 1, "response": "(a) Open"}`. Rows 2k - 1 and 2k are a pair.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.benchmarks.answers import answer_text, read_answers
+from eval.benchmarks.intervals import Numbers, Tally
+from eval.benchmarks.joining import join
+from eval.benchmarks.judge import Template, judge_of, shipped
+from eval.benchmarks.parsers import first_word
+from eval.benchmarks.rows import Row, read_text
+from eval.errors import EvalError
+
+COLUMNS = ("Index", "Question", "Options", "Correct Answer")
+LABELS = ("published", "corrected")
+SWAPPED = (99, 100, 279, 280)
+"""Questions of two pairs whose labels are the wrong way round; lmms-eval corrects them."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question; `options` are the texts behind (a) and (b), `label` is "a" or "b"."""
+
+    index: int
+    text: str
+    options: Mapping[str, str]
+    label: str
+
+
+def chosen(answer: str, options: Mapping[str, str]) -> str | None:
+    """The option that an answer chooses: its only letter in brackets, else a letter or an option
+    that it starts with, else the only option that it names; None where that does not tell."""
+    said = answer.lower()
+    if bracketed := sorted(set(re.findall(r"\(([ab])\)", said))):
+        return str(bracketed[0]) if len(bracketed) == 1 else None
+    if start := re.match(r"\W*(?:answer\W+)?([ab])(?:[.:)\s]*$|[.:)])", said):
+        return start.group(1)
+    named = [letter for letter, text in options.items() if re.search(_whole(text), said)]
+    return named[0] if len(named) == 1 else None
+
+
+def _whole(text: str) -> str:
+    return rf"(?<!\w){re.escape(text.lower())}(?!\w)"
+
+
+def score(right: Sequence[bool | None], seed: int = 0) -> dict[str, Any]:
+    """Pair accuracy and accuracy of judged answers in order, with 95 % intervals over pairs.
+
+    None is an answer that could not be read: wrong, and counted in `unreadable`.
+    """
+    return tally(right).report(seed)
+
+
+def tally(right: Sequence[bool | None]) -> Tally:
+    """What each pair adds."""
+    if not right or len(right) % 2:
+        raise EvalError(f"MMVP: {len(right)} answers; expected pairs.")
+    marks = np.array([bool(mark) for mark in right]).reshape(-1, 2)
+    unread = np.array([mark is None for mark in right]).reshape(-1, 2)
+    columns = {
+        "pairs": np.ones(len(marks)),
+        "pairs_right": marks.all(axis=1),
+        "questions": np.full(len(marks), 2),
+        "right": marks.sum(axis=1),
+        "unreadable": unread.sum(axis=1),
+    }
+    return Tally(columns, _ratios, marks.ravel())
+
+
+def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
+    return {
+        "pair_accuracy": (c["pairs_right"], c["pairs"]),
+        "accuracy": (c["right"], c["questions"]),
+        "unreadable": (c["unreadable"], c["questions"]),
+    }
+
+
+def score_files(
+    answers: Path,
+    questions: Path,
+    judge: str | None = None,
+    judge_model: str | None = None,
+    verdicts: Path | None = None,
+    template: Path | None = None,
+    labels: str = "published",
+    subset: bool = False,
+) -> dict[str, Any]:
+    """MMVP of an answer file against `Questions.csv`, with the labels as published or `corrected`.
+
+    Without a judge the chosen option is read from the answer (`variant` "letters"); the published
+    script asks a judge.
+    """
+    asked = read_questions(questions, labels)
+    joined = join(_rows(asked, questions), read_answers(answers), (questions, answers), subset)
+    texts = [answer_text(row) for row in joined.rows]
+    endpoint = judge_of(judge, judge_model, verdicts)
+    said_of_files = {"joined_by": joined.by, "flags": joined.notes}
+    if endpoint is None:
+        found = score(_read(asked, texts)) | said_of_files
+        return {**found, "variant": "letters", "labels": labels, "judge": None}
+    prompt = Template.load(template or shipped("mmvp"))
+    replies = endpoint.replies(_prompts(asked, texts, prompt))
+    said = [first_word(reply) for reply in replies.values()]
+    result = score([None if word is None else word == "yes" for word in said])
+    how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
+    return {**result, **said_of_files, "variant": "judge", "labels": labels, **how}
+
+
+def _rows(questions: Sequence[Question], path: Path) -> list[Row]:
+    """The questions as `join` takes them; their number goes by three names."""
+    return [
+        Row(
+            f"{path}, row {number}",
+            {**dict.fromkeys(("question_id", "id", "index"), q.index), "question": q.text},
+        )
+        for number, q in enumerate(questions, 1)
+    ]
+
+
+def _read(questions: Sequence[Question], texts: Sequence[str]) -> list[bool | None]:
+    letters = [chosen(text, q.options) for q, text in zip(questions, texts, strict=True)]
+    pairs = zip(questions, letters, strict=True)
+    return [None if letter is None else letter == q.label for q, letter in pairs]
+
+
+def _prompts(
+    questions: Sequence[Question], texts: Sequence[str], template: Template
+) -> dict[str, str]:
+    return {
+        str(question.index): template.fill(
+            question=question.text,
+            options=" ".join(f"({letter}) {text}" for letter, text in question.options.items()),
+            label=f"({question.label}) {question.options[question.label]}",
+            answer=text,
+        )
+        for question, text in zip(questions, texts, strict=True)
+    }
+
+
+def read_questions(path: Path, labels: str = "published") -> list[Question]:
+    """The questions of `Questions.csv`, in its order."""
+    if labels not in LABELS:
+        raise EvalError(f"MMVP labels {labels!r}: expected one of {', '.join(LABELS)}.")
+    reader = csv.DictReader(read_text(path).splitlines())
+    found = [name.strip() for name in reader.fieldnames or ()]
+    if missing := [name for name in COLUMNS if name not in found]:
+        raise EvalError(f"{path}: no column {missing[0]!r}; found {', '.join(found) or 'none'}.")
+    asked = [_question(f"{path}, row {number}", row) for number, row in enumerate(reader, 1)]
+    return [_corrected(question) for question in asked] if labels == "corrected" else asked
+
+
+def _corrected(question: Question) -> Question:
+    other = {"a": "b", "b": "a"}[question.label]
+    return replace(question, label=other) if question.index in SWAPPED else question
+
+
+def _question(where: str, row: Mapping[str, str | None]) -> Question:
+    index, text, listed, label = ((row[name] or "").strip() for name in COLUMNS)
+    options = re.fullmatch(r"\(a\)(.+)\(b\)(.+)", listed, re.DOTALL)
+    if options is None or label not in ("(a)", "(b)") or not index.isdecimal():
+        raise EvalError(
+            f"{where}: Index {index!r}, Options {listed!r}, Correct Answer {label!r}; expected a "
+            "number, '(a) ... (b) ...', and (a) or (b)."
+        )
+    texts = {letter: options.group(n).strip() for n, letter in enumerate("ab", 1)}
+    return Question(int(index), text, texts, label[1])

@@ -1,0 +1,103 @@
+"""Whether two runs can be compared: they must have been asked the same and be read alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from eval.benchmarks import tasks
+from eval.errors import EvalError
+from eval.runs import runner
+from eval.runs.folder import RunFolder, row_key
+
+Lines: TypeAlias = Mapping[tuple[str, ...], Mapping[str, Any]]
+RENDERING = ("model", "chat_template")
+SAID = ("answer", "tokens", "ended")
+"""What an answer holds beside the question and its facts."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what config.yaml says, its answers by sample, and what it left out."""
+
+    path: Path
+    record: Mapping[str, Any]
+    rows: Lines
+    skipped: Lines
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """The run in a folder; EvalError if it is not complete."""
+        folder = RunFolder(path)
+        record, rows, skipped = folder.record(), folder.rows(), folder.skipped()
+        samples = record["data"]["samples"]
+        if len(rows) + len(skipped) < samples:
+            raise EvalError(
+                f"{path} is not complete ({len(rows)} of {samples} samples are answered): "
+                f"run it again to go on, then compare"
+            )
+        by_key = ({row_key(row): row for row in part} for part in (rows, skipped))
+        return cls(path, record, *by_key)
+
+    def asked(self, task: str) -> Lines:
+        """All samples of a task, answered or not."""
+        both = {**self.rows, **self.skipped}
+        return {key: row for key, row in both.items() if key[0] == task}
+
+
+def obstacles(one: Run, two: Run, both: Sequence[str]) -> Iterator[str]:
+    """Everything that was asked differently of the two runs."""
+    if not both:
+        yield "they have no task in common"
+    if one.record.get("decoding") != two.record.get("decoding"):
+        yield f"decoding is {one.record.get('decoding')} and {two.record.get('decoding')}"
+    asked = [[run.record["settings"].get(key) for key in RENDERING] for run in (one, two)]
+    if asked[0][0] == asked[1][0] and asked[0] != asked[1]:
+        yield f"the prompts are rendered by chat_template {asked[0][1]!r} and {asked[1][1]!r}"
+    for task in both:
+        mine, others = (run.record["settings"][task] for run in (one, two))
+        if mine["max_new_tokens"] != others["max_new_tokens"]:
+            limits = f"{mine['max_new_tokens']} and {others['max_new_tokens']} tokens"
+            yield f"the token limit of {task} is {limits}"
+        yield from _other_samples(one.asked(task), two.asked(task), task)
+        scorers = [_scorer(run, task) for run in (one, two)]
+        if scorers[0] != scorers[1]:
+            yield f"{task} is read by {scorers[0]} and by {scorers[1]}"
+
+
+def _other_samples(mine: Lines, others: Lines, task: str) -> Iterator[str]:
+    images = [{(key[1], row["image"]) for key, row in rows.items()} for rows in (mine, others)]
+    if images[0] != images[1]:
+        sizes = f"{len(images[0])} and {len(images[1])}"
+        yield f"the images of {task} differ ({sizes}, {len(images[0] & images[1])} in common)"
+        return
+    answered = [key for key in mine.keys() & others.keys() if "prompt" in mine[key]]
+    answered = [key for key in answered if "prompt" in others[key]]
+    prompts = [(mine[key]["prompt"], others[key]["prompt"]) for key in sorted(answered)]
+    differing = next((pair for pair in prompts if pair[0] != pair[1]), None)
+    if mine.keys() != others.keys() or differing:
+        yield f"the prompts of {task} differ" + (
+            f", for example {differing[0]!r} and {differing[1]!r}" if differing else ""
+        )
+    elif any(_facts(mine[key]) != _facts(others[key]) for key in answered):
+        yield f"the annotations behind {task} differ"
+
+
+def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The question, and what its answer is held against."""
+    return {key: value for key, value in row.items() if key not in SAID}
+
+
+def _scorer(run: Run, task: str) -> str:
+    if task == "chair":
+        vocabulary = runner.vocabulary(run.path, run.record)
+        return f"{vocabulary.rules} rules with {vocabulary.name}"
+    if task == "pope":
+        return f"the {runner.pope_parser(run.record)} parser"
+    settings = run.record["settings"][task]
+    rules = f"{settings.get('nouns', 'one')} rules"
+    if task not in tasks.PARSERS_BEFORE:
+        return rules
+    return f"{rules} with the {tasks.parser_of(task, settings)} parser"

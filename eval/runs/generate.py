@@ -1,0 +1,242 @@
+"""Answers of a model: greedy, in left-padded batches, prompts by the processor's chat template."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from eval.runs import images
+from eval import pocket
+from eval.runs.config import Config
+from eval.runs.samples import Sample, notice
+from eval.errors import EvalError
+from vlm_patch.models.info import place
+
+# The Auto classes carry no types.
+MODELS: Any = AutoModelForImageTextToText
+PROCESSORS: Any = AutoProcessor
+
+# Plain greedy search, whatever sampling or penalty a checkpoint's generation_config.json asks for.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+}
+
+
+# What a model that knows no chat is asked: the question, the image being put before it.
+BARE = "{{ messages[0]['content'][-1]['text'] }}"
+
+
+PLAIN = (336, 336)
+"""Size of an image that every processor takes."""
+
+
+class BrokenImageError(EvalError):
+    """An image that cannot be shown to the model, and the sample that needs it."""
+
+    def __init__(self, sample: Sample, reason: str) -> None:
+        super().__init__(sample, reason)  # what pickle makes it of again, from another process
+        self.sample, self.reason = sample, reason
+
+    def __str__(self) -> str:
+        return f"{self.sample.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, its length in tokens (end mark included), and whether it ended."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def load_model(config: Config) -> tuple[Any, Any]:
+    """The model (in evaluation mode, on its device) and the processor that `config` names."""
+    name = str(pocket.MODEL) if config.model == "pocket" else config.model
+    source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        processor = PROCESSORS.from_pretrained(name, **source)
+        model = MODELS.from_pretrained(name, dtype=config.dtype, **source, **placing(config))
+        if config.device_map is None and config.tp_plan is None and config.quantization is None:
+            model = model.to(config.device or own_device())
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise EvalError(
+            f"model {config.model} cannot be loaded (expected: pocket, a folder made by "
+            f"save_pretrained, or the hub id of an image-text-to-text model): {error}"
+        ) from error
+    notice(f"{config.model}: {place(model)}")
+    return model.eval(), prepare(processor, config.model, config.chat_template)
+
+
+def placing(config: Config) -> dict[str, Any]:
+    """How from_pretrained is to build the model and where to put it; only what is set."""
+    plan: Any = dict(config.tp_plan) if isinstance(config.tp_plan, Mapping) else config.tp_plan
+    wanted = {
+        "device_map": config.device_map,
+        **({} if plan is None else _together(plan)),
+        "quantization_config": config.quantization and dict(config.quantization),
+        "attn_implementation": config.attn_implementation,
+    }
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _together(plan: Any) -> dict[str, Any]:
+    """How from_pretrained is told to divide the model among processes; transformers moved it."""
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:
+        return {"distributed_config": DistributedConfig(tp_plan=plan)}
+    return {"tp_plan": plan}
+
+
+def best_device() -> str:
+    """The accelerator of this machine, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else str(found)
+
+
+def own_device() -> str:
+    """This process's own accelerator where a launcher started several, one for each."""
+    device, place = best_device(), os.environ.get("LOCAL_RANK", "")
+    if device == "cpu" or not place.isdigit():
+        return device
+    return f"{device}:{int(place) % torch.accelerator.device_count()}"
+
+
+def prepare(processor: Any, name: str, chat_template: str | None = None) -> Any:
+    """The processor made ready for batches: left padding, a padding token, a chat template."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise EvalError(
+            f"model {name}: its processor has no tokenizer ({type(processor).__name__})"
+        )
+    processor.chat_template = chat_template or processor.chat_template or tokenizer.chat_template
+    if not processor.chat_template:
+        raise EvalError(
+            f"model {name}: its processor has no chat template, so prompts cannot be rendered; "
+            f'give one in the config, for the bare question --set "chat_template={BARE}"'
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+@torch.inference_mode()
+def ask(model: Any, processor: Any, batch: Sequence[Sample], max_new_tokens: int) -> list[Answer]:
+    """Greedy answers to one batch of samples."""
+    inputs = encode(processor, batch)
+    _check_images(model, inputs["input_ids"], batch)
+    inputs = inputs.to(model.device, dtype=model.dtype)
+    tokenizer = processor.tokenizer
+    output = model.generate(
+        **inputs, **GREEDY, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+    )
+    new = output[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = _end_tokens(model)
+    return [_answer(tokenizer, tokens, ends) for tokens in new]
+
+
+def encode(processor: Any, batch: Sequence[Sample]) -> Any:
+    """The batch as model inputs; EvalError names the sample that the processor cannot take.
+
+    It is a BrokenImageError where the processor takes the same prompt with another image.
+    """
+    conversations = [_conversation(sample, open_image(sample)) for sample in batch]
+    try:
+        return _render(processor, conversations)
+    except MemoryError:
+        raise
+    # processors check little, so that a strange image or template fails anywhere in them
+    except Exception as error:
+        if len(batch) > 1:
+            for sample in batch:
+                encode(processor, [sample])
+        elif _takes_another_image(processor, batch[0]):
+            reason = f"the processor cannot take {batch[0].image}: {error}"
+            raise BrokenImageError(batch[0], reason) from error
+        names = ", ".join(sample.name for sample in batch)
+        raise EvalError(f"the processor cannot take {names}: {error}") from error
+
+
+def _render(processor: Any, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
+    render = processor.apply_chat_template
+    padding: dict[str, Any] = {"padding": True}
+    if "processor_kwargs" in inspect.signature(render).parameters:  # newer transformers
+        padding = {"processor_kwargs": padding}
+    return render(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **padding,
+    )
+
+
+def _takes_another_image(processor: Any, sample: Sample) -> bool:
+    """Whether an ordinary image in the place of the sample's would do, so that it is to blame."""
+    try:
+        _render(processor, [_conversation(sample, Image.new("RGB", PLAIN))])
+    except Exception:
+        return False
+    return True
+
+
+def open_image(sample: Sample) -> Image.Image:
+    """The sample's image, upright and in RGB; BrokenImageError says why it cannot be read."""
+    try:
+        return images.read_image(sample.image)
+    except images.UnreadableImageError as error:
+        raise BrokenImageError(sample, str(error)) from error
+
+
+def _conversation(sample: Sample, picture: Image.Image) -> list[dict[str, Any]]:
+    if not sample.prompt.strip():
+        raise EvalError(f"{sample.name}: the prompt is empty")
+    image = {"type": "image", "image": picture}
+    return [{"role": "user", "content": [image, {"type": "text", "text": sample.prompt}]}]
+
+
+def _check_images(model: Any, ids: torch.Tensor, batch: Sequence[Sample]) -> None:
+    """Every row of `ids` `[batch, length]` must hold the image, or a blind model would be asked."""
+    config = model.config
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if token is None:
+        return
+    for row, sample in zip(ids, batch, strict=True):
+        if not bool((row == token).any()):
+            raise EvalError(
+                f"{sample.name}: the rendered prompt holds no image token (id {token}); "
+                f"the chat template must place the image"
+            )
+
+
+def _end_tokens(model: Any) -> set[int]:
+    """What ends an answer. A model with a `generate` of its own (InstructBLIP) leaves it to its
+    language model.
+    """
+    leaves_it = type(model).generate is not GenerationMixin.generate
+    part = getattr(model, "language_model", None)
+    writer = part if leaves_it and isinstance(part, GenerationMixin) else model
+    ends = writer.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _answer(tokenizer: Any, tokens: list[int], ends: set[int]) -> Answer:
+    end = next((place for place, token in enumerate(tokens) if token in ends), None)
+    kept = tokens if end is None else tokens[: end + 1]
+    text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return Answer(text, len(kept), end is not None)

@@ -1,0 +1,210 @@
+"""Many settings of the methods over one loaded model: tuned on some images, reported on others.
+
+Every point of the grid is a run folder of its own, so a sweep goes on after any interruption. The
+best point by one named measure is then run once on images that no point has seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from eval.benchmarks import alarm, tasks
+from eval.benchmarks.pope import STRATEGIES
+from eval.errors import EvalError
+from eval.reports import compare, table
+from eval.runs import config, generate, jsonl, runner, workers
+from eval.runs.config import Config
+from eval.runs.folder import FREE
+from eval.runs.samples import Sample
+from eval.runs.schema import check_names
+from eval.runs.workers import Load
+from eval.studies import grid
+from eval.studies.grid import Point
+
+# which way is better
+MEASURES = {
+    **{"f1": 1, "recall": 1, "chair_s": -1, "chair_i": -1, "chair_i_distinct": -1},
+    **{"pope_accuracy": 1, "pope_f1": 1},
+}
+SHOWN = ("chair_s", "chair_i", "recall", "f1", "mean_tokens")
+PLAN = "sweep.yaml"
+
+
+# the model as it is, for comparison: it cannot be chosen
+STOCK = Point("stock", None)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is tried, and by what it is judged. `measure` None: CHAIR's F1, or POPE's accuracy.
+
+    `tune_split`: the split to tune on, the others are reported. None: the images of each split are
+    divided in two halves by their names, the same halves in every sweep.
+    """
+
+    path: Path
+    overrides: tuple[str, ...] = ()
+    grids: tuple[str, ...] = ()
+    grid_heads: str | None = None
+    measure: str | None = None
+    tune_split: str | None = None
+
+    def config(self, overrides: Sequence[str] | None = (), held_out: bool = False) -> Config:
+        """The settings of a point, or of the stock model (None), on one part of the images."""
+        settings = config.load(self.path, [*self.overrides, *(overrides or ())])
+        if overrides is None:
+            settings = replace(settings, methods=(), options={}, layers=None, heads=None)
+        if self.tune_split is None:
+            return replace(settings, part="report" if held_out else "tune")
+        rest = tuple(split for split in settings.splits if split != self.tune_split)
+        return replace(settings, splits=rest if held_out else (self.tune_split,))
+
+
+def sweep(wanted: Sweep, out: Path, load: Load = generate.load_model) -> dict[str, Any]:
+    """Score the grid, choose, and run the choice on the held-out images; returns what was found.
+
+    Refused if the folder holds another sweep whose held-out images were looked at already.
+    """
+    base = wanted.config()
+    measure = wanted.measure or ("f1" if "chair" in base.tasks else "pope_accuracy")
+    check_names("--measure", (measure,), MEASURES)
+    tune, report = _samples(wanted, out / "scenes")
+    loaded = functools.cache(lambda: load(base))
+    points = grid.points(wanted.grids, _spots(base, wanted.grid_heads, loaded))
+    plan = _plan(out, base, measure, wanted, points)
+    tried = {
+        point.name: runner.run(
+            wanted.config(point.overrides),
+            out / "tune" / point.name,
+            load=lambda _: loaded(),
+            samples=tune,
+        )
+        for point in [STOCK, *points]
+    }
+    best = _best({point: tried[point.name] for point in points}, measure)
+    jsonl.replace(out / "table.md", _table(tried, best.name, measure))
+    plan["chosen"] = best.name
+    jsonl.replace(out / PLAN, yaml.safe_dump(plan, sort_keys=False))
+    for point in (STOCK, best):
+        settings = wanted.config(point.overrides, held_out=True)
+        there = out / "report" / point.name
+        runner.run(settings, there, load=lambda _: loaded(), samples=report)
+    return {**plan, "tune": tried}
+
+
+def _samples(wanted: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
+    """What to tune on and what to report; EvalError unless they have no image in common."""
+    if wanted.tune_split and not wanted.config(held_out=True).splits:
+        raise EvalError(
+            f"--tune-split {wanted.tune_split} leaves no split to report: name more, "
+            f"as in --set splits=[{wanted.tune_split},test]"
+        )
+    both = [tasks.samples(wanted.config(held_out=part), scenes) for part in (False, True)]
+    tune, report = ({sample.image.name for sample in part} for part in both)
+    if not tune or not report:
+        raise EvalError(
+            f"{len(tune)} images to tune on and {len(report)} to report: a sweep needs both, "
+            f"take more images (chair.images, pope.images, --limit)"
+        )
+    if shared := tune & report:
+        raise EvalError(
+            f"{len(shared)} images, for example {min(shared)}, are in {wanted.tune_split} and in a "
+            f"split to be reported: nothing may be tuned on what is reported"
+        )
+    return both[0], both[1]
+
+
+def _spots(base: Config, kind: str | None, loaded: Callable[[], tuple[Any, Any]]) -> list[Point]:
+    """The layers or heads to try one by one, as the methods of the configuration act in them."""
+    if kind is None:
+        return []
+    with workers.wrapped(*loaded(), base) as patch:
+        if patch is None:
+            raise EvalError("--grid-heads: the configuration has no methods, so no heads to choose")
+        return grid.spots({name: patch.heads[name] for name in base.methods}, kind)
+
+
+def _plan(
+    out: Path, base: Config, measure: str, wanted: Sweep, points: Sequence[Point]
+) -> dict[str, Any]:
+    """What sweep.yaml says before anything is chosen."""
+    settings = {key: value for key, value in base.settings().items() if key not in FREE}
+    asked = {"grid": [*wanted.grids], "grid_heads": wanted.grid_heads}
+    judged = {"measure": measure, "tune_split": wanted.tune_split}
+    plan = {"settings": settings, **asked, **judged, "points": [point.name for point in points]}
+    found = yaml.safe_load((out / PLAN).read_text("utf-8")) if (out / PLAN).exists() else plan
+    changed = [key for key in plan if plan[key] != found.get(key)]
+    if changed and (out / "report").exists():
+        raise EvalError(
+            f"{out} has reported the held-out images already, for another sweep "
+            f"({', '.join(changed)} changed): to choose again now would be to tune on what is "
+            f"reported. Give the sweep as it was, or choose another --out and other images"
+        )
+    jsonl.replace(out / PLAN, yaml.safe_dump(plan, sort_keys=False))
+    return plan
+
+
+def _best(tried: Mapping[Point, Mapping[str, Any]], measure: str) -> Point:
+    """The best point by the measure, the first of equals; none whose captions degenerate."""
+    healthy = {point: found for point, found in tried.items() if not _rings(found)}
+    if not healthy:
+        raise EvalError("the degeneration alarm rings at every point of the grid: none is chosen")
+    return max(healthy, key=lambda point: MEASURES[measure] * score(healthy[point], measure))
+
+
+def _rings(metrics: Mapping[str, Any]) -> bool:
+    return any(alarm.ringing(found) for found in metrics.get("chair", {}).values())
+
+
+def score(metrics: Mapping[str, Any], measure: str) -> float:
+    """The mean of a measure over the splits of a run, for POPE over the strategies too."""
+    if measure.startswith("pope_"):
+        parts = [found for split in metrics.get("pope", {}).values() for found in split.values()]
+    else:
+        parts = [*metrics.get("chair", {}).values()]
+    if not parts:
+        raise EvalError(f"--measure {measure}: the run has no such task; tasks names what is run")
+    return float(np.mean([found[measure.removeprefix("pope_")] for found in parts]))
+
+
+def _table(tried: Mapping[str, Mapping[str, Any]], best: str, measure: str) -> str:
+    """One line a point and split; the point that was chosen is marked."""
+    rows = [
+        [f"**{name}**" if name == best else name, *cells]
+        for name, metrics in tried.items()
+        for cells in _cells(metrics)
+    ]
+    header = ["point", "split", *(table.CHAIR_ROWS[key] for key in SHOWN), table.ALARM]
+    header += [f"POPE {strategy}, accuracy %" for strategy in STRATEGIES]
+    used = [place for place in range(len(header)) if any(row[place] != "-" for row in rows)]
+    rows = [[row[place] for place in used] for row in rows]
+    return (
+        f"Tuning images only. In brackets 95 % bootstrap intervals. Chosen by {measure}, "
+        f"{'more' if MEASURES[measure] > 0 else 'less'} is better: {best}.\n\n"
+        f"{table.layout([header[place] for place in used], rows)}\n"
+    )
+
+
+def _cells(metrics: Mapping[str, Any]) -> Iterator[list[str]]:
+    chair, pope = metrics.get("chair", {}), metrics.get("pope", {})
+    for split in dict.fromkeys([*chair, *pope]):
+        cells = [table.cell(key, table.value(chair.get(split), key)) for key in SHOWN]
+        cells.append(table.alarm_cell(chair.get(split)))
+        for strategy in STRATEGIES:
+            found = table.value(pope.get(split, {}).get(strategy), "accuracy")
+            cells.append(table.cell("accuracy", found))
+        yield [split, *cells]
+
+
+def markdown(found: Mapping[str, Any], out: Path) -> str:
+    """The table of all points, then the one that was chosen beside the stock model, held out."""
+    stock, best = (out / "report" / name for name in (STOCK.name, found["chosen"]))
+    tuned = (out / "table.md").read_text("utf-8")
+    return f"{tuned}\nOn held-out images:\n\n{compare.markdown(compare.compare(stock, best))}"

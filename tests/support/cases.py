@@ -1,0 +1,234 @@
+"""What the fuzz test draws: model, methods, heads, prompts, masks and a way of generating."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from eval.support import tiny
+from eval.support.reference import Gift, Method, Paint, Var, Vhr
+from vlm_patch import GIFT, PAINT, VAR, VHR
+
+HEADS = 4
+WORDS = (5, 6, 8, 9, tiny.SINK_WORD, 21, 22, 30, 31, 41, 50, 60, 61)
+MODES = (
+    "greedy",
+    "sampled",
+    "return sequences",
+    "beams",
+    "static",
+    "without cache",
+    "second turn",
+    "forward",
+)
+BUILDERS = {
+    "llava": lambda **options: tiny.llava(kv_heads=4, **options),
+    "llava-gqa": lambda **options: tiny.llava(kv_heads=2, **options),
+    "llava-mqa": lambda **options: tiny.llava(kv_heads=1, **options),
+    "sliding": lambda **options: tiny.sliding_llava(window=23, **options),
+    "qwen2-vl": tiny.qwen2_vl,
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """How to make the model. exact: in float64, where eager attention itself rounds to float32."""
+
+    kind: str
+    layers: int
+    seed: int
+    attn: str
+    exact: bool
+
+    @cache  # noqa: B019 - there are few of them
+    def model(self) -> nn.Module:
+        options = {"layers": self.layers, "seed": self.seed, "attn": self.attn}
+        model = tiny.plant(BUILDERS[self.kind](**options))
+        return tiny.float64(model) if self.exact else model
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. methods: as the reference and as the library writes them. heads: what is on,
+    by method. query, words: by hand, over the padded prompt. chunks: rows are done one by one.
+    """
+
+    build: Build
+    methods: list[tuple[Method, Any]]
+    heads: dict[str, Tensor]
+    rows: list[list[int]]
+    query: Tensor | None
+    words: Tensor | None
+    mode: str
+    chunks: bool
+
+    @property
+    def specs(self) -> list[Method]:
+        return [spec for spec, _ in self.methods]
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        given = {"query": self.query, "content": self.words}
+        return {name: mask for name, mask in given.items() if mask is not None}
+
+    def batch(self) -> dict[str, Tensor]:
+        model = self.build.model()
+        batch = tiny.inputs(model, self.rows)
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+        return batch
+
+
+def hundredths(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.integers(round(low * 100), round(high * 100)).map(lambda number: number / 100)
+
+
+@st.composite
+def builds(draw: st.DrawFn) -> Build:
+    exact = draw(st.booleans())
+    return Build(
+        kind=draw(st.sampled_from(sorted(BUILDERS))),
+        layers=draw(st.integers(2, 4)),
+        seed=draw(st.integers(1, 3)),
+        attn="sdpa" if exact else draw(st.sampled_from(("sdpa", "eager"))),
+        exact=exact,
+    )
+
+
+def some_layers(layers: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.sets(st.integers(0, layers - 1), min_size=1).map(lambda found: tuple(sorted(found)))
+
+
+@st.composite
+def var(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = {
+        "dims": draw(st.sampled_from(((3, 10), (3,), (10,), (3, 10, 20)))),
+        "tau": draw(hundredths(1.5, 7)),
+        "move_fraction": draw(hundredths(0, 1)),
+        "rho_nonsink": draw(hundredths(0, 1)),
+        "min_image_mass": draw(hundredths(0, 0.6)),
+        "first_layer": draw(st.integers(0, layers - 1)),
+        "exclude_last_layer": draw(st.booleans()),
+        "require_visual_sink": draw(st.booleans()),
+        "semantics": draw(st.sampled_from(("paper", "release") if layers > 2 else ("paper",))),
+    }
+    return Var(**given), VAR(**given)
+
+
+@st.composite
+def gift(draw: st.DrawFn, layers: int, words: Tensor | None) -> tuple[Method, Any]:
+    given = {
+        "alpha": draw(hundredths(-1, 4)),
+        "saliency_layer": draw(st.integers(0, layers - 1) | some_layers(layers)),
+        "layers": draw(some_layers(layers)),
+        "beta": draw(hundredths(0, 1.5)),
+        "head_fraction": draw(hundredths(0, 1)),
+    }
+    return Gift(**given), GIFT(**given, words="content" if words is None else words)
+
+
+@st.composite
+def vhr(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = {
+        "layers": draw(some_layers(layers)),
+        "alpha": draw(hundredths(0, 3)),
+        "filter": draw(st.booleans()),
+        "semantics": draw(st.sampled_from(("release", "paper"))),
+    }
+    return Vhr(**given), VHR(**given)
+
+
+@st.composite
+def paint(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    row = st.tuples(*[hundredths(0, 1)] * HEADS)
+    table = draw(st.none() | st.tuples(*[row] * layers))
+    given = {
+        "alpha": draw(hundredths(0, 1)),
+        "beta": draw(hundredths(0, 1)),
+        "rho": draw(hundredths(0, 1)),
+        "layers": draw(some_layers(layers)),
+        "semantics": draw(st.sampled_from(("release", "paper"))),
+        "rho_sp": draw(hundredths(0, 0.5)),
+        "sensitivity": table if table and any(map(any, table)) else None,
+    }
+    return Paint(**given), PAINT(**given)
+
+
+def acting(spec: Method, layers: int) -> list[int]:
+    """The layers that a method is made for."""
+    if isinstance(spec, Var):
+        return [layer for layer in range(layers) if spec.acts_in(layer, layers)]
+    return list(spec.layers)
+
+
+@st.composite
+def heads(draw: st.DrawFn, specs: list[Method], layers: int) -> dict[str, Tensor]:
+    """For some methods the heads that are on, in their own layers."""
+    tables = {}
+    for spec in specs:
+        own = acting(spec, layers)
+        if own and draw(st.booleans()):
+            cells = draw(st.sets(st.tuples(st.sampled_from(own), st.integers(0, HEADS - 1))))
+            table = torch.zeros(layers, HEADS, dtype=torch.bool)
+            for cell in cells:
+                table[cell] = True
+            tables[spec.name] = table
+    return tables
+
+
+def texts(least: int, most: int) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.sampled_from(WORDS), min_size=least, max_size=most)
+
+
+@st.composite
+def rows(draw: st.DrawFn, most: int) -> list[list[int]]:
+    """One to three prompts of no to `most` images each, at least one in all."""
+    found = []
+    for number in range(draw(st.integers(1, 3))):
+        row = [tiny.BOS, *draw(texts(0, 3))] if draw(st.booleans()) else draw(texts(1, 4))
+        images = draw(st.integers(0 if number and most > 1 else 1, most))
+        for image in range(images):
+            row += [tiny.IMAGE, *draw(texts(image < images - 1, 5))]
+        found.append(row)
+    return draw(st.permutations(found))
+
+
+@st.composite
+def masks(draw: st.DrawFn, ids: Tensor) -> Tensor | None:
+    """None, or some of the words behind the first image."""
+    chosen = draw(st.none() | st.sets(st.sampled_from(WORDS)))
+    if chosen is None:
+        return None
+    behind = (ids == tiny.IMAGE).cumsum(1) > 0
+    return behind & torch.isin(ids, torch.tensor(sorted(chosen), dtype=ids.dtype))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    build = draw(builds())
+    mode = draw(st.sampled_from(MODES))
+    repeated = mode in ("return sequences", "beams")
+    prompts = draw(rows(1 if repeated and not tiny.FEATURES else 2))
+    ids = tiny.inputs(build.model(), prompts)["input_ids"]
+    by_hand = st.none() if mode == "second turn" else masks(ids)  # those cover one prompt
+    query, words = draw(by_hand), draw(by_hand)
+    kinds = {
+        "var": var(build.layers),
+        "gift": gift(build.layers, words),
+        "vhr": vhr(build.layers),
+        "paint": paint(build.layers),
+    }
+    names = draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=4, unique=True))
+    methods = [draw(kinds[name]) for name in names]
+    return Case(
+        build=build,
+        methods=methods,
+        heads=draw(heads([spec for spec, _ in methods], build.layers)),
+        rows=prompts,
+        query=query,
+        words=words,
+        mode=mode,
+        chunks=draw(st.booleans()),
+    )

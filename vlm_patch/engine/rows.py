@@ -1,0 +1,321 @@
+"""What happens in the attention of one forward: the stock kernel, plus edited rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vlm_patch.engine import fused
+from vlm_patch.engine.attention import Call, check, softmax
+from vlm_patch.method import Forward, Memory, Method, Regrouping, Watcher
+
+WEIGHTS_BUDGET = 64 * 2**20
+"""Bytes of explicit attention weights held at once; more rows are done in chunks."""
+COPIES = 4
+"""Tensors of that size that live at once while rows are edited."""
+
+
+@dataclass
+class Watching:
+    """A pass of the stock model for a method that looks on."""
+
+    watcher: Watcher
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        output, weights = call.stock()
+        if self.watcher.heads is not None:
+            self.watcher.heads(call.layer, output)
+        if self.watcher.weights is not None and self.watcher.rows is not None:
+            rows = self.watcher.rows.to(call.query.device)
+            self.watcher.weights(call.layer, call.weights(rows), call.value, call.module)
+        return output, weights
+
+
+@dataclass
+class Active:
+    """A method in one forward. heads: by layer that is on, the heads that are `[H]`, None for all
+    of them.
+    """
+
+    method: Method
+    memory: Memory
+    heads: dict[int, Tensor | None]
+
+
+class Stage(Enum):
+    """When a method acts on a row of attention: on the scores before the softmax, by a look at the
+    weights, on the weights.
+    """
+
+    SCORES = "scores"
+    WATCH = "watch"
+    WEIGHTS = "weights"
+
+
+@dataclass
+class Task:
+    """What a method does in a layer, and to which rows: mask `[B, S]`."""
+
+    active: Active
+    stage: Stage
+    mask: Tensor
+    heads: Tensor | None
+
+    @property
+    def edits(self) -> bool:
+        return self.stage is not Stage.WATCH
+
+    @property
+    def key(self) -> tuple[str, Stage]:
+        return self.active.method.name, self.stage
+
+
+@dataclass
+class Part:
+    """What a task does in a chunk of rows. index `[r]`: its rows in the chunk, None for all of
+    them. mask `[B, r]`: per sample, None for all. task: its place in the layer's tasks.
+    """
+
+    task: int
+    index: Tensor | None
+    mask: Tensor | None
+
+
+Plan: TypeAlias = list[tuple[Tensor, list[Part]]]
+"""Chunks of rows `[R]` and what is done to them."""
+
+
+@dataclass
+class Work:
+    """What is done in one layer. loud: the methods that may scale its head outputs, and of which
+    heads `[H]`, None for all. direct: every row and head is edited, so that the stock kernel need
+    not run. fused: whether that is one edit by groups of keys and nothing else, which kernels of
+    our own can do."""
+
+    tasks: list[Task]
+    loud: list[tuple[Active, Tensor | None]]
+    plan: Plan
+    direct: bool
+    fused: bool
+
+
+class Editing:
+    """A forward in which methods act, in the order given.
+
+    What is to be done in a layer stays the same while tokens are generated, so one object serves
+    all these steps (`go_on`), and no step has to ask the device again.
+
+    shows: the user wants to see the weights, where the stock kernel has any.
+    """
+
+    def __init__(self, forward: Forward, actives: list[Active], shows: bool) -> None:
+        self.forward, self.actives, self.shows = forward, actives, shows
+        self._edited = [active.method.edited(forward) for active in actives]
+        self._watched = [active.method.watched(forward) for active in actives]
+        self._plans: dict[Any, Plan] = {}
+        self._work: dict[int, Work | None] = {}
+
+    def serves(self, actives: list[Active], forward: Forward) -> bool:
+        """Whether as many rows are edited by the same methods in the same layers and heads."""
+        same = forward.valid.shape == self.forward.valid.shape
+        return (
+            same
+            and len(actives) == len(self.actives)
+            and all(
+                old.method is new.method and old.heads is new.heads and old.memory is new.memory
+                for old, new in zip(self.actives, actives, strict=True)
+            )
+        )
+
+    def go_on(self, forward: Forward) -> None:
+        """Takes the next generated tokens."""
+        self.forward = forward
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        if call.layer not in self._work:
+            self._work[call.layer] = self._prepare(call)
+        work = self._work[call.layer]
+        if work is None:
+            return call.stock()
+        cut = call.without_tail(self.forward.image.shape[1])
+        output = self._rows(cut, work)
+        for active, heads in work.loud:
+            gain = self._gain(call.layer, output, active, heads)
+            if gain is not None:
+                gain = gain.to(output.dtype)[:, None, :, None]
+                output = output * gain if output.requires_grad else output.mul_(gain)
+        return output, self._shown(call.stock()[1], cut, work) if self.shows else None
+
+    def _prepare(self, call: Call) -> Work | None:
+        tasks = list(self._tasks(call))
+        loud = [(a, _heads(a, call)) for a in self.actives if call.layer in a.heads]
+        if not tasks and not loud:
+            return None
+        if tasks:
+            check(call)
+        plan = self._plan(call, tasks)
+        direct = call.query.shape[2] == 1 and any(
+            tasks[part.task].edits and tasks[part.task].heads is None and part.mask is None
+            for _, parts in plan
+            for part in parts
+        )
+        alone = direct and len(tasks) == 1 and isinstance(tasks[0].active.method, Regrouping)
+        return Work(tasks, loud, plan, direct, alone and fused.serves(call))
+
+    def _gain(
+        self, layer: int, output: Tensor, active: Active, heads: Tensor | None
+    ) -> Tensor | None:
+        forward = self.forward.on(output.device)
+        gain = active.method.output_gain(layer, output, forward, active.memory)
+        return gain if gain is None or heads is None else torch.where(heads, gain, 1.0)
+
+    def _tasks(self, call: Call) -> Iterator[Task]:
+        layer, device = call.layer, call.query.device
+        for active, edited in zip(self.actives, self._edited, strict=True):
+            if edited is not None and layer in active.heads and active.method.edits_scores:
+                yield Task(active, Stage.SCORES, edited.to(device), _heads(active, call))
+        for active, edited, watched in zip(self.actives, self._edited, self._watched, strict=True):
+            if watched is not None and layer in watched[0]:
+                yield Task(active, Stage.WATCH, watched[1].to(device), None)
+            if edited is not None and layer in active.heads and active.method.edits_weights:
+                yield Task(active, Stage.WEIGHTS, edited.to(device), _heads(active, call))
+
+    def _plan(self, call: Call, tasks: list[Task]) -> Plan:
+        """The same for every layer of a device with the same tasks."""
+        key = call.query.device, tuple(task.key for task in tasks)
+        if key not in self._plans:
+            batch, heads, _, _ = call.query.shape
+            row_bytes = COPIES * 4 * batch * heads * call.key.shape[2]
+            self._plans[key] = _chunks(tasks, max(1, WEIGHTS_BUDGET // row_bytes))
+        return self._plans[key]
+
+    def _rows(self, call: Call, work: Work) -> Tensor:
+        """The head outputs `[B, S, H, Dv]`: stock, with the edited rows in their place."""
+        if work.fused and fused.serves(call):
+            return self._fused(call, work.tasks[0].active)
+        output: Tensor | None = None
+        for rows, parts in work.plan:
+            weights = self._weights(call, rows, parts, work.tasks)
+            if work.direct:
+                return call.output(weights)
+            edits = [(p, work.tasks[p.task].heads) for p in parts if work.tasks[p.task].edits]
+            if not edits:
+                continue
+            output = _writable(call) if output is None else output
+            new = call.output(weights).to(output.dtype)
+            if not any(p.index is None and p.mask is None and on is None for p, on in edits):
+                keep = _written(edits, new.shape[:3], new.device)
+                new = torch.where(keep[..., None], new, output[:, rows])
+            output[:, rows] = new
+        return call.stock()[0] if output is None else output
+
+    def _shown(self, stock: Tensor | None, call: Call, work: Work) -> Tensor | None:
+        """The stock weights `[B, H, S, K]` with the edited rows in their place."""
+        if stock is None:
+            return None
+        shown, keys = stock.clone(), call.key.shape[2]
+        for rows, parts in work.plan:
+            edits = [part for part in parts if work.tasks[part.task].edits]
+            weights = self._weights(call, rows, edits, work.tasks)
+            places = [(part, work.tasks[part.task].heads) for part in edits]
+            shape = torch.Size((len(weights), len(rows), weights.shape[1]))
+            keep = _written(places, shape, weights.device).transpose(1, 2)[..., None]
+            before = shown[:, :, rows, :keys]
+            shown[:, :, rows, :keys] = torch.where(keep, weights.to(shown.dtype), before)
+        return shown
+
+    def _fused(self, call: Call, active: Active) -> Tensor:
+        method: Any = active.method
+        keys, forward = call.key.shape[2], self.forward.on(call.query.device)
+        return fused.attend(call, *method.parts(keys, call.layer, forward, active.memory))
+
+    def _weights(self, call: Call, rows: Tensor, parts: list[Part], tasks: list[Task]) -> Tensor:
+        """The weights `[B, H, R, K]` of a chunk: all edits of scores, one softmax, then the rest in
+        order.
+        """
+        early = [part for part in parts if tasks[part.task].stage is Stage.SCORES]
+        weights = softmax(self._scores(call, rows, early, tasks)) if early else call.weights(rows)
+        for part in parts[len(early) :]:
+            weights = self._apply(call.layer, weights, rows, part, tasks[part.task])
+        return weights
+
+    def _scores(self, call: Call, rows: Tensor, parts: list[Part], tasks: list[Task]) -> Tensor:
+        """The edited scores of a chunk; what a row must not look at stays out of its sight."""
+        scores, unseen = call.scores(rows), call.unseen(rows)
+        for part in parts:
+            new = self._apply(call.layer, scores, rows, part, tasks[part.task])
+            scores = new if unseen is None else torch.where(unseen, scores, new)
+        return scores
+
+    def _apply(self, layer: int, before: Tensor, rows: Tensor, part: Part, task: Task) -> Tensor:
+        """Scores or weights `[B, H, R, K]` of a chunk behind what a task does to them."""
+        mine = before if part.index is None else before[:, :, part.index]
+        method, memory = task.active.method, task.active.memory
+        forward = self.forward.on(before.device)
+        if task.stage is Stage.WATCH:
+            watched = rows if part.index is None else rows[part.index]
+            method.observe(layer, mine, watched, forward, memory)
+            return before
+        edit = method.edit_scores if task.stage is Stage.SCORES else method.weights
+        new = edit(layer, mine, forward, memory)
+        if part.mask is not None:
+            new = torch.where(part.mask[:, None, :, None], new, mine)
+        if task.heads is not None:
+            new = torch.where(task.heads[:, None, None], new, mine)
+        return new if part.index is None else before.index_copy(2, part.index, new)
+
+
+def _heads(active: Active, call: Call) -> Tensor | None:
+    """The heads of a layer that are on, where it computes; None for all of them."""
+    heads = active.heads[call.layer]
+    return None if heads is None else heads.to(call.query.device)
+
+
+def _chunks(tasks: list[Task], size: int) -> Plan:
+    """The rows that some task wants, in chunks of at most `size` rows."""
+    if not tasks:
+        return []
+    masks = [task.mask for task in tasks]
+    union = torch.stack([mask.any(0) for mask in masks]).any(0).nonzero().flatten()
+    return [(rows, _parts(tasks, rows)) for rows in torch.split(union, size) if len(rows)]
+
+
+def _writable(call: Call) -> Tensor:
+    """The stock output; a copy where autograd still needs the original."""
+    output, _ = call.stock()
+    return output.clone() if output.requires_grad else output
+
+
+def _written(
+    edits: list[tuple[Part, Tensor | None]], shape: torch.Size, device: torch.device
+) -> Tensor:
+    """Which rows and heads of a chunk some method edits, `[B, R, H]`."""
+    keep = torch.zeros(shape, dtype=torch.bool, device=device)
+    for part, heads in edits:
+        mask = torch.ones((), dtype=torch.bool, device=device)
+        if part.mask is not None:
+            mask = mask & part.mask[:, :, None]
+        if heads is not None:
+            mask = mask & heads
+        if part.index is None:
+            keep |= mask
+        else:
+            keep[:, part.index] |= mask
+    return keep
+
+
+def _parts(tasks: list[Task], rows: Tensor) -> list[Part]:
+    parts = []
+    for i, task in enumerate(tasks):
+        here = task.mask[:, rows]
+        index = here.any(0).nonzero().flatten()
+        if len(index):
+            here = here[:, index]
+            everywhere = len(index) == len(rows)
+            parts.append(Part(i, None if everywhere else index, None if here.all() else here))
+    return parts

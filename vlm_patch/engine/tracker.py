@@ -1,0 +1,412 @@
+"""Which key is image, question or text, sample by sample; follows one generation through its
+forwards.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_patch.engine.state import KEY_MASKS, Generation, cached
+from vlm_patch.engine.tower import Tower
+from vlm_patch.errors import PatchError
+from vlm_patch.method import Forward, Patches
+from vlm_patch.models.tensor_parallel import Shard
+from vlm_patch.prompts.masks import Given, Prompt, Reader, expand
+from vlm_patch.prompts.question import QuestionReader
+
+IMAGE_INPUTS = ("mm_encoder_outputs", "image_pixel_values", "image_patches", "image_embeds")
+"""Inputs that carry images, beside those whose name starts with pixel_values."""
+
+
+@dataclass
+class Told:
+    """What `generate` was given: a prompt that ends at token `end` of its conversation, so that
+    what stands behind it in a forward is known to be generated or drafted.
+
+    ids, mask, where `[b, N]`: its tokens, its padding, and its image tokens if the model takes a
+    mask of them, before they are repeated for beams. images: whether it came with images. chunk:
+    how many tokens of it are read in a forward; None for all. inner: a language model inside the
+    wrapped one generates by itself, so that the forward of the whole is not called.
+    """
+
+    end: int
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+    where: Tensor | None = None
+    images: bool = False
+    chunk: int | None = None
+    inner: bool = False
+
+    def prompt(self, past: int, length: int, valid: Tensor) -> Prompt:
+        """Its `length` last tokens, of which rows `valid` `[B, S]` are about to be read."""
+        batch = len(valid)
+
+        def part(tokens: Tensor | None) -> Tensor | None:
+            return None if tokens is None else expand(tokens, batch)[:, -length:]
+
+        if length <= valid.shape[1]:
+            valid = valid[:, :length]
+        else:
+            mask = part(self.mask)
+            valid = torch.ones(batch, length, dtype=torch.bool, device=valid.device)
+            valid = valid if mask is None else valid & mask.to(valid.device).bool()
+        return Prompt(past, part(self.ids), self.images, valid, part(self.where))
+
+
+@dataclass
+class _Pending:
+    """What the hook on the whole model saw of the forward that is about to reach the decoder.
+
+    where: a mask of the image tokens `[B, S]`, from models that take one.
+    """
+
+    ids: Tensor | None
+    images: bool
+    mask: Tensor | None
+    where: Tensor | None = None
+
+
+class Layout(threading.local):
+    """Turns the inputs of the model and of its decoder into a `Forward`; one state per thread.
+
+    pending: the inputs of the whole model whose decoder is about to run, the only place where token
+    ids and images are seen. unsaid: takes warnings while a prompt is read that may go on.
+    """
+
+    def __init__(
+        self,
+        owner: int,
+        image_ids: Sequence[int],
+        reader: QuestionReader | None,
+        mask_name: str | None,
+        shard: Shard,
+        tower: Tower | None = None,
+    ) -> None:
+        self.owner, self.mask_name, self.shard, self.tower = owner, mask_name, shard, tower
+        self.given: Given | None = None
+        self.told: Told | None = None
+        self.pending: Mapping[str, Any] | None = None
+        self.said: set[str] = set()
+        self.unsaid: list[tuple[str, str]] | None = None
+        self.reader = Reader(image_ids, reader, self._say)
+
+    @contextmanager
+    def generating(self, told: Told | None) -> Iterator[None]:
+        """While `generate` runs on such a prompt, which it may do inside another `generate`."""
+        before, self.told, self.pending = self.told, told, None
+        try:
+            yield
+        finally:
+            self.told = before
+
+    def see_decoder(
+        self,
+        kwargs: dict[str, Any],
+        cache: Any,
+        kept: bool,
+        question: bool,
+        words: str | Tensor,
+        reader: str | None = None,
+        at_end: bool = False,
+    ) -> tuple[Forward, Generation]:
+        """Called before the decoder runs, which it always does. Raises PatchError where the layout
+        cannot be told.
+
+        kept: the rows go into a cache. question: whether a method wants to know the question;
+        words: what it calls content (see `GIFT`). reader: the name of a method that reads the
+        vision tower. at_end: whether a method edits the last row of a prompt.
+        """
+        seen, self.pending = self.pending, None
+        embeds = kwargs.get("inputs_embeds")
+        hidden = embeds if embeds is not None else kwargs["input_ids"]
+        batch, rows = hidden.shape[:2]
+        past = cached(cache, rows)
+        generation = self._generation(cache, past, batch)
+        unfinished = generation.length == past < generation.end
+        resumed = not unfinished and self._resumes(generation, past, rows, seen)
+        if past < generation.length:
+            generation.cut(past)
+        generation.length = past + rows
+        if past and not unfinished and not resumed and self._generated(past, rows):
+            return self._step(generation, past, rows), generation
+        if not unfinished:
+            generation.start = generation.start if resumed else past
+            generation.resumed, generation.end = past, self._end(past, rows)
+            generation.answered = self.told is not None
+        pending = None if seen is None else self._pending(seen)
+        valid = self._valid(kwargs, pending, past, batch, rows, hidden.device)
+        if past + rows >= generation.end and not valid[:, -1].all():
+            raise PatchError(
+                "a prompt ends in padding: found right padding, expected left padding. Set "
+                'processor.tokenizer.padding_side = "left" before the processor makes the batch. '
+                "To score answers, read the left-padded prompts in one forward with "
+                "use_cache=True, then feed the answers behind that cache one token at a time, as "
+                "they would be generated; padding behind the shorter ones does no harm there."
+            )
+        self.unsaid, patches = None, None
+        if not unfinished:
+            prompt = self._prompt(generation, pending, valid)
+            by_hand = self.given is not None and self.given.query is not None
+            generation.open = kept and self.told is None and not by_hand
+            if cache is not None or (seen is not None and seen.get("use_cache")):
+                self.unsaid = generation.unsaid  # a cache was asked for: perhaps to go on
+            self._read(generation, prompt, question, words)
+            patches = None if reader is None else self._patches(generation, prompt, reader)
+        forward = self._forward(generation, past, valid, kwargs, patches)
+        if at_end:
+            forward.edge = generation.find_edge(past)
+        return forward, generation
+
+    def _patches(self, generation: Generation, prompt: Prompt, reader: str) -> Patches | None:
+        """What the vision tower looked at in the images of a prompt; None if it has none."""
+        image = generation.keys["image", 0][:, prompt.past : generation.end]
+        if self.tower is None or not image.any():
+            return None
+        by_hand = self.given is not None and self.given.image is not None
+        if not by_hand or prompt.ids is None:
+            return self.tower.place(image, reader)
+        placed = self.tower.place(self.reader.image(prompt, None), reader)
+        return replace(placed, image=placed.image.masked_fill(~image, -1))
+
+    def _resumes(
+        self, generation: Generation, past: int, rows: int, seen: Mapping[str, Any] | None
+    ) -> bool:
+        """Whether this forward goes on with the prompt read last, of which `past` tokens end the
+        cache: not with its answer, and not with a new turn.
+        """
+        asked = 0 if self.told is None else self.told.end
+        if not generation.start < past <= generation.end or (rows == 1 and asked <= past):
+            return False
+        if self.told is not None and asked <= past:
+            return False
+        if past < generation.end:
+            return True  # it was taken out of the cache again from there on
+        finished = self._finished(generation)
+        if finished:
+            return False
+        ends_in_image = bool(generation.keys["image", 0][:, past - 1].all())
+        if generation.answered:
+            return ends_in_image or (finished is False and self._follows(generation, seen))
+        return finished is False or ends_in_image or seen is None or not carries_images(seen)
+
+    def _follows(self, generation: Generation, seen: Mapping[str, Any] | None) -> bool:
+        """Whether the prompt read last, with the new tokens behind it, follows the template."""
+        new = None if seen is None else seen.get("input_ids")
+        if new is None or self.reader.questions is None:
+            return False
+        before = generation.keys["ids", 0]
+        rows = torch.cat((before, new.to(before.device)), 1).tolist()
+        return all(self.reader.questions.span(row) is not None for row in rows)
+
+    def _finished(self, generation: Generation) -> bool | None:
+        """Whether the prompt read last is whole by the chat template; None where that is not
+        known.
+        """
+        ids = generation.keys.get(("ids", 0))
+        if ids is None or self.reader.questions is None:
+            return None
+        return all(map(self.reader.questions.finished, ids.tolist()))
+
+    def _pending(self, inputs: Mapping[str, Any]) -> _Pending:
+        mask = inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        where = None if self.mask_name is None else inputs.get(self.mask_name)
+        return _Pending(inputs.get("input_ids"), carries_images(inputs), mask, where)
+
+    def see_continuous_batch(self) -> None:
+        """Called where transformers packs requests in one row; they hold token ids alone."""
+        self.pending = None
+        self._say(
+            "continuous batch",
+            "Continuous batching takes no images, so its prompts run as in the stock model.",
+        )
+
+    def _generated(self, past: int, rows: int) -> bool:
+        """Whether all rows behind the cached ones are tokens that the model or its drafter wrote.
+
+        Outside generate one row is taken for one, and several for a new turn.
+        """
+        return rows == 1 or (self.told is not None and past >= self.told.end)
+
+    def _end(self, past: int, rows: int) -> int:
+        """Where the prompt ends whose reading starts behind `past` cached tokens."""
+        told = self.told
+        if told is None or told.end <= past:
+            return past + rows
+        piece = told.chunk is not None and rows == min(told.chunk, told.end - past)
+        return told.end if piece else min(told.end, past + rows)
+
+    def _prompt(self, generation: Generation, pending: _Pending | None, valid: Tensor) -> Prompt:
+        """The prompt whose reading starts or goes on in this forward with rows `valid` `[B, S]`."""
+        past, length = generation.resumed, generation.end - generation.resumed
+        chunked = length > valid.shape[1]
+        if self.told is not None and (chunked or (pending is None and self.told.inner)):
+            return self.told.prompt(past, length, valid)
+        seen = pending or _Pending(None, False, None)
+        ids, where = (None if of is None else of[:, :length] for of in (seen.ids, seen.where))
+        return Prompt(past, ids, seen.images, valid[:, :length], where)
+
+    def _read(
+        self, generation: Generation, new: Prompt, question: bool, words: str | Tensor
+    ) -> None:
+        """Keeps the masks of a prompt, all of it, before its first token runs.
+
+        new: what is not cached of it.
+        """
+        generation.step = None
+        generation.unsaid.clear()
+        prompt = generation.whole(new)
+        generation.open &= not self._finished(generation)
+        self.unsaid = self.unsaid if generation.open else None
+        images = generation.grow("image", self.reader.image(new, self.given), new.past)
+        query = content = prompt.nothing
+        if question:
+            query, content = self.reader.question(prompt, self.given, words, images)
+        for name, mask in (("query", query), ("content", content)):
+            if (name, 0) in generation.keys:
+                generation.keys[name, 0].zero_()
+            generation.grow(name, mask, prompt.past)
+        seen = generation.keys["seen", 0] = images.any(1)
+        generation.pictured = bool(seen.any())
+        self._check_seen(seen)
+
+    def _forward(
+        self,
+        generation: Generation,
+        past: int,
+        valid: Tensor,
+        kwargs: dict[str, Any],
+        patches: Patches | None,
+    ) -> Forward:
+        """A forward that holds rows `valid` `[B, S]` of a prompt, perhaps with drafts behind."""
+        total = past + valid.shape[1]
+        prompt = min(generation.end, total) - past
+        behind = torch.zeros_like(valid[:, prompt:])
+        image, query, content = (generation.grow(name, behind, past + prompt) for name in KEY_MASKS)
+        ends = total >= generation.end
+        last = torch.zeros_like(valid)
+        if ends:
+            last[:, prompt - 1 :] = True
+        return Forward(
+            past=past,
+            image=image,
+            query=query,
+            content=content,
+            valid=valid,
+            text=~image[:, past:] & valid & (image.cumsum(1)[:, past:] > 0),
+            last=last,
+            seen=generation.keys["seen", 0],
+            reading=True,
+            inputs=kwargs,
+            prompt=prompt,
+            first=generation.start == 0,
+            starts=past == generation.resumed,
+            ends=ends,
+            resumed=generation.start < generation.resumed,
+            open=ends and generation.open,
+            shard=self.shard,
+            patches=patches,
+        )
+
+    def _step(self, generation: Generation, past: int, rows: int) -> Forward:
+        """The forward of one generated token per sample, or of several that were drafted."""
+        self.unsaid = None
+        while generation.unsaid:
+            self._say(*generation.unsaid.pop(0))
+        image, query, content = (generation.ahead(name, past + rows) for name in KEY_MASKS)
+        if generation.step is not None and generation.step.forward.valid.shape[1] == rows:
+            forward: Forward = generation.step.forward
+            forward.past, forward.image = past, image
+            forward.query, forward.content = query, content
+            forward.copies.clear()
+            return forward
+        seen = generation.keys["seen", 0]
+        row, text = torch.ones_like(seen)[:, None], seen[:, None]
+        if rows > 1:
+            row, text = row.expand(-1, rows), text.expand(-1, rows)
+        return Forward(
+            past=past,
+            image=image,
+            query=query,
+            content=content,
+            valid=row,
+            text=text,
+            last=row,
+            seen=seen,
+            reading=False,
+            inputs={},  # kept from step to step, it must not keep the cache
+            generated=rows == 1,
+            shard=self.shard,
+        )
+
+    def _valid(
+        self,
+        kwargs: Mapping[str, Any],
+        pending: _Pending | None,
+        past: int,
+        batch: int,
+        rows: int,
+        device: torch.device,
+    ) -> Tensor:
+        """Which of the new tokens `[B, S]` are no padding."""
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Mapping):  # prepared in advance, by kind of layer
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if pending is not None and pending.mask is not None:
+            mask = pending.mask
+        if not isinstance(mask, Tensor):
+            return torch.ones(batch, rows, dtype=torch.bool, device=device)
+        if mask.ndim == 4:  # what sees itself is no padding
+            own = mask[:, 0].diagonal(min(past, mask.shape[3] - rows), 1, 2)
+            mask = own if own.dtype == torch.bool else own == 0
+        return mask[:, -rows:].to(device).bool().expand(batch, rows)
+
+    def _generation(self, cache: Any, past: int, batch: int) -> Generation:
+        """The generation that this forward continues, or a new one."""
+        if past == 0:
+            return Generation(self.owner, batch)
+        generation: Generation | None = getattr(cache, "vlm_patch", None)
+        if generation is None or generation.owner != self.owner or generation.length < past:
+            raise PatchError(
+                f"the cache holds {past} tokens that this patch did not see: it was off, or not "
+                "put on, when they were read. Start from the prompt with an empty cache."
+            )
+        if generation.batch != batch:
+            raise PatchError(
+                f"the cache was filled with a batch of {generation.batch}, this forward has "
+                f"{batch}. Start from the prompt with an empty cache."
+            )
+        return generation
+
+    def _check_seen(self, seen: Tensor) -> None:
+        if not seen.all():
+            self._say(
+                "no image",
+                f"{int((~seen).sum())} of {len(seen)} prompts hold no image: they run as in the "
+                "stock model.",
+            )
+
+    def _say(self, key: str, message: str) -> None:
+        """Warns once per patch; of a prompt's template only when the prompt is whole."""
+        if self.unsaid is not None and key == "template":
+            self.unsaid.append((key, message))
+        elif key not in self.said:
+            self.said.add(key)
+            warnings.warn(message, stacklevel=2)
+
+
+def carries_images(inputs: Mapping[str, Any]) -> bool:
+    """Whether the inputs of a model hold images or videos, encoded or not."""
+    return any(
+        value is not None and value != {}
+        for name, value in inputs.items()
+        if name in IMAGE_INPUTS or name.startswith("pixel_values")
+    )

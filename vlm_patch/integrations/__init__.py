@@ -1,0 +1,1 @@
+"""Where other evaluation programs meet the library."""

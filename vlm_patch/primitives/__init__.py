@@ -1,0 +1,1 @@
+"""The few pure edits that papers share."""

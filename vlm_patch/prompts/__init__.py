@@ -1,0 +1,1 @@
+"""What a token is: image, question, content word."""
