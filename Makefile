@@ -55,7 +55,7 @@ $(LMMS_READY): pyproject.toml
 	touch $(LMMS_READY)
 
 test-lmms: $(LMMS_READY)
-	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest tests_lmms
+	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest tests/lmms
 
 # 8-bit linears of torchao, in an environment of their own: transformers imports it where it is
 $(TORCHAO)/.ready: pyproject.toml
@@ -65,16 +65,16 @@ $(TORCHAO)/.ready: pyproject.toml
 	touch $(TORCHAO)/.ready
 
 test-torchao: $(TORCHAO)/.ready
-	$(TORCHAO)/bin/python -m pytest tests/with_torchao.py
+	$(TORCHAO)/bin/python -m pytest tests/models/with_torchao.py
 
-# `make test-gpu GPU_VENV=...` for another place; `python3 -m pytest tests_gpu` where all is installed
+# `make test-gpu GPU_VENV=...` for another place; `python3 -m pytest tests/gpu` where all is installed
 $(GPU_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip install --quiet --editable ".[eval]" pytest
 	touch $(GPU_VENV)/.ready
 
 test-gpu: $(GPU_VENV)/.ready
-	$(GPU_VENV)/bin/python -m pytest tests_gpu
+	$(GPU_VENV)/bin/python -m pytest tests/gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -22,10 +22,10 @@ settings.load_profile("suite")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 FAMILIES = (
-    "eval/test_families.py",
-    "methods/test_planted_sinks.py",
-    "test_family_facts.py",
-    "test_special_models.py",
+    "eval/support/test_families.py",
+    "primitives/test_planted_sinks.py",
+    "models/test_family_facts.py",
+    "models/test_special_models.py",
 )
 """They need families, or image features, that older versions of transformers do not have."""
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-COMMAND = [sys.executable, "-m", "pytest", "tests.gpu", "-p", "no:cacheprovider"]
+COMMAND = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider"]
 PART = "greedy or beams or defaults or compiled or demo or found"
 
 

@@ -203,9 +203,9 @@ class Method:
     `edit_scores` of each method in the order given, takes one softmax, calls `observe` and
     `weights` of each, multiplies with the values, and asks for `output_gain`. It also applies the
     head table, batching, padding and the cache: a method never sees any of these. `reads_blocks`
-    asks for `block_input`, `reads_question` for the masks query and content; `words` says what counts as
-    content; `edits_prompt_end` says that the row it edits in a prompt is the last, wherever that
-    turns out to be.
+    asks for `block_input`, `reads_question` for the masks query and content; `words` says what
+    counts as content; `edits_prompt_end` says that the row it edits in a prompt is the last,
+    wherever that turns out to be.
     """
 
     name: ClassVar[str]

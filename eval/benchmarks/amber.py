@@ -120,8 +120,8 @@ def score(
     """AMBER's measures of (id, response) pairs, as shares in [0, 1] with 95 % intervals.
 
     `nouns` names how descriptions are read, `similarity` when two nouns mean the same (see
-    `eval.benchmarks.amber_nouns`), and `parser`, one of AMBER_PARSERS, how answers are read. Only the parts
-    that there are responses for are reported. `official` holds the percentages as the script prints
+    `amber_nouns`), and `parser`, one of AMBER_PARSERS, how answers are read. Only the parts that
+    there are responses for are reported. `official` holds the percentages as the script prints
     them. `EvalError` if an id is unknown or answered twice.
     """
     result: dict[str, Any] = {"responses": len(responses)}

@@ -89,8 +89,8 @@ def score(
     `*_q_acc` takes the same question on several figures for one. `yes_bias` is the share of yes
     among the answers less that among the labels, `false_yes` the share of wrong answers whose label
     is no. An unclear answer is wrong, but to a question without an image it is right. The kinds of
-    failure (see `eval.benchmarks.hallusionbench_diagnosis`) are shares of those that can be told: the question's first form
-    must have been answered too. `same` holds the questions whose answer repeats that one.
+    failure (see `hallusionbench_diagnosis`) are shares of those that can be told: the first form
+    of the question must have been answered too. `same` holds the questions whose answer repeats it.
     """
     found = tally(questions, verdicts, same).report(seed)
     if untold := found["counts"]["undiagnosed"]:

@@ -177,7 +177,7 @@ def score(
 ) -> dict[str, Any]:
     """Counts, accuracy, precision, recall, F1 and yes-ratio of paired answers; "yes" is positive.
 
-    An answer that the parser (see `eval.benchmarks.parsers`) leaves unread is wrong: neither a yes nor a no.
+    An answer that the parser (see `parsers`) leaves unread is wrong: neither a yes nor a no.
     `unreadable` is the share of answers that the strict parser cannot read, whichever is used;
     `read_otherwise` counts those that it reads, but not as the parser does.
     Shares lie in [0, 1]. The 95 % intervals are drawn over questions, or over `images` where they

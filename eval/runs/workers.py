@@ -19,7 +19,9 @@ from eval.runs.provenance import environment
 from eval.errors import EvalError
 from eval.runs.images import pixel_limit
 
-OURS = (Path(vlm_patch.__file__).parents[1], Path(__file__).parents[1])
+OURS = (Path(vlm_patch.__file__).parent, Path(__file__).parents[1])
+PAUSE = 0.5
+"""Seconds between two looks at what the other processes have done."""
 
 Load: TypeAlias = Callable[[Config], tuple[Any, Any]]
 Provenance: TypeAlias = Mapping[str, Sequence[Any]]

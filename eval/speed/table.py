@@ -1,4 +1,4 @@
-"""The figures of `eval.speed.measure` as Markdown: what must be reached, then everything that was timed."""
+"""The figures that were timed, as Markdown: what must be reached, then everything."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _figure(row: Mapping[str, Any]) -> list[str]:
 
 def _notes(rows: Rows) -> Iterator[str]:
     """What a reader must know."""
-    yield "release-style: eager attention with S x S weights, batch 1 (tests/release_style.py)"
+    yield "release-style: eager attention with S x S weights, batch 1 (support/release_style.py)"
     phases, kinds = ({row[key] for row in rows} for key in ("phase", "kind"))
     if "attention" in phases:
         yield "attention: seconds inside the attention function alone, linear layers left out"

@@ -1,6 +1,6 @@
 """python -m eval modes: every way of generating, each method against the slow reference.
 
-The reference, the tiny models and the ways themselves live with the tests (tests/modes.py).
+The ways themselves stand in `eval.support.ways`, the reference in `eval.support.reference`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layers on two devices, as a device map puts them: what one device gives, beside `eval.support.ways`."""
+"""Layers on two devices, as a device map puts them: what one device gives."""
 
 import pytest
 import torch
