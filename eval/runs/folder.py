@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from eval.runs import jsonl
-from eval.benchmarks.amber_nouns import LEXICON
 from eval.errors import EvalError
 
 KEY = ("task", "split", "id")
@@ -67,8 +66,10 @@ class RunFolder:
             raise EvalError(f"{self.config} is not the record of a run: no {min(missing)} in it")
         return dict(record)
 
-    def open(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def open(self, record: Mapping[str, Any], files: Sequence[Path] = ()) -> dict[str, Any]:
         """Start the run that `record` describes or go on with it; returns the record to keep.
+
+        `files` are what scoring needs: the folder keeps copies.
 
         EvalError if the folder holds answers of another run, or files that are no run.
         """
@@ -83,7 +84,7 @@ class RunFolder:
                 f"{self.path} holds {min(strange)} but no config.yaml, so it is no run folder: "
                 f"choose another --out"
             )
-        for file in _for_scoring(record["settings"]):
+        for file in files:
             shutil.copyfile(file, self.path / file.name)
         self.write_record(record)
         return dict(record)
@@ -174,15 +175,6 @@ class RunFolder:
 def _ours(name: str) -> bool:
     """Files that are there before config.yaml is."""
     return name in ("scenes", "work") or name.startswith("config.yaml.")
-
-
-def _for_scoring(settings: Mapping[str, Any]) -> list[Path]:
-    """Word lists that scoring needs, which a run keeps a copy of."""
-    synonyms = settings["chair"]["synonyms"]
-    kept = [] if synonyms is None else [Path(synonyms)]
-    if "amber" in settings["tasks"]:
-        kept += [Path(settings["amber"]["data"]) / name for name in LEXICON]
-    return kept
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
