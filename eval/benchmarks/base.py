@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, TypeAlias
 
 from eval.benchmarks.coco import Vocabulary, read_truth
 from eval.benchmarks.intervals import Tally
@@ -137,8 +137,7 @@ class FolderSettings:
             raise EvalError(f"prompt {self.prompt!r}: it must hold {{question}}")
 
 
-@runtime_checkable
-class Benchmark(Protocol):
+class Benchmark:
     """What a run, a table, a comparison and a sweep need to know of a benchmark.
 
     A subclass gives `name`, `settings`, `measures`, `samples` and `tallies`; the rest has defaults.
@@ -155,14 +154,14 @@ class Benchmark(Protocol):
     commands: further commands by name, their options made in the same way
     """
 
-    name: str
-    settings: Any = None
+    name: ClassVar[str]
+    settings: ClassVar[Any] = None
     before: ClassVar[Mapping[str, Any]] = {}
-    measures: Mapping[str, Measure] = {}
-    main: str = ""
-    plot: tuple[str, ...] = ()
-    required: Collection[str] = ()
-    score_files: Callable[..., Mapping[str, Any]] | None = None
+    measures: ClassVar[Mapping[str, Measure]] = {}
+    main: ClassVar[str] = ""
+    plot: ClassVar[tuple[str, ...]] = ()
+    required: ClassVar[Collection[str]] = ()
+    score_files: ClassVar[Callable[..., Mapping[str, Any]] | None] = None
     commands: ClassVar[Mapping[str, Callable[..., None]]] = {}
 
     def samples(self, settings: Any, source: Source) -> Iterable[Sample]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -228,7 +228,7 @@ class Mme(Benchmark):
 
     name = "mme"
     settings = MmeSettings
-    measures: Mapping[str, Measure] = {
+    measures: ClassVar[Mapping[str, Measure]] = {
         "score": Measure("score", "points", direction=1, brief=True),
         "accuracy": Measure("accuracy %", direction=1, right=True),
         "accuracy_plus": Measure("accuracy_plus %", direction=1),

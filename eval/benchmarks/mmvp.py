@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -213,7 +213,7 @@ class Mmvp(Benchmark):
 
     name = "mmvp"
     settings = MmvpSettings
-    measures: Mapping[str, Measure] = {
+    measures: ClassVar[Mapping[str, Measure]] = {
         "pair_accuracy": Measure("pair_accuracy %", direction=1, brief=True),
         "accuracy": Measure("accuracy %", direction=1, right=True),
         "unreadable": Measure("unreadable %", direction=-1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from eval.benchmarks import amber, echo
 from eval.benchmarks.amber import GENERATIVE, OVERALL, Item
@@ -30,7 +30,7 @@ class AmberSettings(FolderSettings):
     """
 
     max_new_tokens: int = 512
-    parts: tuple[Literal["generative", "discriminative"], ...] = (GENERATIVE, DISCRIMINATIVE)
+    parts: tuple[Literal["generative", "discriminative"], ...] = ("generative", "discriminative")
     nouns: Nouns = "nltk"
     parser: ParserName = "official"
 
@@ -40,8 +40,8 @@ class Amber(Benchmark):
 
     name = "amber"
     settings = AmberSettings
-    before: Mapping[str, Any] = {"parser": "strict"}
-    measures: Mapping[str, Measure] = {
+    before: ClassVar[Mapping[str, Any]] = {"parser": "strict"}
+    measures: ClassVar[Mapping[str, Measure]] = {
         "chair": Measure("chair %", direction=-1, brief=True, free="CHAIR"),
         "cover": Measure("cover %", direction=1, brief=True, cost="fewer true words are covered"),
         "hal": Measure("hal %", direction=-1, free="CHAIR"),

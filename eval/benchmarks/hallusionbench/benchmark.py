@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from eval.benchmarks import hallusionbench
 from eval.benchmarks.base import ALL, Benchmark, FolderSettings, Measure, Rows, Sample, Source
@@ -36,8 +36,8 @@ class HallusionBench(Benchmark):
 
     name = "hallusionbench"
     settings = HallusionBenchSettings
-    before: Mapping[str, Any] = {"parser": "strict"}
-    measures: Mapping[str, Measure] = {
+    before: ClassVar[Mapping[str, Any]] = {"parser": "strict"}
+    measures: ClassVar[Mapping[str, Measure]] = {
         "a_acc": Measure("a_acc %", direction=1, brief=True, right=True),
         **{key: Measure(f"{key} %", direction=1) for key in BETTER},
         **{key: Measure(f"{key} %", direction=-1) for key in WORSE},

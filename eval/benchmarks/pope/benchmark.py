@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from eval.benchmarks import pope
 from eval.benchmarks.base import Benchmark, Measure, Rows, Sample, Scores, Source
@@ -60,7 +60,7 @@ class Pope(Benchmark):
 
     name = "pope"
     settings = PopeSettings
-    measures: Mapping[str, Measure] = {
+    measures: ClassVar[Mapping[str, Measure]] = {
         "accuracy": Measure("accuracy %", direction=1, brief=True, right=True),
         "f1": Measure("F1 %", direction=1),
         "yes_ratio": Measure("answered yes %"),
@@ -68,7 +68,7 @@ class Pope(Benchmark):
     main = "accuracy"
     plot = ("accuracy",)
     score_files = staticmethod(score_files)
-    commands: Mapping[str, Any] = {"questions": write_questions}
+    commands: ClassVar[Mapping[str, Any]] = {"questions": write_questions}
 
     def samples(self, settings: PopeSettings, source: Source) -> Iterator[Sample]:
         names = _by_name(source)
