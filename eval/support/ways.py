@@ -21,7 +21,6 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 import vlm_patch
 from eval.support import tiny
 from eval.support.agreement import answer_logits, generated, ours, planted, reference
-from eval.support.modes import Row
 from eval.support.reference import Sample, capture, logits, trace
 from eval.support.simulated_device import spread
 from eval.support.tensor_parallel import errors
@@ -40,6 +39,17 @@ Names: TypeAlias = Sequence[str]
 STEPS = 6
 # a placeholder that is generated makes the stock model look for its image where nothing is cached
 PLAIN = {"do_sample": False, "suppress_tokens": [tiny.IMAGE, tiny.VIDEO, tiny.EOS]}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out for one way and method; max_error None: refused, and the note says why."""
+
+    mode: str
+    method: str
+    max_error: float | None
+    ok: bool
+    note: str
 
 
 @dataclass(frozen=True)
