@@ -76,7 +76,12 @@ def imported(path: str) -> Benchmark:
             f"task {path}: {error}. Expected my_pkg.my_file:MyBenchmark, which Python can import "
             f"from the folder where the command is given"
         ) from error
-    benchmark = found() if isinstance(found, type) else found
-    if not isinstance(benchmark, Benchmark):
+    if not (isinstance(found, type) and issubclass(found, Benchmark)):
         raise EvalError(f"task {path}: expected a subclass of Benchmark, found {found!r}")
-    return benchmark
+    fields = getattr(found.settings, "__dataclass_fields__", {})
+    if not hasattr(found, "name") or "max_new_tokens" not in fields:
+        raise EvalError(
+            f"task {path}: expected a name, and as settings a dataclass with max_new_tokens, as in "
+            f"docs/add-a-benchmark.md"
+        )
+    return found()
