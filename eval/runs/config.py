@@ -31,9 +31,9 @@ from eval.benchmarks.rows import read_text
 from eval.errors import EvalError
 from eval.runs.images import MAX_PIXELS
 from eval.schema import check, check_names, check_positive, check_section, describe, unknown
-from vlm_patch import GIFT, VAR, VHR
+from vlm_patch.methods.registry import METHODS as LIBRARY
 
-METHODS: Mapping[str, Any] = {"var": VAR, "gift": GIFT, "vhr": VHR}
+METHODS: Mapping[str, Any] = LIBRARY
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,14 @@ CAVEAT = (
 )
 
 
-def demo(out: Path, every_row: bool = False) -> None:
-    """Run (or go on with) everything; write the table and the scenes, and print them."""
-    configs = {name: config.load(CONFIGS / f"{name}.yaml") for name in RUNS}
+def demo(out: Path, device: str | None = None, every_row: bool = False) -> None:
+    """Run (or go on with) everything; write the table and the scenes, and print them.
+
+    device: None for the accelerator of this machine, or the CPU
+    every_row: print the whole table
+    """
+    chosen = [] if device is None else [f"device={device}"]
+    configs = {name: config.load(CONFIGS / f"{name}.yaml", chosen) for name in RUNS}
     load = functools.cache(lambda: generate.load_model(configs["baseline"]))
     for name in RUNS:
         runner.run(configs[name], out / name, out / "scenes", lambda _: load())
