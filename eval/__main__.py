@@ -66,9 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     benchmarks.add_data(commands.add_parser("data", help="fetch a benchmark's files"))
-    benchmarks.add_questions(
-        commands.add_parser("questions", help="POPE questions of any COCO-format annotation")
-    )
+    benchmarks.add_commands(commands)
 
     _add_compare(commands.add_parser("compare", help="two runs on the same images, in pairs"))
     _add_table(commands.add_parser("table", help="runs side by side"))
@@ -77,8 +75,9 @@ def parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("demo", help="pocket model: baseline, VAR, GIFT, VHR and all three")
     show.add_argument("--out", type=Path, default=Path("runs/demo"))
+    show.add_argument("--all", action="store_true", help="print every row of the table")
     show.add_argument("--device", help="cpu, cuda ... (default: the accelerator if there is one)")
-    show.set_defaults(command=lambda options: demo.demo(options.out, options.device))
+    show.set_defaults(command=lambda given: demo.demo(given.out, given.device, given.all))
 
     _add_models(commands.add_parser("models", help="which model families are supported, measured"))
     _add_speed(commands.add_parser("speed", help="what the methods cost beside the stock model"))
@@ -111,7 +110,7 @@ def _add_sweep(tries: argparse.ArgumentParser) -> None:
         "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE", help="may be repeated"
     )
     tries.add_argument("--grid-heads", metavar="layers|heads", help="methods on in one at a time")
-    tries.add_argument("--measure", help="what is tuned (default: f1 of CHAIR, or pope_accuracy)")
+    tries.add_argument("--measure", help="what is tuned (default: the main one of the first task)")
     tries.add_argument("--tune-split", help="default: one half of the images of each split")
     tries.add_argument("--limit", type=int, help="only so many images a split and task")
     tries.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
