@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import json
 import os
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 from eval.cli import score as benchmarks
 from eval.errors import EvalError
 from eval.reports import compare, export, plot, table
-from eval.runs import config, runner
+from eval.runs import config, ray_engine, runner
+from eval.runs.workers import Engine, answer_here
 from eval.studies import demo, sweep
 from vlm_patch import PatchError, UnsupportedModelError
 
@@ -53,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for example gift.alpha=4"
     )
+    run.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="where models are loaded"
+    )
+    run.add_argument("--workers", type=int, help="of ray (default: one per accelerator, or 1)")
     run.set_defaults(command=_run)
 
     _add_score(
@@ -60,9 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     benchmarks.add_data(commands.add_parser("data", help="fetch a benchmark's files"))
-    benchmarks.add_questions(
-        commands.add_parser("questions", help="POPE questions of any COCO-format annotation")
-    )
+    benchmarks.add_commands(commands)
 
     _add_compare(commands.add_parser("compare", help="two runs on the same images, in pairs"))
     _add_table(commands.add_parser("table", help="runs side by side"))
@@ -71,8 +75,9 @@ def parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("demo", help="pocket model: baseline, VAR, GIFT, VHR and all three")
     show.add_argument("--out", type=Path, default=Path("runs/demo"))
+    show.add_argument("--all", action="store_true", help="print every row of the table")
     show.add_argument("--device", help="cpu, cuda ... (default: the accelerator if there is one)")
-    show.set_defaults(command=lambda options: demo.demo(options.out, options.device))
+    show.set_defaults(command=lambda given: demo.demo(given.out, given.device, given.all))
 
     _add_models(commands.add_parser("models", help="which model families are supported, measured"))
     _add_speed(commands.add_parser("speed", help="what the methods cost beside the stock model"))
@@ -105,7 +110,7 @@ def _add_sweep(tries: argparse.ArgumentParser) -> None:
         "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE", help="may be repeated"
     )
     tries.add_argument("--grid-heads", metavar="layers|heads", help="methods on in one at a time")
-    tries.add_argument("--measure", help="what is tuned (default: f1 of CHAIR, or pope_accuracy)")
+    tries.add_argument("--measure", help="what is tuned (default: the main one of the first task)")
     tries.add_argument("--tune-split", help="default: one half of the images of each split")
     tries.add_argument("--limit", type=int, help="only so many images a split and task")
     tries.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -144,9 +149,21 @@ def _add_score(score: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     limit = [] if options.limit is None else [f"limit={options.limit}"]
-    runner.run(config.load(options.config, [*options.set, *limit]), options.out)
+    settings = config.load(options.config, [*options.set, *limit])
+    runner.run(settings, options.out, engine=_engine(options))
     if _prints():
         print(table.markdown([options.out]))
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    if options.engine == "ray":
+        return functools.partial(ray_engine.answer, workers=options.workers)
+    if options.workers is not None:
+        raise EvalError(
+            f"--workers {options.workers} needs --engine ray; for as many processes without Ray: "
+            f"accelerate launch --num_processes {options.workers} -m eval run ..."
+        )
+    return answer_here
 
 
 def _score(options: argparse.Namespace) -> None:

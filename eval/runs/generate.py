@@ -48,8 +48,11 @@ class BrokenImageError(EvalError):
     """An image that cannot be shown to the model, and the sample that needs it."""
 
     def __init__(self, sample: Sample, reason: str) -> None:
-        super().__init__(f"{sample.name}: {reason}")
+        super().__init__(sample, reason)  # what pickle makes it of again, from another process
         self.sample, self.reason = sample, reason
+
+    def __str__(self) -> str:
+        return f"{self.sample.name}: {self.reason}"
 
 
 @dataclass(frozen=True)
