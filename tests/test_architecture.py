@@ -182,8 +182,8 @@ SHARED = {
     "vlm_patch": ("engine", "integrations", "prompts", "heads.py", "method.py", "patch.py"),
     "eval": ("runs", "reports", "cli"),
 }
-"""What must not know a single method; published defaults, and models on which one is wrong, are data
-by their names."""
+"""What must not know a single method; published defaults, and models on which one is wrong, are
+data by their names."""
 
 
 def test_no_shared_file_names_a_method() -> None:

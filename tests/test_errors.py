@@ -20,7 +20,7 @@ from eval.support import tiny
 from vlm_patch import GIFT, PAINT, VAR, VHR, PatchError, UnsupportedModelError, wrap
 from vlm_patch.engine import attention
 from vlm_patch.engine.generate_guard import REFUSED
-from vlm_patch.engine.hooks import Lost
+from vlm_patch.engine.hooks import MissingHandler
 
 TOKENS = PAINT(layers=(1, 2, 3))
 SINKS = VAR(dims=tiny.SINK_DIMS, tau=3.0)
@@ -679,7 +679,7 @@ def test_an_unknown_kind_of_mask() -> None:
 
 
 def test_a_layer_that_runs_twice_and_was_handed_nothing() -> None:
-    assert message(PatchError, lambda: Lost().attend(call())) == (
+    assert message(PatchError, lambda: MissingHandler().attend(call())) == (
         "layer 3 was not handed what this patch does in it, which is needed where layers run "
         "twice: train without gradient checkpointing, or inside `with patch.disabled():`"
     )

@@ -126,7 +126,8 @@ class ForwardContext:
     reading: the rows hold a new question, and this is the pass in which methods observe it.
     inputs: the arguments of the decoder.
     generated: the one row is a generated token.
-    prompt: how many rows, the first ones, are of a prompt; those behind were generated or drafted.
+    prompt_rows: number of rows, the first ones, that are of a prompt; those behind were generated
+        or drafted.
     first: it is the first prompt of its conversation.
     starts, ends: its first, its last row is among the rows; a long prompt may be read in several
         forwards.
@@ -151,7 +152,7 @@ class ForwardContext:
     reading: bool
     inputs: dict[str, Any] = field(repr=False)
     generated: bool = False
-    prompt: int = 0
+    prompt_rows: int = 0
     first: bool = False
     starts: bool = False
     ends: bool = True

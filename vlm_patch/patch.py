@@ -13,16 +13,16 @@ from torch import Tensor
 
 from vlm_patch import heads
 from vlm_patch.engine import attention
-from vlm_patch.engine.generate_guard import Generate, check_options, told
-from vlm_patch.engine.hooks import Hook, Passes, QuietHook
+from vlm_patch.engine.generate_guard import GuardedGenerate, check_options, told
+from vlm_patch.engine.hooks import ForwardHooks, Hook, QuietHook
 from vlm_patch.engine.tower import tower_of
-from vlm_patch.engine.tracker import Layout
+from vlm_patch.engine.tracker import PromptTracker
 from vlm_patch.errors import PatchError
 from vlm_patch.method import Method
 from vlm_patch.methods.registry import instances, resolve, unknown, values
-from vlm_patch.models.info import Decoder, place, read, unwrapped
+from vlm_patch.models.info import Decoder, inspect_model, place, unwrapped
 from vlm_patch.models.tensor_parallel import shard_of
-from vlm_patch.prompts.masks import Given
+from vlm_patch.prompts.masks import ManualMasks
 from vlm_patch.prompts.question import QuestionReader
 
 _owners = itertools.count()
@@ -58,7 +58,9 @@ def unwrap(model: Any) -> bool:
     cell that wraps the model. Raises UnsupportedModelError for what cannot be wrapped.
     """
     found = {
-        id(p): p for layer in read(unwrapped(model)[-1]).layers if (p := attention.patch_on(layer))
+        id(p): p
+        for layer in inspect_model(unwrapped(model)[-1]).layers
+        if (p := attention.patch_on(layer))
     }
     for patch in found.values():
         patch.remove()
@@ -82,7 +84,7 @@ class Patch:
     ) -> None:
         self._shells = unwrapped(model)
         base = self._shells[-1]
-        decoder = read(base)
+        decoder = inspect_model(base)
         for layer in decoder.layers:
             config: Any = layer.attention.config
             attention.check_kernel(layer.index, config._attn_implementation)
@@ -98,11 +100,15 @@ class Patch:
         self._disabled: list[frozenset[str]] = []
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
         ids, special = decoder.image_ids, decoder.special
-        reader = None if processor is None else QuestionReader(processor, ids, special.bare)
+        reader = (
+            None if processor is None else QuestionReader(processor, ids, special.has_chat_template)
+        )
         self._shard = shard_of(base, decoder.layers[0].attention)
         reads = {method.name: method.tower_reads() for method in self._methods}
         self._tower = tower_of(base, decoder, reads)
-        self._layout = Layout(next(_owners), ids, reader, special.mask, self._shard, self._tower)
+        self._layout = PromptTracker(
+            next(_owners), ids, reader, special.mask, self._shard, self._tower
+        )
         self._removed = False
         with ExitStack() as undo:
             self._put_on(undo)
@@ -111,8 +117,8 @@ class Patch:
     def _put_on(self, undo: ExitStack) -> None:
         decoder = self._decoder.module
         config: Any = decoder.config
-        padding = config.pad_token_id if self._decoder.special.counts else None
-        passes = Passes(decoder, self._layout, self._switched, self._learned, padding)
+        padding = config.pad_token_id if self._decoder.special.positions_from_padding else None
+        passes = ForwardHooks(decoder, self._layout, self._switched, self._learned, padding)
         for layer in self._decoder.layers:
             attention.install(layer, passes.now, undo, self)
             if any(method.reads_blocks for method in self._methods):
@@ -129,11 +135,13 @@ class Patch:
         after = QuietHook(passes.after_decoder, passes.now)
         handle = decoder.register_forward_hook(after, always_call=True)
         undo.callback(handle.remove)
-        speaker = self._decoder.speaker
-        before = {name: call for name, call in speaker.__dict__.items() if name == "generate"}
-        speaker.__dict__["generate"] = Generate(speaker, speaker.generate, self._generating)
-        undo.callback(speaker.__dict__.update, before)
-        undo.callback(speaker.__dict__.pop, "generate", None)
+        generator = self._decoder.generator
+        before = {name: call for name, call in generator.__dict__.items() if name == "generate"}
+        generator.__dict__["generate"] = GuardedGenerate(
+            generator, generator.generate, self._generating
+        )
+        undo.callback(generator.__dict__.update, before)
+        undo.callback(generator.__dict__.pop, "generate", None)
 
     def remove(self) -> None:
         """Takes the patch off; the model is exactly as before. Harmless when called again."""
@@ -166,10 +174,10 @@ class Patch:
         if not self._switched():
             yield
             return
-        speaker = self._decoder.speaker
-        check_options(arguments, speaker.generation_config)
-        inner, mask_name = speaker is not self._base, self._decoder.special.mask
-        prompt = told(arguments, speaker.generation_config, inner, mask_name)
+        generator = self._decoder.generator
+        check_options(arguments, generator.generation_config)
+        inner, mask_name = generator is not self._base, self._decoder.special.mask
+        prompt = told(arguments, generator.generation_config, inner, mask_name)
         reading = any(method.tower_reads() for method, _ in self._switched())
         listening = self._tower.generating(arguments) if self._tower and reading else nullcontext()
         with self._layout.generating(prompt), listening:
@@ -183,7 +191,7 @@ class Patch:
         return sequences. None: derived as usual. Raises PatchError, when the prompt runs, if a mask
         does not fit it.
         """
-        before, self._layout.given = self._layout.given, Given(image, query)
+        before, self._layout.given = self._layout.given, ManualMasks(image, query)
         try:
             yield
         finally:

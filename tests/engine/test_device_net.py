@@ -76,7 +76,7 @@ LEFT_BEHIND: dict[str, tuple[Any, str, Case]] = {
     "the image mask": (masks.Reader, "image", acting),
     "the question's mask": (masks.Reader, "question", acting),
     "masks by hand": (masks, "by_hand", CASES["masks by hand on the CPU"]),
-    "the padding": (tracker.Layout, "_valid", acting),
+    "the padding": (tracker.PromptTracker, "_valid", acting),
     "head switches": (rows, "_heads", switched),
     "the rows written": (rows, "_written", switched),
     "a row's weights": (attention.Call, "weights", acting),

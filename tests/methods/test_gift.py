@@ -296,7 +296,7 @@ def reading(content: Tensor, image: Tensor) -> ForwardContext:
         seen=image.any(1),
         reading=True,
         inputs={},
-        prompt=image.shape[1],
+        prompt_rows=image.shape[1],
         first=True,
         starts=True,
     )

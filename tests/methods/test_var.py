@@ -243,7 +243,7 @@ def acts(method: VAR, hidden: Tensor) -> bool:
         seen=true[:, 0],
         reading=True,
         inputs={},
-        prompt=6,
+        prompt_rows=6,
         first=True,
         starts=True,
     )

@@ -124,7 +124,7 @@ def forward_of(rows: int, seen: tuple[bool, ...] = (True,)) -> ForwardContext:
         seen=torch.tensor(seen),
         reading=True,
         inputs={},
-        prompt=rows,
+        prompt_rows=rows,
         first=True,
         starts=True,
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from eval.support import tiny
 from vlm_patch import UnsupportedModelError
-from vlm_patch.models.info import read
+from vlm_patch.models.info import inspect_model
 from vlm_patch.models.published import PROFILES
 
 TEXT = {
@@ -118,7 +118,7 @@ def test_a_family(
 ) -> None:
     with torch.device("meta"):
         model = build()
-    found = read(model)
+    found = inspect_model(model)
     assert found.module in model.get_decoder().modules()
     assert (type(found.module).__name__, found.kind) == (decoder, kind)
     assert (found.depth, found.heads, found.width) == (3, 4, 64)
@@ -133,7 +133,7 @@ def test_a_family(
 def test_the_vision_tower_is_left_alone() -> None:
     with torch.device("meta"):
         model = internvl()
-    attention = {layer.attention for layer in read(model).layers}
+    attention = {layer.attention for layer in inspect_model(model).layers}
     assert not attention & set(model.model.vision_tower.modules())
 
 
@@ -154,7 +154,7 @@ def test_every_profile_is_found_by_the_shape_of_its_decoder() -> None:
 
 def refusal(model: object) -> str:
     with pytest.raises(UnsupportedModelError) as error:
-        read(model)
+        inspect_model(model)
     return str(error.value)
 
 
@@ -286,7 +286,7 @@ def test_layers_without_softmax_attention_are_passed_over() -> None:
     """As in hybrid decoders, where only some layers are ordinary attention."""
     model = tiny.llava()
     del model.get_decoder().layers[1].self_attn
-    assert [layer.index for layer in read(model).layers] == [0, 2, 3]
+    assert [layer.index for layer in inspect_model(model).layers] == [0, 2, 3]
 
 
 def test_a_replaced_forward_of_one_instance_does_not_matter() -> None:
@@ -295,4 +295,4 @@ def test_a_replaced_forward_of_one_instance_does_not_matter() -> None:
     for block in model.get_decoder().layers:
         own = block.self_attn.forward
         block.self_attn.forward = types.MethodType(lambda self, *a, own=own, **k: own(*a, **k), own)
-    assert [layer.index for layer in read(model).layers] == [0, 1, 2, 3]
+    assert [layer.index for layer in inspect_model(model).layers] == [0, 1, 2, 3]

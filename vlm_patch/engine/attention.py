@@ -27,9 +27,9 @@ from vlm_patch.primitives.buffers import cast
 NAME = "vlm_patch"
 SLOT = "_vlm_patch"
 CONFIG = "_vlm_patch_config"
-CARRIED = "vlm_patch_run"
-"""The argument in which a decoder hands down its `Run` under gradient checkpointing: layers are run
-again behind the forward, perhaps by another thread."""
+HANDLER_ARGUMENT = "vlm_patch_run"
+"""The argument in which a decoder hands down its `ForwardHandler` under gradient checkpointing:
+layers are run again after the forward, perhaps by another thread."""
 UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "write_index")
 """Arguments of rarer attention kinds, whose rows could not be recomputed rightly."""
 
@@ -128,7 +128,7 @@ def softmax(scores: Tensor) -> Tensor:
     return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
 
 
-class Run(Protocol):
+class ForwardHandler(Protocol):
     """What happens in the attention during one forward."""
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]: ...
@@ -138,17 +138,17 @@ class Thread(Protocol):
     """What a thread does in the layers of a slot."""
 
     @property
-    def run(self) -> Run | None: ...
+    def run(self) -> ForwardHandler | None: ...
 
 
-class Now(threading.local):
+class ThreadState(threading.local):
     """What this thread does at the moment.
 
     run: what attention serves. inside: the decoder runs for a pass of our own. first: the output of
     a pass that did all of the prompt but its last token.
     """
 
-    run: Run | None = None
+    run: ForwardHandler | None = None
     inside: bool = False
     first: Any = None
 
@@ -175,7 +175,7 @@ def check(call: Call) -> None:
         raise PatchError("a patched model cannot train with attention dropout: call model.eval()")
 
 
-class View:
+class StockConfigView:
     """An attention module as its stock function must see it: with the config it came with."""
 
     def __init__(self, module: nn.Module, config: Any) -> None:
@@ -187,7 +187,7 @@ class View:
         return getattr(self._module, name)
 
 
-class Slot:
+class PatchSlot:
     """What a patched attention module carries. A deep copy or a pickle of it is empty: such a copy
     is a stock model.
 
@@ -197,11 +197,11 @@ class Slot:
     def __init__(self, layer: int, now: Thread | None, patch: Any = None) -> None:
         self.layer, self.now, self.patch = layer, now, patch
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
-        return Slot(self.layer, None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchSlot:
+        return PatchSlot(self.layer, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Slot, (self.layer, None)
+        return PatchSlot, (self.layer, None)
 
 
 @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
@@ -216,7 +216,7 @@ def attention(
     """Transformers' attention function for patched modules: `[B, H, S, D]` in, `[B, S, H, Dv]`
     out. torch.compile is kept out of this frame alone; where nothing is on, it sees the stock one.
     """
-    slot: Slot = module.__dict__[SLOT]
+    slot: PatchSlot = module.__dict__[SLOT]
     config = module.__dict__[CONFIG]
     # past the lookups that transformers puts before every attribute of a config: they cost almost
     # as much as the rest of this function
@@ -226,8 +226,8 @@ def attention(
     except KeyError:
         kernel = sys.modules[type(module).__module__].eager_attention_forward
     # the plain kernels do not look at the config, and a view costs more than their call
-    shown = module if name in ("sdpa", "eager") else View(module, config)
-    run: Run | None = options.pop(CARRIED, None)
+    shown = module if name in ("sdpa", "eager") else StockConfigView(module, config)
+    run: ForwardHandler | None = options.pop(HANDLER_ARGUMENT, None)
     if run is None and slot.now is not None:
         run = slot.now.run
     if run is None:
@@ -254,14 +254,14 @@ def attention(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend(run: Run, call: Call) -> tuple[Tensor, Tensor | None]:
+def _attend(run: ForwardHandler, call: Call) -> tuple[Tensor, Tensor | None]:
     """Under torch.compile this runs as it stands, since what it does differs from call to call."""
     if torch.is_autocast_enabled(call.query.device.type):
         return _outside_autocast(run, call)
     return run.attend(call)
 
 
-def _outside_autocast(run: Run, call: Call) -> tuple[Tensor, Tensor | None]:
+def _outside_autocast(run: ForwardHandler, call: Call) -> tuple[Tensor, Tensor | None]:
     """Autocast is for the stock kernel; rows that are edited keep float32."""
     device, stock = call.query.device.type, call.stock
     dtype = torch.get_autocast_dtype(device)
@@ -279,7 +279,7 @@ AttentionInterface.register(NAME, attention)
 
 def patch_on(layer: Layer) -> Any:
     """The patch that sits on this layer, if any; what a deep copy left behind is none."""
-    slot: Slot | None = layer.attention.__dict__.get(SLOT)
+    slot: PatchSlot | None = layer.attention.__dict__.get(SLOT)
     return None if slot is None else slot.patch
 
 
@@ -301,7 +301,7 @@ def install(layer: Layer, now: Thread, undo: ExitStack, patch: Any = None) -> No
     config = state.pop(CONFIG, module.config)  # left behind by a deep copy of a patched model
     own = copy.copy(config)
     own._attn_implementation_internal = NAME
-    state[SLOT], state[CONFIG] = Slot(layer.index, now, patch), config
+    state[SLOT], state[CONFIG] = PatchSlot(layer.index, now, patch), config
     undo.callback(state.pop, SLOT)
     undo.callback(state.pop, CONFIG)
     module.config = own

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from vlm_patch.engine.tracker import Told, carries_images
+from vlm_patch.engine.tracker import PromptInputs, carries_images
 from vlm_patch.errors import PatchError
 
 HUB = "transformers loads it as code from the hub, which works on the cache in ways of its own"
@@ -39,7 +39,7 @@ UNSET = GenerationConfig()  # type: ignore[no-untyped-call]
 """Its values count as not given: None, but a value for some options before transformers 5."""
 
 
-class Generate:
+class GuardedGenerate:
     """A model's `generate` (`stock`) inside a context; in a deep copy or a pickle it is plain.
 
     around: given the arguments by name, what to run it in.
@@ -60,12 +60,12 @@ class Generate:
         with self.around({**named, **kwargs}):
             return self.__wrapped__(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuardedGenerate:
         model, stock = copy.deepcopy((self.model, self.__wrapped__), memo)
-        return Generate(model, stock, None)
+        return GuardedGenerate(model, stock, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Generate, (self.model, self.__wrapped__, None)
+        return GuardedGenerate, (self.model, self.__wrapped__, None)
 
 
 def option(name: str, given: Mapping[str, Any], default: Any) -> Any:
@@ -117,11 +117,11 @@ def _cached(given: Mapping[str, Any]) -> int:
 
 def told(
     given: Mapping[str, Any], default: Any, inner: bool = False, mask_name: str | None = None
-) -> Told | None:
+) -> PromptInputs | None:
     """What the arguments of `generate` tell of its prompt; None where they hold none.
 
     An assistant goes on with what it and the model it drafts for have written: no new prompt.
-    inner: see `Told`. mask_name: the argument that says which tokens are image, if there is one.
+    inner: see `PromptInputs`. mask_name: the argument that says which tokens are image, if any.
     """
     ids, mask = given.get("input_ids", given.get("inputs")), given.get("attention_mask")
     ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
@@ -131,8 +131,8 @@ def told(
         return None
     drafting = getattr(given.get("generation_config"), "is_assistant", False)
     if drafting and _cached(given):
-        return Told(0)
-    return Told(
+        return PromptInputs(0)
+    return PromptInputs(
         end=(tokens if mask is None else mask).shape[1],
         ids=ids if embeds is None or inner else None,
         mask=mask,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from vlm_patch.engine.attention import CARRIED, Call, Now, Run
-from vlm_patch.engine.rows import Active, Editing, Watching
-from vlm_patch.engine.state import Generation, Tail, attach
-from vlm_patch.engine.tracker import Layout, carries_images
+from vlm_patch.engine.attention import HANDLER_ARGUMENT, Call, ForwardHandler, ThreadState
+from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
+from vlm_patch.engine.state import GenerationState, Tail, attach
+from vlm_patch.engine.tracker import PromptTracker, carries_images
 from vlm_patch.errors import PatchError
 from vlm_patch.method import ForwardContext, Method, Watcher
 
@@ -45,21 +45,25 @@ class Hook:
 class QuietHook(Hook):
     """A hook that costs next to nothing while this thread runs nothing."""
 
-    def __init__(self, call: Callable[..., Any] | None, now: Now) -> None:
+    def __init__(self, call: Callable[..., Any] | None, now: ThreadState) -> None:
         super().__init__(call)
         self.now = now
 
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def __call__(self, module: nn.Module, args: Any, more: Any) -> Any:
         now = self.now
-        if now.run is None and now.first is None and not (type(more) is dict and CARRIED in more):
+        if (
+            now.run is None
+            and now.first is None
+            and not (type(more) is dict and HANDLER_ARGUMENT in more)
+        ):
             return None
         return super().__call__(module, args, more)
 
 
-class Lost:
+class MissingHandler:
     """Takes the place of what attention serves in a layer that is run again for its gradients, and
-    so must be given it by hand (`CARRIED`).
+    so must be given it by hand (`HANDLER_ARGUMENT`).
     """
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -71,7 +75,7 @@ class Lost:
 
 
 @dataclass
-class Passes:
+class ForwardHooks:
     """The hooks of a patched model.
 
     switched: the methods that are on, each with its layers and their heads; asked at every forward.
@@ -80,11 +84,11 @@ class Passes:
     """
 
     decoder: nn.Module
-    layout: Layout
+    layout: PromptTracker
     switched: Callable[[], list[tuple[Method, dict[int, Tensor | None]]]]
     learned: Callable[[Method, Method], None]
     padding: int | None = None
-    now: Now = field(default_factory=Now)
+    now: ThreadState = field(default_factory=ThreadState)
 
     def __post_init__(self) -> None:
         self.cache_name = cache_name(self.decoder)
@@ -156,7 +160,7 @@ class Passes:
         """A forward pre-hook for the block of a layer."""
 
         def show(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            run = kwargs.get(CARRIED, self.now.run)
+            run = kwargs.get(HANDLER_ARGUMENT, self.now.run)
             if run is None:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -173,7 +177,7 @@ class Passes:
     def _start(
         self,
         forward: ForwardContext,
-        generation: Generation,
+        generation: GenerationState,
         switched: list[tuple[Method, dict[int, Tensor | None]]],
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
@@ -181,7 +185,7 @@ class Passes:
         actives = []
         for method, layers in switched:
             state = generation.states.setdefault(method.name, method.state())
-            actives.append(Active(method, state, layers))
+            actives.append(ActiveMethod(method, state, layers))
             if method.reads_blocks:
                 generation.follow(method.name, layers, forward.past)
             elif method.tower_reads():
@@ -192,7 +196,7 @@ class Passes:
         at_end = any(active.method.edits_prompt_end for active in actives)
         if at_end and forward.starts and forward.resumed:
             forward = self._read_again(forward, generation, actives, kwargs)
-        if at_end and forward.prompt:
+        if at_end and forward.prompt_rows:
             self._keep_tail(forward, generation, kwargs)
         shows = _shows(self.decoder, kwargs)
         late = [active for active in actives if _late(active, forward)]
@@ -206,13 +210,13 @@ class Passes:
             run.shows = shows
         else:
             run = Editing(forward, actives, shows)
-        generation.step = None if forward.prompt else run
+        generation.step = None if forward.prompt_rows else run
         self.now.run = run
         if self.decoder.training and _runs_layers_again(self.decoder):
-            kwargs[CARRIED], self.now.run = run, Lost()
+            kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler()
         return kwargs
 
-    def _look(self, active: Active, forward: ForwardContext) -> None:
+    def _look(self, active: ActiveMethod, forward: ForwardContext) -> None:
         """Runs a method's own passes of the stock model, and keeps what it learned of the model."""
 
         def run(inputs: dict[str, Any], watcher: Watcher) -> None:
@@ -226,7 +230,7 @@ class Passes:
         if active.method is not before:
             self.learned(before, active.method)
 
-    def _run(self, run: Run, kwargs: dict[str, Any]) -> Any:
+    def _run(self, run: ForwardHandler, kwargs: dict[str, Any]) -> Any:
         """Runs the decoder once more, inside the forward that is about to start."""
         self.now.run, self.now.inside = run, True
         try:
@@ -235,7 +239,7 @@ class Passes:
             self.now.run, self.now.inside = None, False
 
     def _keep_tail(
-        self, forward: ForwardContext, generation: Generation, kwargs: dict[str, Any]
+        self, forward: ForwardContext, generation: GenerationState, kwargs: dict[str, Any]
     ) -> None:
         """Keeps the rows behind the image, of a prompt that may go on."""
         rows = forward.valid.shape[1]
@@ -254,8 +258,8 @@ class Passes:
     def _read_again(
         self,
         forward: ForwardContext,
-        generation: Generation,
-        actives: list[Active],
+        generation: GenerationState,
+        actives: list[ActiveMethod],
         kwargs: dict[str, Any],
     ) -> ForwardContext:
         """Reads the cached text behind the image once more, as a part of a prompt that goes on.
@@ -290,8 +294,8 @@ class Passes:
     def _read_first(
         self,
         forward: ForwardContext,
-        actives: list[Active],
-        late: list[Active],
+        actives: list[ActiveMethod],
+        late: list[ActiveMethod],
         kwargs: dict[str, Any],
     ) -> tuple[ForwardContext, dict[str, Any]]:
         """Shows the prompt to methods that must see it before their first edit, with that edit off.
@@ -318,7 +322,7 @@ class Passes:
             return replace(forward, reading=False), kwargs
         shows = _shows(self.decoder, kwargs)
         self.now.first = self._run(Editing(forward, first, shows), kwargs)
-        left = forward.valid.shape[1] - forward.prompt + 1
+        left = forward.valid.shape[1] - forward.prompt_rows + 1
         cache.crop(-left)
         return _last_rows(forward, kwargs, left)
 
@@ -408,7 +412,7 @@ def _check(cache: Any) -> None:
         )
 
 
-def _late(active: Active, forward: ForwardContext) -> bool:
+def _late(active: ActiveMethod, forward: ForwardContext) -> bool:
     """Whether a method edits, in this forward, a layer that is not above all that it watches."""
     watched = active.method.watched_rows(forward) if forward.ends else None
     if watched is None or not active.heads or max(watched[0]) < min(active.heads):
@@ -444,7 +448,7 @@ def _last_rows(
         last=forward.last[:, -left:],
         reading=False,
         inputs=inputs,
-        prompt=1,
+        prompt_rows=1,
         starts=False,
     )
     return step, inputs
@@ -461,7 +465,7 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _part(forward: ForwardContext, generation: Generation, tail: Tail) -> ForwardContext:
+def _part(forward: ForwardContext, generation: GenerationState, tail: Tail) -> ForwardContext:
     """The rows of a tail as a part of the prompt that goes on in `forward`."""
     total = tail.past + tail.rows
     image, query, content = (
@@ -478,7 +482,7 @@ def _part(forward: ForwardContext, generation: Generation, tail: Tail) -> Forwar
         text=~image[:, tail.past :] & valid & (image.cumsum(1)[:, tail.past :] > 0),
         last=torch.zeros_like(valid),
         inputs=tail.inputs,
-        prompt=tail.rows,
+        prompt_rows=tail.rows,
         starts=forward.starts,
         ends=False,
         edge=None,

@@ -38,9 +38,11 @@ class Watching:
 
 
 @dataclass
-class Active:
-    """A method in one forward. heads: by layer that is on, the heads that are `[H]`, None for all
-    of them.
+class ActiveMethod:
+    """A method in one forward.
+
+    method, state: the method, and what it remembers of this generation.
+    heads: by layer that is on, the heads that are `[H]`; None for all of them.
     """
 
     method: Method
@@ -59,10 +61,15 @@ class Stage(Enum):
 
 
 @dataclass
-class Task:
-    """What a method does in a layer, and to which rows: mask `[B, S]`."""
+class RowEdit:
+    """What a method does to rows of a layer's attention.
 
-    active: Active
+    stage: when it acts.
+    mask: `[B, S]`, the rows.
+    heads: `[H]`, None for all.
+    """
+
+    active: ActiveMethod
     stage: Stage
     mask: Tensor
     heads: Tensor | None
@@ -77,9 +84,12 @@ class Task:
 
 
 @dataclass
-class Part:
-    """What a task does in a chunk of rows. index `[r]`: its rows in the chunk, None for all of
-    them. mask `[B, r]`: per sample, None for all. task: its place in the layer's tasks.
+class RowChunk:
+    """What an edit does in a chunk of rows.
+
+    task: its index in the layer's edits.
+    index: `[r]`, its rows in the chunk, None for all of them.
+    mask: `[B, r]`, which of these per sample, None for all.
     """
 
     task: int
@@ -87,21 +97,25 @@ class Part:
     mask: Tensor | None
 
 
-Plan: TypeAlias = list[tuple[Tensor, list[Part]]]
+RowPlan: TypeAlias = list[tuple[Tensor, list[RowChunk]]]
 """Chunks of rows `[R]` and what is done to them."""
 
 
 @dataclass
-class Work:
-    """What is done in one layer. loud: the methods that may scale its head outputs, and of which
-    heads `[H]`, None for all. direct: every row and head is edited, so that the stock kernel need
-    not run. fused: whether that is one edit by groups of keys and nothing else, which kernels of
-    our own can do."""
+class LayerPlan:
+    """What is done in one layer.
 
-    tasks: list[Task]
-    loud: list[tuple[Active, Tensor | None]]
-    plan: Plan
-    direct: bool
+    tasks: edits of rows, in order.
+    output_gains: the methods that may scale its head outputs, with their heads `[H]`, None for all.
+    plan: the rows in chunks.
+    replaces_all_rows: every row and head is edited, so that the stock kernel need not run.
+    fused: that is one key reweighting and nothing else, which kernels of our own can do.
+    """
+
+    tasks: list[RowEdit]
+    output_gains: list[tuple[ActiveMethod, Tensor | None]]
+    plan: RowPlan
+    replaces_all_rows: bool
     fused: bool
 
 
@@ -114,14 +128,14 @@ class Editing:
     shows: the user wants to see the weights, where the stock kernel has any.
     """
 
-    def __init__(self, forward: ForwardContext, actives: list[Active], shows: bool) -> None:
+    def __init__(self, forward: ForwardContext, actives: list[ActiveMethod], shows: bool) -> None:
         self.forward, self.actives, self.shows = forward, actives, shows
         self._edited = [active.method.edited_rows(forward) for active in actives]
         self._watched = [active.method.watched_rows(forward) for active in actives]
-        self._plans: dict[Any, Plan] = {}
-        self._work: dict[int, Work | None] = {}
+        self._plans: dict[Any, RowPlan] = {}
+        self._work: dict[int, LayerPlan | None] = {}
 
-    def serves(self, actives: list[Active], forward: ForwardContext) -> bool:
+    def serves(self, actives: list[ActiveMethod], forward: ForwardContext) -> bool:
         """Whether as many rows are edited by the same methods in the same layers and heads."""
         same = forward.valid.shape == self.forward.valid.shape
         return (
@@ -145,48 +159,52 @@ class Editing:
             return call.stock()
         cut = call.without_tail(self.forward.image.shape[1])
         output = self._rows(cut, work)
-        for active, heads in work.loud:
+        for active, heads in work.output_gains:
             gain = self._gain(call.layer, output, active, heads)
             if gain is not None:
                 gain = gain.to(output.dtype)[:, None, :, None]
                 output = output * gain if output.requires_grad else output.mul_(gain)
         return output, self._shown(call.stock()[1], cut, work) if self.shows else None
 
-    def _prepare(self, call: Call) -> Work | None:
+    def _prepare(self, call: Call) -> LayerPlan | None:
         tasks = list(self._tasks(call))
-        loud = [(a, _heads(a, call)) for a in self.actives if call.layer in a.heads]
-        if not tasks and not loud:
+        output_gains = [(a, _heads(a, call)) for a in self.actives if call.layer in a.heads]
+        if not tasks and not output_gains:
             return None
         if tasks:
             check(call)
         plan = self._plan(call, tasks)
-        direct = call.query.shape[2] == 1 and any(
+        replaces_all_rows = call.query.shape[2] == 1 and any(
             tasks[part.task].edits and tasks[part.task].heads is None and part.mask is None
             for _, parts in plan
             for part in parts
         )
-        alone = direct and len(tasks) == 1 and isinstance(tasks[0].active.method, KeyReweighting)
-        return Work(tasks, loud, plan, direct, alone and fused.serves(call))
+        alone = (
+            replaces_all_rows
+            and len(tasks) == 1
+            and isinstance(tasks[0].active.method, KeyReweighting)
+        )
+        return LayerPlan(tasks, output_gains, plan, replaces_all_rows, alone and fused.serves(call))
 
     def _gain(
-        self, layer: int, output: Tensor, active: Active, heads: Tensor | None
+        self, layer: int, output: Tensor, active: ActiveMethod, heads: Tensor | None
     ) -> Tensor | None:
         forward = self.forward.on(output.device)
         gain = active.method.edit_heads(layer, output, forward, active.state)
         return gain if gain is None or heads is None else torch.where(heads, gain, 1.0)
 
-    def _tasks(self, call: Call) -> Iterator[Task]:
+    def _tasks(self, call: Call) -> Iterator[RowEdit]:
         layer, device = call.layer, call.query.device
         for active, edited in zip(self.actives, self._edited, strict=True):
             if edited is not None and layer in active.heads and active.method.edits_scores:
-                yield Task(active, Stage.SCORES, edited.to(device), _heads(active, call))
+                yield RowEdit(active, Stage.SCORES, edited.to(device), _heads(active, call))
         for active, edited, watched in zip(self.actives, self._edited, self._watched, strict=True):
             if watched is not None and layer in watched[0]:
-                yield Task(active, Stage.WATCH, watched[1].to(device), None)
+                yield RowEdit(active, Stage.WATCH, watched[1].to(device), None)
             if edited is not None and layer in active.heads and active.method.edits_weights:
-                yield Task(active, Stage.WEIGHTS, edited.to(device), _heads(active, call))
+                yield RowEdit(active, Stage.WEIGHTS, edited.to(device), _heads(active, call))
 
-    def _plan(self, call: Call, tasks: list[Task]) -> Plan:
+    def _plan(self, call: Call, tasks: list[RowEdit]) -> RowPlan:
         """The same for every layer of a device with the same tasks."""
         key = call.query.device, tuple(task.key for task in tasks)
         if key not in self._plans:
@@ -195,14 +213,14 @@ class Editing:
             self._plans[key] = _chunks(tasks, max(1, WEIGHTS_BUDGET // row_bytes))
         return self._plans[key]
 
-    def _rows(self, call: Call, work: Work) -> Tensor:
+    def _rows(self, call: Call, work: LayerPlan) -> Tensor:
         """The head outputs `[B, S, H, Dv]`: stock, with the edited rows in their place."""
         if work.fused and fused.serves(call):
             return self._fused(call, work.tasks[0].active)
         output: Tensor | None = None
         for rows, parts in work.plan:
             weights = self._weights(call, rows, parts, work.tasks)
-            if work.direct:
+            if work.replaces_all_rows:
                 return call.output(weights)
             edits = [(p, work.tasks[p.task].heads) for p in parts if work.tasks[p.task].edits]
             if not edits:
@@ -215,7 +233,7 @@ class Editing:
             output[:, rows] = new
         return call.stock()[0] if output is None else output
 
-    def _shown(self, stock: Tensor | None, call: Call, work: Work) -> Tensor | None:
+    def _shown(self, stock: Tensor | None, call: Call, work: LayerPlan) -> Tensor | None:
         """The stock weights `[B, H, S, K]` with the edited rows in their place."""
         if stock is None:
             return None
@@ -230,12 +248,14 @@ class Editing:
             shown[:, :, rows, :keys] = torch.where(keep, weights.to(shown.dtype), before)
         return shown
 
-    def _fused(self, call: Call, active: Active) -> Tensor:
+    def _fused(self, call: Call, active: ActiveMethod) -> Tensor:
         method: Any = active.method
         keys, forward = call.key.shape[2], self.forward.on(call.query.device)
         return fused.attend(call, *method.parts(keys, call.layer, forward, active.state))
 
-    def _weights(self, call: Call, rows: Tensor, parts: list[Part], tasks: list[Task]) -> Tensor:
+    def _weights(
+        self, call: Call, rows: Tensor, parts: list[RowChunk], tasks: list[RowEdit]
+    ) -> Tensor:
         """The weights `[B, H, R, K]` of a chunk: all edits of scores, one softmax, then the rest in
         order.
         """
@@ -245,7 +265,9 @@ class Editing:
             weights = self._apply(call.layer, weights, rows, part, tasks[part.task])
         return weights
 
-    def _scores(self, call: Call, rows: Tensor, parts: list[Part], tasks: list[Task]) -> Tensor:
+    def _scores(
+        self, call: Call, rows: Tensor, parts: list[RowChunk], tasks: list[RowEdit]
+    ) -> Tensor:
         """The edited scores of a chunk; what a row must not look at stays out of its sight."""
         scores, unseen = call.scores(rows), call.unseen(rows)
         for part in parts:
@@ -253,7 +275,9 @@ class Editing:
             scores = new if unseen is None else torch.where(unseen, scores, new)
         return scores
 
-    def _apply(self, layer: int, before: Tensor, rows: Tensor, part: Part, task: Task) -> Tensor:
+    def _apply(
+        self, layer: int, before: Tensor, rows: Tensor, part: RowChunk, task: RowEdit
+    ) -> Tensor:
         """Scores or weights `[B, H, R, K]` of a chunk behind what a task does to them."""
         mine = before if part.index is None else before[:, :, part.index]
         method, state = task.active.method, task.active.state
@@ -271,13 +295,13 @@ class Editing:
         return new if part.index is None else before.index_copy(2, part.index, new)
 
 
-def _heads(active: Active, call: Call) -> Tensor | None:
+def _heads(active: ActiveMethod, call: Call) -> Tensor | None:
     """The heads of a layer that are on, where it computes; None for all of them."""
     heads = active.heads[call.layer]
     return None if heads is None else heads.to(call.query.device)
 
 
-def _chunks(tasks: list[Task], size: int) -> Plan:
+def _chunks(tasks: list[RowEdit], size: int) -> RowPlan:
     """The rows that some task wants, in chunks of at most `size` rows."""
     if not tasks:
         return []
@@ -293,7 +317,7 @@ def _writable(call: Call) -> Tensor:
 
 
 def _written(
-    edits: list[tuple[Part, Tensor | None]], shape: torch.Size, device: torch.device
+    edits: list[tuple[RowChunk, Tensor | None]], shape: torch.Size, device: torch.device
 ) -> Tensor:
     """Which rows and heads of a chunk some method edits, `[B, R, H]`."""
     keep = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -310,7 +334,7 @@ def _written(
     return keep
 
 
-def _parts(tasks: list[Task], rows: Tensor) -> list[Part]:
+def _parts(tasks: list[RowEdit], rows: Tensor) -> list[RowChunk]:
     parts = []
     for i, task in enumerate(tasks):
         here = task.mask[:, rows]
@@ -318,5 +342,5 @@ def _parts(tasks: list[Task], rows: Tensor) -> list[Part]:
         if len(index):
             here = here[:, index]
             everywhere = len(index) == len(rows)
-            parts.append(Part(i, None if everywhere else index, None if here.all() else here))
+            parts.append(RowChunk(i, None if everywhere else index, None if here.all() else here))
     return parts

@@ -14,7 +14,7 @@ from transformers import StaticCache
 from vlm_patch.errors import PatchError
 from vlm_patch.method import State
 from vlm_patch.primitives.buffers import append
-from vlm_patch.prompts.masks import Prompt
+from vlm_patch.prompts.masks import PromptMasks
 
 KEY_MASKS = ("image", "query", "content")
 
@@ -67,19 +67,25 @@ class TokenMasks(State):
 
 
 @dataclass
-class Generation:
+class GenerationState:
     """What is remembered of one generation; it travels with the cache, also through a deep copy.
 
-    owner: the patch that made it. length: tokens seen so far. start, end: the prompt read last, in
-    tokens from the beginning. resumed: where reading it went on, behind a part that an earlier
-    forward took for a whole prompt; start where there was none. answered: it was read by
-    `generate`, which answers. keys: the masks of the tokens. states: what each method remembers, by
-    its name. history: the layers in which a method was on, and up to which length. step: what is
-    done at every generated token (an `editing.Editing`). pictured: whether any sample has an image;
-    without one everything is left stock; stock: the length up to which it was. open: more of the
-    prompt may follow in a later forward. edge: how many tokens stand before and at the last image;
-    tails: what stands behind it, where the prompt may go on. unsaid: warnings, by what they are
-    about, that only hold if it does not.
+    owner: the patch that made it.
+    batch, length: number of samples, tokens seen so far.
+    start, end: the prompt read last, in tokens from the beginning.
+    resumed: where reading it went on, behind a part that an earlier forward took for a whole
+        prompt; start where there was none.
+    answered: it was read by `generate`, which answers.
+    keys: the masks of the tokens.
+    states: what each method remembers, by its name.
+    history: by method, the layers in which it was on, and up to which length.
+    step: what is done at every generated token (a `rows.Editing`).
+    pictured: whether any sample has an image; without one everything is left stock.
+    stock: the length up to which it was.
+    open: more of the prompt may follow in a later forward.
+    edge: number of tokens up to and with the last image token.
+    tails: the text behind it, where the prompt may go on.
+    unsaid: warnings, by what they are about, that hold only if it does not.
     """
 
     owner: int
@@ -134,7 +140,7 @@ class Generation:
         setattr(self.keys, name, buffer)
         return buffer[:, : past + new.shape[1]]
 
-    def whole(self, new: Prompt) -> Prompt:
+    def whole(self, new: PromptMasks) -> PromptMasks:
         """The prompt read last with its `new` part, and the part that is cached, which it keeps."""
         read = new.past - self.start
         ids, valid = new.ids, new.valid
@@ -146,7 +152,7 @@ class Generation:
             valid = torch.cat((self.keys.valid[:, :read], valid), 1)
         self.keys.valid = valid
         self.keys.ids = ids
-        return Prompt(self.start, ids, new.images, valid)
+        return PromptMasks(self.start, ids, new.images, valid)
 
     def find_edge(self, past: int) -> int | None:
         """Which of the rows behind `past` tokens is the last one with an image token, in the sample
@@ -183,7 +189,7 @@ class _Selecting:
     Holds the cache weakly: a cycle would keep its memory until the garbage collector runs.
     """
 
-    def __init__(self, cache: Any, generation: Generation, name: str) -> None:
+    def __init__(self, cache: Any, generation: GenerationState, name: str) -> None:
         self.cache, self.generation, self.name = weakref.ref(cache), generation, name
 
     def __call__(self, which: Any) -> None:
@@ -202,7 +208,7 @@ SELECTING = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 """Methods of a cache that reorder, repeat or pick its samples."""
 
 
-def attach(cache: Any, generation: Generation) -> None:
+def attach(cache: Any, generation: GenerationState) -> None:
     """Lets a generation travel with its cache."""
     cache.vlm_patch = generation
     for name in SELECTING:
@@ -216,7 +222,7 @@ def cached(cache: Any, rows: int) -> int:
     """
     if cache is None:
         return 0
-    generation: Generation | None = getattr(cache, "vlm_patch", None)
+    generation: GenerationState | None = getattr(cache, "vlm_patch", None)
     if rows == 1 and generation is not None and isinstance(cache, StaticCache):
         return generation.length
     return int(cache.get_seq_length())

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_patch.engine.state import KEY_MASKS, Generation, cached
+from vlm_patch.engine.state import KEY_MASKS, GenerationState, cached
 from vlm_patch.engine.tower import Tower
 from vlm_patch.errors import PatchError
 from vlm_patch.method import ForwardContext, Patches
 from vlm_patch.models.tensor_parallel import Shard
-from vlm_patch.prompts.masks import Given, Prompt, Reader, expand
+from vlm_patch.prompts.masks import ManualMasks, PromptMasks, Reader, expand
 from vlm_patch.prompts.question import QuestionReader
 
 IMAGE_INPUTS = ("mm_encoder_outputs", "image_pixel_values", "image_patches", "image_embeds")
@@ -27,7 +27,7 @@ IMAGE_INPUTS = ("mm_encoder_outputs", "image_pixel_values", "image_patches", "im
 
 
 @dataclass
-class Told:
+class PromptInputs:
     """What `generate` was given: a prompt that ends at token `end` of its conversation, so that
     what stands behind it in a forward is known to be generated or drafted.
 
@@ -45,7 +45,7 @@ class Told:
     chunk: int | None = None
     inner: bool = False
 
-    def prompt(self, past: int, length: int, valid: Tensor) -> Prompt:
+    def prompt(self, past: int, length: int, valid: Tensor) -> PromptMasks:
         """Its `length` last tokens, of which rows `valid` `[B, S]` are about to be read."""
         batch = len(valid)
 
@@ -58,11 +58,11 @@ class Told:
             mask = part(self.mask)
             valid = torch.ones(batch, length, dtype=torch.bool, device=valid.device)
             valid = valid if mask is None else valid & mask.to(valid.device).bool()
-        return Prompt(past, part(self.ids), self.images, valid, part(self.where))
+        return PromptMasks(past, part(self.ids), self.images, valid, part(self.where))
 
 
 @dataclass
-class _Pending:
+class _ModelInputs:
     """What the hook on the whole model saw of the forward that is about to reach the decoder.
 
     where: a mask of the image tokens `[B, S]`, from models that take one.
@@ -74,7 +74,7 @@ class _Pending:
     where: Tensor | None = None
 
 
-class Layout(threading.local):
+class PromptTracker(threading.local):
     """Makes a `ForwardContext` of the inputs of model and decoder; one state per thread.
 
     pending: the inputs of the whole model whose decoder is about to run, the only place where token
@@ -91,15 +91,15 @@ class Layout(threading.local):
         tower: Tower | None = None,
     ) -> None:
         self.owner, self.mask_name, self.shard, self.tower = owner, mask_name, shard, tower
-        self.given: Given | None = None
-        self.told: Told | None = None
+        self.given: ManualMasks | None = None
+        self.told: PromptInputs | None = None
         self.pending: Mapping[str, Any] | None = None
         self.said: set[str] = set()
         self.unsaid: list[tuple[str, str]] | None = None
         self.reader = Reader(image_ids, reader, self._say)
 
     @contextmanager
-    def generating(self, told: Told | None) -> Iterator[None]:
+    def generating(self, told: PromptInputs | None) -> Iterator[None]:
         """While `generate` runs on such a prompt, which it may do inside another `generate`."""
         before, self.told, self.pending = self.told, told, None
         try:
@@ -116,7 +116,7 @@ class Layout(threading.local):
         words: str | Tensor,
         reader: str | None = None,
         at_end: bool = False,
-    ) -> tuple[ForwardContext, Generation]:
+    ) -> tuple[ForwardContext, GenerationState]:
         """Called before the decoder runs, which it always does. Raises PatchError where the layout
         cannot be told.
 
@@ -165,7 +165,9 @@ class Layout(threading.local):
             forward.edge = generation.find_edge(past)
         return forward, generation
 
-    def _patches(self, generation: Generation, prompt: Prompt, reader: str) -> Patches | None:
+    def _patches(
+        self, generation: GenerationState, prompt: PromptMasks, reader: str
+    ) -> Patches | None:
         """What the vision tower looked at in the images of a prompt; None if it has none."""
         image = generation.keys.image[:, prompt.past : generation.end]
         if self.tower is None or not image.any():
@@ -177,7 +179,7 @@ class Layout(threading.local):
         return replace(placed, image=placed.image.masked_fill(~image, -1))
 
     def _resumes(
-        self, generation: Generation, past: int, rows: int, seen: Mapping[str, Any] | None
+        self, generation: GenerationState, past: int, rows: int, seen: Mapping[str, Any] | None
     ) -> bool:
         """Whether this forward goes on with the prompt read last, of which `past` tokens end the
         cache: not with its answer, and not with a new turn.
@@ -197,7 +199,7 @@ class Layout(threading.local):
             return ends_in_image or (finished is False and self._follows(generation, seen))
         return finished is False or ends_in_image or seen is None or not carries_images(seen)
 
-    def _follows(self, generation: Generation, seen: Mapping[str, Any] | None) -> bool:
+    def _follows(self, generation: GenerationState, seen: Mapping[str, Any] | None) -> bool:
         """Whether the prompt read last, with the new tokens behind it, follows the template."""
         new = None if seen is None else seen.get("input_ids")
         if new is None or self.reader.questions is None:
@@ -206,7 +208,7 @@ class Layout(threading.local):
         rows = torch.cat((before, new.to(before.device)), 1).tolist()
         return all(self.reader.questions.span(row) is not None for row in rows)
 
-    def _finished(self, generation: Generation) -> bool | None:
+    def _finished(self, generation: GenerationState) -> bool | None:
         """Whether the prompt read last is whole by the chat template; None where that is not
         known.
         """
@@ -215,11 +217,11 @@ class Layout(threading.local):
             return None
         return all(map(self.reader.questions.finished, ids.tolist()))
 
-    def _pending(self, inputs: Mapping[str, Any]) -> _Pending:
+    def _pending(self, inputs: Mapping[str, Any]) -> _ModelInputs:
         mask = inputs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         where = None if self.mask_name is None else inputs.get(self.mask_name)
-        return _Pending(inputs.get("input_ids"), carries_images(inputs), mask, where)
+        return _ModelInputs(inputs.get("input_ids"), carries_images(inputs), mask, where)
 
     def see_continuous_batch(self) -> None:
         """Called where transformers packs requests in one row; they hold token ids alone."""
@@ -244,18 +246,20 @@ class Layout(threading.local):
         piece = told.chunk is not None and rows == min(told.chunk, told.end - past)
         return told.end if piece else min(told.end, past + rows)
 
-    def _prompt(self, generation: Generation, pending: _Pending | None, valid: Tensor) -> Prompt:
+    def _prompt(
+        self, generation: GenerationState, pending: _ModelInputs | None, valid: Tensor
+    ) -> PromptMasks:
         """The prompt whose reading starts or goes on in this forward with rows `valid` `[B, S]`."""
         past, length = generation.resumed, generation.end - generation.resumed
         chunked = length > valid.shape[1]
         if self.told is not None and (chunked or (pending is None and self.told.inner)):
             return self.told.prompt(past, length, valid)
-        seen = pending or _Pending(None, False, None)
+        seen = pending or _ModelInputs(None, False, None)
         ids, where = (None if of is None else of[:, :length] for of in (seen.ids, seen.where))
-        return Prompt(past, ids, seen.images, valid[:, :length], where)
+        return PromptMasks(past, ids, seen.images, valid[:, :length], where)
 
     def _read(
-        self, generation: Generation, new: Prompt, question: bool, words: str | Tensor
+        self, generation: GenerationState, new: PromptMasks, question: bool, words: str | Tensor
     ) -> None:
         """Keeps the masks of a prompt, all of it, before its first token runs.
 
@@ -281,7 +285,7 @@ class Layout(threading.local):
 
     def _forward(
         self,
-        generation: Generation,
+        generation: GenerationState,
         past: int,
         valid: Tensor,
         kwargs: dict[str, Any],
@@ -307,7 +311,7 @@ class Layout(threading.local):
             seen=generation.keys.seen,
             reading=True,
             inputs=kwargs,
-            prompt=prompt,
+            prompt_rows=prompt,
             first=generation.start == 0,
             starts=past == generation.resumed,
             ends=ends,
@@ -317,7 +321,7 @@ class Layout(threading.local):
             patches=patches,
         )
 
-    def _step(self, generation: Generation, past: int, rows: int) -> ForwardContext:
+    def _step(self, generation: GenerationState, past: int, rows: int) -> ForwardContext:
         """The forward of one generated token per sample, or of several that were drafted."""
         self.unsaid = None
         while generation.unsaid:
@@ -351,7 +355,7 @@ class Layout(threading.local):
     def _valid(
         self,
         kwargs: Mapping[str, Any],
-        pending: _Pending | None,
+        pending: _ModelInputs | None,
         past: int,
         batch: int,
         rows: int,
@@ -370,11 +374,11 @@ class Layout(threading.local):
             mask = own if own.dtype == torch.bool else own == 0
         return mask[:, -rows:].to(device).bool().expand(batch, rows)
 
-    def _generation(self, cache: Any, past: int, batch: int) -> Generation:
+    def _generation(self, cache: Any, past: int, batch: int) -> GenerationState:
         """The generation that this forward continues, or a new one."""
         if past == 0:
-            return Generation(self.owner, batch)
-        generation: Generation | None = getattr(cache, "vlm_patch", None)
+            return GenerationState(self.owner, batch)
+        generation: GenerationState | None = getattr(cache, "vlm_patch", None)
         if generation is None or generation.owner != self.owner or generation.length < past:
             raise PatchError(
                 f"the cache holds {past} tokens that this patch did not see: it was off, or not "

@@ -244,7 +244,7 @@ class GIFT(KeyReweighting):
 
     def begin(self, forward: ForwardContext, state: GazeState) -> None:
         if not forward.reading:
-            if state.blind is not None and not forward.prompt:
+            if state.blind is not None and not forward.prompt_rows:
                 _say_blind(state.blind)
                 state.blind = None
             if state.read is None:

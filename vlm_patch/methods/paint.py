@@ -196,9 +196,9 @@ class PAINT(Method):
 
     def begin(self, forward: ForwardContext, state: BoostState) -> None:
         """Chooses the patches of a prompt; generated tokens are none."""
-        behind = forward.valid.shape[1] - forward.prompt
+        behind = forward.valid.shape[1] - forward.prompt_rows
         if forward.resumed and not forward.image[:, forward.new].any():
-            behind += forward.prompt  # text that goes on with a prompt read before
+            behind += forward.prompt_rows  # text that goes on with a prompt read before
         elif forward.starts:
             strengths = self._strengths(forward)
             if state.boost is not None:  # what stood behind may have been cut from the cache
@@ -214,7 +214,7 @@ class PAINT(Method):
         """What the scores of each token of a prompt are raised by, `[B, N]`."""
         patches = forward.patches
         if patches is None:
-            return forward.valid[:, : forward.prompt].float().zero_()
+            return forward.valid[:, : forward.prompt_rows].float().zero_()
         strengths = torch.zeros_like(patches.image, dtype=patches.scores[LOCAL].dtype)
         for sample, image in enumerate(patches.image):
             for number in image[image >= 0].unique():
@@ -234,7 +234,7 @@ class PAINT(Method):
         if forward.open:  # read up to its image, the question follows
             rows = rows & ~forward.image[:, forward.new]
         if self.semantics == "release":
-            rows[:, : forward.prompt] = False
+            rows[:, : forward.prompt_rows] = False
         return rows
 
     def edit_scores(

@@ -254,7 +254,7 @@ class VAR(KeyReweighting):
         """The key groups `[B, 4, S]` of new tokens."""
         hidden = cast(hidden, torch.promote_types(hidden.dtype, torch.float32))
         kind = hidden.device, hidden.dtype
-        if self.release and not (forward.first and forward.prompt):
+        if self.release and not (forward.first and forward.prompt_rows):
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
             peak, norm = peak_and_norm(hidden, self.dims or (), 1e-6 if self.release else 0.0)
@@ -263,7 +263,7 @@ class VAR(KeyReweighting):
             least = torch.addcmul(_constant((torch.finfo(norm.dtype).tiny,), *kind), share, norm)
             sinks = peak > least if self.release else peak >= least
             if self.release:
-                sinks[:, forward.prompt :] = False
+                sinks[:, forward.prompt_rows :] = False
         if not forward.generated:
             return key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
         sink, other = _constant((0, 1, 0, 1), *kind, 1), _constant((0, 0, 0, 1), *kind, 1)

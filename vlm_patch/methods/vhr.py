@@ -69,7 +69,7 @@ def without_image(forward: ForwardContext) -> dict[str, Any]:
     position_ids `[B, T]`, T the longest text of the batch. The mask is `[B, 1, T, T]` where text
     looks ahead (PaliGemma's prefix), which the decoder would not do by itself.
     """
-    keep = (forward.valid & ~forward.image[:, forward.new])[:, : forward.prompt]
+    keep = (forward.valid & ~forward.image[:, forward.new])[:, : forward.prompt_rows]
     length = max(1, int(keep.sum(1).max()))
     order = keep.long().argsort(dim=1, stable=True)[:, -length:]
     samples = torch.arange(len(order), device=order.device)[:, None]
@@ -179,7 +179,7 @@ class VHR(Method):
         return self.layers or ()
 
     def settles(self, forward: ForwardContext) -> bool:
-        return forward.first and forward.prompt > 0
+        return forward.first and forward.prompt_rows > 0
 
     def probe(
         self, forward: ForwardContext, state: HeadState, layers: list[int], run: ExtraForward
@@ -233,7 +233,7 @@ class VHR(Method):
                     "a conversation's first prompt is read, with its image. Switch layers before "
                     "the prompt."
                 )
-            outputs = output[:, forward.prompt - 1].detach(), state.text[layer]
+            outputs = output[:, forward.prompt_rows - 1].detach(), state.text[layer]
             chosen = self.choose(*(forward.shard.gather(heads, 1) for heads in outputs))
             chosen = forward.shard.mine(chosen, 1)
             gain = torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)

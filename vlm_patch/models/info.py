@@ -8,7 +8,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,68 +17,9 @@ from transformers import PreTrainedModel
 
 from vlm_patch.errors import UnsupportedModelError
 from vlm_patch.models.published import PROFILES
-
-
-@dataclass(frozen=True)
-class Special:
-    """What a kind of model does in another way than most.
-
-    ids: where its config names visual tokens, beside image_token_id and video_token_id. mask: the
-    input that says where the image stands, instead of token ids. speaker: the part whose `generate`
-    the model's own calls, with embeddings. decoder: the text decoder, where `get_decoder` gives
-    something around it. counts: the decoder counts its positions itself, by the padding tokens.
-    bare: it knows no chat; a prompt is the image and the question behind it. refused: methods that
-    would be wrong, and why. unsupported: why none can be right.
-    """
-
-    ids: tuple[str, ...] = ()
-    mask: str | None = None
-    speaker: str | None = None
-    decoder: str | None = None
-    counts: bool = False
-    bare: bool = False
-    refused: Mapping[str, str] = field(default_factory=dict)
-    unsupported: str | None = None
-
+from vlm_patch.models.quirks import SPECIAL, Special
 
 PIXELS = frozenset(("pixel_values", "flattened_patches"))
-_ALONE = "its cross-attention holds image keys alone"
-SPECIAL: Mapping[str, Special] = {
-    **dict.fromkeys(
-        ("blip-2", "instructblip", "instructblipvideo"),
-        Special(speaker="language_model", bare=True),
-    ),
-    "kosmos-2": Special(
-        mask="image_embeds_position_mask",
-        speaker="text_model",
-        decoder="text_model.model",
-        counts=True,
-        bare=True,
-    ),
-    "kosmos-2.5": Special(
-        mask="image_embeds_position_mask", decoder="text_model.model", counts=True, bare=True
-    ),
-    "paligemma": Special(bare=True),
-    "phi4_multimodal": Special(ids=("vision_config.image_token_id",)),
-    # its separators inside an image come from the vision side, as LLaVA-NeXT's newlines do
-    "ovis2": Special(ids=("visual_indicator_token_ids",)),
-    "mllama": Special(
-        refused={
-            "var": f"{_ALONE}, which have no residual stream to find sinks in",
-            "gift": f"{_ALONE}, so no question could keep pace with them",
-        }
-    ),
-    "muse_spark": Special(
-        refused={"vhr": "it normalises each head's output, so that no gain reaches what follows"}
-    ),
-    "idefics": Special(
-        unsupported=f"{_ALONE}, and its config does not name the tokens that stand for images"
-    ),
-    "blip": Special(unsupported="its attention does not go through transformers' interface"),
-    "git": Special(unsupported="its attention does not go through transformers' interface"),
-}
-"""By model type. All others follow one rule: the placeholders are the config's image_token_id and
-video_token_id, the decoder is that of `get_decoder()`, and `generate` is the model's own."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +35,14 @@ class Layer:
 class Decoder:
     """The text decoder of a vision-language model.
 
-    kind: its model type. layers: those with softmax attention over the text's own tokens. heads:
-    query heads. image_ids: placeholder token ids. speaker: the part whose `generate` makes the
-    tokens. special: what is different about this model.
+    module: the decoder itself.
+    kind: its model type.
+    layers: those with softmax attention over the text's own tokens.
+    depth, heads, width: number of layers, query heads of a layer, size of the residual stream.
+    image_ids: placeholder token ids.
+    profile: published defaults, by method.
+    generator: the part whose `generate` makes the tokens.
+    special: what is different about this model type.
     """
 
     module: nn.Module
@@ -107,7 +53,7 @@ class Decoder:
     width: int
     image_ids: tuple[int, ...]
     profile: Mapping[str, Mapping[str, Any]]
-    speaker: Any
+    generator: Any
     special: Special
 
     @property
@@ -154,8 +100,11 @@ def _check_compiled(parts: list[Any]) -> None:
         )
 
 
-def read(model: Any) -> Decoder:
-    """What the library needs to know of a model. Raises UnsupportedModelError with the reason."""
+def inspect_model(model: Any) -> Decoder:
+    """What the library needs to know of a model. Raises UnsupportedModelError with the reason.
+
+    inspect_model(model).depth
+    """
     name = type(model).__name__
     if not hasattr(model, "get_decoder"):
         raise UnsupportedModelError(
@@ -184,7 +133,7 @@ def read(model: Any) -> Decoder:
         width=config.hidden_size,
         image_ids=image_ids,
         profile=_profile(config, model.config.model_type),
-        speaker=getattr(model, special.speaker) if special.speaker else model,
+        generator=getattr(model, special.generator) if special.generator else model,
         special=special,
     )
 

@@ -13,7 +13,7 @@ from vlm_patch.prompts.question import QuestionReader
 
 
 @dataclass
-class Given:
+class ManualMasks:
     """Masks given by hand for the prompts of a `with patch.prompt(...)` block, `[batch, prompt
     length]` (bool).
     """
@@ -23,7 +23,7 @@ class Given:
 
 
 @dataclass
-class Prompt:
+class PromptMasks:
     """The N tokens of a prompt that stand behind `past` cached ones, padding included.
 
     ids `[B, N]`: None where embeddings were given instead. images: whether they come with images;
@@ -55,7 +55,7 @@ class Reader:
     questions: QuestionReader | None
     say: Callable[[str, str], None]
 
-    def image(self, prompt: Prompt, given: Given | None) -> Tensor:
+    def image(self, prompt: PromptMasks, given: ManualMasks | None) -> Tensor:
         """The image tokens `[B, N]`. Raises PatchError where they cannot be told."""
         if given is not None and given.image is not None:
             return by_hand(given.image, "image", prompt)
@@ -76,7 +76,7 @@ class Reader:
         return found
 
     def question(
-        self, prompt: Prompt, given: Given | None, words: str | Tensor, images: Tensor
+        self, prompt: PromptMasks, given: ManualMasks | None, words: str | Tensor, images: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The query and its content words `[B, N]`; see `GIFT` for the rules.
 
@@ -136,7 +136,7 @@ class Reader:
         return query
 
 
-def by_hand(mask: Tensor, name: str, prompt: Prompt) -> Tensor:
+def by_hand(mask: Tensor, name: str, prompt: PromptMasks) -> Tensor:
     """A mask over the whole padded prompt, repeated for beams and return sequences, cut to what is
     new. Raises PatchError where it does not fit.
     """
@@ -161,7 +161,7 @@ def expand(rows: Tensor, batch: int) -> Tensor:
     return rows.repeat_interleave(batch // len(rows), 0)
 
 
-def _after_image(image: Tensor, prompt: Prompt) -> Tensor:
+def _after_image(image: Tensor, prompt: PromptMasks) -> Tensor:
     """Text after the last image token; in a later turn without an image all but the answer's last
     token.
     """

@@ -86,11 +86,13 @@ class QuestionReader:
     """Finds the last user text of a prompt, and its content words, from the token ids of one
     sample.
 
-    bare: the model knows no chat; its prompts are the image and the question behind it.
+    has_chat_template: without one, a prompt is the image and the question behind it.
     """
 
-    def __init__(self, processor: Any, image_ids: Sequence[int], bare: bool = False) -> None:
-        self.template = None if bare else read_template(processor, image_ids)
+    def __init__(
+        self, processor: Any, image_ids: Sequence[int], has_chat_template: bool = True
+    ) -> None:
+        self.template = read_template(processor, image_ids) if has_chat_template else None
         self.tokenizer = processor.tokenizer
         self.image_ids = frozenset(image_ids)
 
