@@ -143,14 +143,14 @@ def test_disabling_a_method_that_is_not_there(name: str) -> None:
 
 
 SHARE = "expected a number from 0 to 1"
-WHOLE = "expected a whole number of at least 0"
+WHOLE = "expected an integer of at least 0"
 AT_LEAST_0 = "expected a finite number of at least 0"
 BELOW_1 = (
     "expected at most 1, since beyond it negative scores would change their sign (published values "
     "are 0.3 to 0.7)"
 )
 TABLE = "expected a list of a number per head for every layer"
-SEVERAL = "expected a list or a range of whole numbers, such as [1, 2]"
+SEVERAL = "expected a list or a range of integers, such as [1, 2]"
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_refused_ways_work_while_nothing_is_on() -> None:
 
 
 UNCHUNKED = [
-    "vhr chooses its heads by the last row of the prompt and makes them louder in all rows "
+    "vhr chooses its heads by the last row of the prompt and amplifies them in all rows "
     "before it, so a prompt cannot be read in chunks: leave prefill_chunk_size out, or "
     'generate inside `with patch.disabled("vhr"):`',
     "VAR does not know the sink channels of this model, and looks for them in a prompt that is "

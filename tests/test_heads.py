@@ -85,8 +85,8 @@ def test_a_table_is_taken_as_it_is_and_not_shared() -> None:
         ("1:*-2", 'head: found \'*-2\', expected a number, a range "4-7" or "*"'),
         ("1:0:2", 'head: found \'0:2\', expected a number, a range "4-7" or "*"'),
         ("1.5", 'layer: found \'1.5\', expected a number, a range "4-7" or "*"'),
-        ({1: [0.5]}, "head: found 0.5, expected whole numbers"),
-        ({1: [True]}, "head: found True, expected whole numbers"),
+        ({1: [0.5]}, "head: found 0.5, expected integers"),
+        ({1: [True]}, "head: found True, expected integers"),
         (
             3,
             'heads: found 3, expected "all", a bool table, a mapping {layer: heads} or text '
@@ -135,7 +135,7 @@ def test_numbers(spec: heads.LayerSpec, expected: list[int]) -> None:
 @pytest.mark.parametrize("spec", [1.5, None, True, [None], ["1"]], ids=str)
 def test_numbers_that_are_none(spec: object) -> None:
     wrong = spec[0] if isinstance(spec, list) else spec
-    message = f"layer: found {wrong!r}, expected whole numbers"
+    message = f"layer: found {wrong!r}, expected integers"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         heads.numbers(spec, 4, "layer")  # type: ignore[arg-type]
 

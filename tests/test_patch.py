@@ -61,7 +61,7 @@ def watched(model: nn.Module, rows: Any = tiny.BATCH_OF_3) -> Iterator[list[list
 
 
 def head_outputs(model: nn.Module) -> list[list[Tensor]]:
-    """See `watched`; VHR's text-only pass, which comes before both, does not count."""
+    """See `watched`; VHR's image-ablated forward, which comes before both, does not count."""
     with watched(model) as found:
         model.generate(
             **tiny.inputs(model, tiny.BATCH_OF_3),

@@ -124,7 +124,7 @@ def _fail(module: nn.Module, args: object) -> None:
 
 
 def test_an_error_in_a_pass_of_our_own_leaves_the_patch_whole() -> None:
-    """VHR's text-only pass fails inside the forward that asked for it."""
+    """VHR's image-ablated forward fails inside the forward that asked for it."""
     model = planted()
     with wrap(model, *METHODS):
         patched = logits(model)

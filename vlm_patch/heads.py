@@ -69,7 +69,7 @@ def _int_numbers(spec: int | Iterable[int], what: str) -> list[int]:
     items = list(spec) if isinstance(spec, Iterable) else [spec]
     for item in items:
         if isinstance(item, bool) or not isinstance(item, SupportsIndex):
-            raise ValueError(f"{what}: found {item!r}, expected whole numbers")
+            raise ValueError(f"{what}: found {item!r}, expected integers")
     return [operator.index(item) for item in items]
 
 

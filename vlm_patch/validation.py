@@ -24,11 +24,11 @@ def check_number(
 
 
 def check_whole(name: str, value: int, size: int | None = None) -> None:
-    """Raises ValueError unless `value` is a whole number of at least 0, and below `size` where that
+    """Raises ValueError unless `value` is an integer of at least 0, and below `size` where that
     is known.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}: found {value!r}, expected a whole number of at least 0")
+        raise ValueError(f"{name}: found {value!r}, expected an integer of at least 0")
     if size is not None and value >= size:
         raise ValueError(f"{name}: found {value}, but this model has only 0 to {size - 1}")
 
@@ -37,7 +37,7 @@ def check_wholes(name: str, values: Sequence[int] | None, size: int | None = Non
     """The same for every one of a sequence of layers or channels; None is none."""
     if values is not None and not isinstance(values, list | tuple | range):
         raise ValueError(
-            f"{name}: found {values!r}, expected a list or a range of whole numbers, such as [1, 2]"
+            f"{name}: found {values!r}, expected a list or a range of integers, such as [1, 2]"
         )
     for value in values or ():
         check_whole(name, value, size)

@@ -15,16 +15,17 @@ from typing import Any, TypeAlias
 import torch
 
 from eval.runs import generate
+from vlm_patch.models.chat import Response
 from eval.runs.config import Config
 from eval.runs.samples import Sample, notice
 from eval.errors import EvalError
-from eval.runs.generate import Answer, BrokenImageError
+from eval.runs.generate import BrokenImageError
 from eval.runs.images import pixel_count
 
 PATCH = 28 * 28
 """Pixels behind one image token where their number depends on the picture (Qwen2-VL and later)."""
 
-Found: TypeAlias = "tuple[Sample, Answer | BrokenImageError]"
+Found: TypeAlias = "tuple[Sample, Response | BrokenImageError]"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class BatchRunner:
             ]
             left = left[len(groups) :]
 
-    def _fitting(self, samples: Sequence[Sample]) -> list[Answer | BrokenImageError] | None:
+    def _fitting(self, samples: Sequence[Sample]) -> list[Response | BrokenImageError] | None:
         """What came of these samples; None if they did not fit into memory together."""
         try:
             return self._readable(samples)
@@ -101,7 +102,7 @@ class BatchRunner:
             torch.accelerator.empty_cache()
         return None
 
-    def _readable(self, samples: Sequence[Sample]) -> list[Answer | BrokenImageError]:
+    def _readable(self, samples: Sequence[Sample]) -> list[Response | BrokenImageError]:
         """The answers, with the error in the place of each sample whose image is broken."""
         broken: dict[tuple[str, ...], BrokenImageError] = {}
         limit = self.config.sections[samples[0].task].max_new_tokens

@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 
 from eval.runs import jsonl
 from eval.errors import EvalError, notice
+from vlm_patch.models.chat import Response
 from eval.runs.batches import Found
-from eval.runs.generate import Answer
 from eval.runs.samples import Sample
 
 KEY = ("task", "split", "id")
@@ -155,8 +155,8 @@ class RunFolder:
 
     def write(self, found: Sequence[Found], rank: int | None = None) -> None:
         """Add what came of some samples; `rank`: to the files of this one of several processes."""
-        answers = [_line(sample, it) for sample, it in found if isinstance(it, Answer)]
-        skipped = [_skip(sample, it.reason) for sample, it in found if not isinstance(it, Answer)]
+        answers = [_line(sample, it) for sample, it in found if isinstance(it, Response)]
+        skipped = [_skip(sample, it.reason) for sample, it in found if not isinstance(it, Response)]
         for path, rows in ((self.answers, answers), (self.skip_list, skipped)):
             if rows:
                 own = path if rank is None else path.with_suffix(f".rank-{rank}{path.suffix}")
@@ -183,7 +183,7 @@ class RunFolder:
             self.write_record({**record, **{key: record[key] + new[key] for key in new}})
 
 
-def _line(sample: Sample, answer: Answer) -> dict[str, Any]:
+def _line(sample: Sample, answer: Response) -> dict[str, Any]:
     """One line of answers.jsonl."""
     shown = {"image": sample.image.name, "prompt": sample.prompt}
     response = {"answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from eval.runs import images
@@ -18,27 +17,9 @@ from eval import pocket
 from eval.runs.config import Config
 from eval.runs.samples import Sample, notice
 from eval.errors import EvalError
+from vlm_patch.models import chat
+from vlm_patch.models.chat import BARE, GREEDY, MODELS, PROCESSORS, Response
 from vlm_patch.models.info import place
-
-# The Auto classes carry no types.
-MODELS: Any = AutoModelForImageTextToText
-PROCESSORS: Any = AutoProcessor
-
-# Plain greedy search, whatever sampling or penalty a checkpoint's generation_config.json asks for.
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-}
-
-
-# What a model that knows no chat is asked: the question, the image being put before it.
-BARE = "{{ messages[0]['content'][-1]['text'] }}"
-
 
 PLAIN = (336, 336)
 """Size of an image that every processor takes."""
@@ -53,15 +34,6 @@ class BrokenImageError(EvalError):
 
     def __str__(self) -> str:
         return f"{self.sample.name}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said, its length in tokens (end mark included), and whether it ended."""
-
-    text: str
-    tokens: int
-    ended: bool
 
 
 def load_model(config: Config) -> tuple[Any, Any]:
@@ -117,36 +89,27 @@ def own_device() -> str:
 
 def prepare(processor: Any, name: str, chat_template: str | None = None) -> Any:
     """The processor made ready for batches: left padding, a padding token, a chat template."""
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:
+    if getattr(processor, "tokenizer", None) is None:
         raise EvalError(
             f"model {name}: its processor has no tokenizer ({type(processor).__name__})"
         )
-    processor.chat_template = chat_template or processor.chat_template or tokenizer.chat_template
-    if not processor.chat_template:
+    if not chat.prepare(processor, chat_template):
         raise EvalError(
             f"model {name}: its processor has no chat template, so prompts cannot be rendered; "
             f'give one in the config, for the bare question --set "chat_template={BARE}"'
         )
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return processor
 
 
 @torch.inference_mode()
-def ask(model: Any, processor: Any, batch: Sequence[Sample], max_new_tokens: int) -> list[Answer]:
+def ask(model: Any, processor: Any, batch: Sequence[Sample], max_new_tokens: int) -> list[Response]:
     """Greedy answers to one batch of samples."""
     inputs = encode(processor, batch)
     _check_images(model, inputs["input_ids"], batch)
     inputs = inputs.to(model.device, dtype=model.dtype)
-    tokenizer = processor.tokenizer
-    output = model.generate(
-        **inputs, **GREEDY, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
-    )
-    new = output[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = _end_tokens(model)
-    return [_answer(tokenizer, tokens, ends) for tokens in new]
+    settings = {**GREEDY, "max_new_tokens": max_new_tokens}
+    found = chat.respond(model, processor, inputs, settings)
+    return [replace(response, text=response.text.strip()) for response in found]
 
 
 def encode(processor: Any, batch: Sequence[Sample]) -> Any:
@@ -156,7 +119,7 @@ def encode(processor: Any, batch: Sequence[Sample]) -> Any:
     """
     conversations = [_conversation(sample, open_image(sample)) for sample in batch]
     try:
-        return _render(processor, conversations)
+        return chat.render(processor, conversations)
     except MemoryError:
         raise
     # processors check little, so that a strange image or template fails anywhere in them
@@ -171,25 +134,10 @@ def encode(processor: Any, batch: Sequence[Sample]) -> Any:
         raise EvalError(f"the processor cannot take {names}: {error}") from error
 
 
-def _render(processor: Any, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
-    render = processor.apply_chat_template
-    padding: dict[str, Any] = {"padding": True}
-    if "processor_kwargs" in inspect.signature(render).parameters:  # newer transformers
-        padding = {"processor_kwargs": padding}
-    return render(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **padding,
-    )
-
-
 def _takes_another_image(processor: Any, sample: Sample) -> bool:
     """Whether an ordinary image in the place of the sample's would do, so that it is to blame."""
     try:
-        _render(processor, [_conversation(sample, Image.new("RGB", PLAIN))])
+        chat.render(processor, [_conversation(sample, Image.new("RGB", PLAIN))])
     except Exception:
         return False
     return True
@@ -222,21 +170,3 @@ def _check_images(model: Any, ids: torch.Tensor, batch: Sequence[Sample]) -> Non
                 f"{sample.name}: the rendered prompt holds no image token (id {token}); "
                 f"the chat template must place the image"
             )
-
-
-def _end_tokens(model: Any) -> set[int]:
-    """What ends an answer. A model with a `generate` of its own (InstructBLIP) leaves it to its
-    language model.
-    """
-    leaves_it = type(model).generate is not GenerationMixin.generate
-    part = getattr(model, "language_model", None)
-    writer = part if leaves_it and isinstance(part, GenerationMixin) else model
-    ends = writer.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends}
-
-
-def _answer(tokenizer: Any, tokens: list[int], ends: set[int]) -> Answer:
-    end = next((place for place, token in enumerate(tokens) if token in ends), None)
-    kept = tokens if end is None else tokens[: end + 1]
-    text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-    return Answer(text, len(kept), end is not None)

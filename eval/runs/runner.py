@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from eval.benchmarks import registry
+from vlm_patch.models.chat import GREEDY
 from eval.runs import batches, generate, splitting, workers
 from eval.runs import samples as dataset
 from eval.runs.config import Config, recorded
@@ -132,7 +133,7 @@ def describe(config: Config, samples: Sequence[Sample]) -> dict[str, Any]:
     return {
         "settings": config.settings(),
         "data": dataset.describe(samples),
-        "decoding": dict(generate.GREEDY),
+        "decoding": dict(GREEDY),
         "environments": [],
         "patches": [],
         "notes": [],

@@ -22,9 +22,9 @@ from transformers.models.llama import modeling_llama
 
 import vlm_patch
 from eval.errors import EvalError
-from eval.runs.generate import GREEDY
 from eval.speed.models import Loaded, Prompt
 from eval.speed.shapes import Acting, acting, ours, specs
+from vlm_patch.models.chat import GREEDY
 
 
 @dataclass

@@ -531,7 +531,7 @@ def planted_twin() -> nn.Module:
 def test_an_exception_inside_a_layer_leaves_nothing_behind(
     names: tuple[str, ...], layer: int
 ) -> None:
-    """In the text-only pass, in the first pass of GIFT, or in the prefill: whatever runs first."""
+    """In the image-ablated forward, GIFT's first pass, or the prefill: whatever runs first."""
     model = model_of("llava")
     batch = batch_of(model, tiny.BATCH_OF_3)
     block = model.model.language_model.layers[layer]

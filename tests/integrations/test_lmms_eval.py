@@ -62,7 +62,7 @@ def test_methods_with_their_hyperparameters(
         ("gift", {"gift.alhpa": 4}, "unknown model argument 'gift.alhpa': .*gift.alpha, gift.beta"),
         ("gift", {"var.tau": 4}, "unknown model argument 'var.tau'"),
         ("baseline", {"prtrained": "x"}, "unknown model argument 'prtrained': .* run are none"),
-        ("gift", {"gift.layers": "8 - 10"}, "gift.layers: found '8 - 10', expected whole numbers"),
+        ("gift", {"gift.layers": "8 - 10"}, "gift.layers: found '8 - 10', expected integers"),
         ("gift", {"gift.alpha": "much"}, "alpha: found 'much'"),
     ],
 )
@@ -80,7 +80,7 @@ def test_lists_are_written_with_plus() -> None:
 
 def test_a_batch_size_is_a_whole_number() -> None:
     assert whole("batch_size", "8") == 8
-    with pytest.raises(ValueError, match="batch_size: found 'auto', expected a whole number"):
+    with pytest.raises(ValueError, match="batch_size: found 'auto', expected an integer"):
         whole("batch_size", "auto")
 
 

@@ -24,6 +24,7 @@ from eval.runs.samples import Sample
 from tests.support import instructblip
 from vlm_patch import GIFT, VHR, wrap
 from vlm_patch.integrations.lmms_eval.model import VlmPatch
+from vlm_patch.models import chat
 
 STRONG = "gift.alpha=30,gift.beta=0,gift.saliency_layer=1,gift.layers=2-3"
 POPE = Path(lmms_eval.__file__).parent / "tasks" / "pope" / "pope.yaml"
@@ -151,12 +152,12 @@ def test_a_model_without_a_chat_template_is_given_one(
 ) -> None:
     """InstructBLIP gets the same bare question as from `python -m eval`."""
     folder = instructblip.save(tmp_path / "model")
-    bare = f"methods=vhr,vhr.layers=1-2,chat_template={generate.BARE}"
+    bare = f"methods=vhr,vhr.layers=1-2,chat_template={chat.BARE}"
     done = run(tasks, tmp_path / "out", bare, model=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     _, said = results(tmp_path / "out")
     model, processor = generate.load_model(
-        replace(config, model=str(folder), chat_template=generate.BARE)
+        replace(config, model=str(folder), chat_template=chat.BARE)
     )
     with wrap(model, VHR(layers=[1, 2]), processor=processor):
         expected = [generate.ask(model, processor, [sample], 4)[0].text for sample in samples]

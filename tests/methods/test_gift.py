@@ -369,7 +369,7 @@ def test_several_saliency_layers_make_one_map_each_with_heads_of_its_own() -> No
         ("head_fraction", value, "a number from 0 to 1")
         for value in (-0.1, 1.1, math.nan, True, "half", None)
     ]
-    + [("saliency_layer", value, "a whole number of at least 0") for value in (-1, 1.5, True, "3")],
+    + [("saliency_layer", value, "an integer of at least 0") for value in (-1, 1.5, True, "3")],
 )
 def test_bounds(field: str, value: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=f"^GIFT {field}: found .*, expected {expected}$") as error:
@@ -395,7 +395,7 @@ def test_alpha_whose_exponential_float32_cannot_hold() -> None:
 
 @pytest.mark.parametrize(("layers", "found"), [((-1,), "-1"), ([1.5], "1.5"), ([2, True], "True")])
 def test_layers_are_whole_numbers(layers: Any, found: str) -> None:
-    message = f"GIFT layers: found {found}, expected a whole number of at least 0"
+    message = f"GIFT layers: found {found}, expected an integer of at least 0"
     with pytest.raises(ValueError, match=message):
         GIFT(layers=layers)
 
@@ -411,9 +411,9 @@ def test_layers_are_a_list(layers: Any) -> None:
     [
         ([], r"found \[\], expected a layer, or a list of at least one layer with none of them"),
         ((2, 3, 2), r"found \(2, 3, 2\), expected a layer, or a list of at least one"),
-        ([1, -1], "found -1, expected a whole number of at least 0"),
-        ((True,), "found True, expected a whole number of at least 0"),
-        ([[1]], r"found \[1\], expected a whole number of at least 0"),
+        ([1, -1], "found -1, expected an integer of at least 0"),
+        ((True,), "found True, expected an integer of at least 0"),
+        ([[1]], r"found \[1\], expected an integer of at least 0"),
     ],
 )
 def test_saliency_layers_are_different_layers(given: Any, message: str) -> None:

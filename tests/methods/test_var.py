@@ -291,7 +291,7 @@ def test_scores_of_half_precision_streams_are_taken_in_float32() -> None:
         for value in (0, 0.0, -1.0, math.nan, math.inf, True, "20")
     ]
     + [
-        ("first_layer", value, "a whole number of at least 0")
+        ("first_layer", value, "an integer of at least 0")
         for value in (-1, 1.0, True, "2", math.nan)
     ],
 )
@@ -306,7 +306,7 @@ def test_bounds(field: str, value: Any, expected: str) -> None:
     [((-1,), "-1"), ((1.5,), "1.5"), ((True,), "True"), (["3"], "'3'")],
 )
 def test_channels_are_whole_numbers(dims: Any, found: str) -> None:
-    message = f"VAR dims: found {found}, expected a whole number of at least 0"
+    message = f"VAR dims: found {found}, expected an integer of at least 0"
     with pytest.raises(ValueError, match=message):
         VAR(dims=dims)
 

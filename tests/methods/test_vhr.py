@@ -291,7 +291,7 @@ def test_alpha(alpha: Any) -> None:
 
 @pytest.mark.parametrize(("layers", "found"), [((-1,), "-1"), ([1.5], "1.5"), ([True], "True")])
 def test_layers_are_whole_numbers(layers: Any, found: str) -> None:
-    message = f"VHR layers: found {found}, expected a whole number of at least 0"
+    message = f"VHR layers: found {found}, expected an integer of at least 0"
     with pytest.raises(ValueError, match=message):
         VHR(layers=layers)
 

@@ -101,7 +101,7 @@ def test_scores_are_capped(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "ernie4_5_vl_moe"])
 def test_positions_of_three_axes(kind: str) -> None:
-    """So that the text-only pass of VHR, which equals the model on text alone, re-packs m-rope."""
+    """VHR's image-ablated forward re-packs m-rope, and so equals the model on text alone."""
     tiny, seen = family(kind), []
 
     def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ STEPS = (
     (nn.Module, "register_forward_pre_hook"),
     (nn.Module, "register_forward_hook"),
     (patch, "Hook"),
-    (patch, "Passes"),
-    (patch, "Generate"),
+    (patch, "ForwardHooks"),
+    (patch, "GuardedGenerate"),
 )
 """What `wrap` calls, one after the other, while it puts methods on."""
 

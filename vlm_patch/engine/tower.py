@@ -194,7 +194,7 @@ class Tower(threading.local):
         images = {read: self._images(read) for read in self.reads}
         first = images[self.reads[0]]
         numbers = [torch.full_like(scores, i) for i, scores in enumerate(first)]
-        # at least float32, which holds every whole number of images exactly
+        # at least float32, which holds every integer of images exactly
         number = _put(numbers, image, name)
         scores = {read: _put(found, image, name) for read, found in images.items()}
         real = ~scores[self.reads[0]].isnan()

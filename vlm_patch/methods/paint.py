@@ -44,7 +44,7 @@ def top(scores: Tensor, fraction: float) -> Tensor:
     """The floor(fraction * N) largest of scores `[..., N]`; ties to the lowest index. Returns bool
     `[..., N]`.
     """
-    # a product of decimals may fall just below the whole number that is meant
+    # a product of decimals may fall just below the integer that is meant
     count = math.floor(fraction * scores.shape[-1] + 1e-9)
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)

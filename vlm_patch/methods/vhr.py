@@ -1,6 +1,6 @@
 """VHR: vision-aware head reinforcement. He et al., ACL 2025, https://arxiv.org/abs/2412.13949.
 
-Heads whose output changes most when the image is taken away are made louder.
+Heads whose output changes most when the image is taken away are amplified.
 """
 
 from __future__ import annotations
@@ -184,19 +184,19 @@ class VHR(Method):
     def probe(
         self, forward: ForwardContext, state: HeadState, layers: list[int], run: ExtraForward
     ) -> Method:
-        """The text-only pass: keeps the last row's head outputs of every layer that is on."""
+        """The image-ablated forward: keeps the last row's head outputs of layers that are on."""
         if not forward.first:
             return self
         if forward.resumed:
             raise PatchError(
-                "vhr chooses its heads by the last row of the prompt and makes them louder in all "
+                "vhr chooses its heads by the last row of the prompt and amplifies them in all "
                 f"rows before it, of which {forward.past} are cached already: give the whole "
                 "prompt, with its image, without a cache, or generate inside "
                 '`with patch.disabled("vhr"):` (before a new turn, feed the answer token by token)'
             )
         if not forward.ends:
             raise PatchError(
-                "vhr chooses its heads by the last row of the prompt and makes them louder in all "
+                "vhr chooses its heads by the last row of the prompt and amplifies them in all "
                 "rows before it, so a prompt cannot be read in chunks: leave prefill_chunk_size "
                 'out, or generate inside `with patch.disabled("vhr"):`'
             )

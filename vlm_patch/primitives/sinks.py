@@ -66,7 +66,7 @@ def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
         matrix = matrix if local is None else local()
         heads, size = value.shape[1], value.shape[-1]
         if not isinstance(matrix, Tensor) or matrix.is_meta or not matrix.is_floating_point():
-            continue  # offloaded to the CPU or a disk, or whole numbers whose scale lies elsewhere
+            continue  # offloaded to the CPU or a disk, or integers whose scale lies elsewhere
         if matrix.ndim == 2 and matrix.shape[1] == heads * size:
             per_head = matrix.dequantize().float().view(-1, heads, size).permute(1, 2, 0)
             gram = per_head @ per_head.transpose(1, 2)

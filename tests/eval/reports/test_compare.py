@@ -16,7 +16,7 @@ from eval.reports import compare
 from eval.runs import runner
 from eval.runs.config import from_settings
 from eval.runs.folder import RunFolder
-from eval.runs.generate import GREEDY
+from vlm_patch.models.chat import GREEDY
 
 Edit = Callable[[dict[str, Any]], None]
 TRUTH = {1: ["dog"], 2: ["cup", "dog"], 3: ["person"]}

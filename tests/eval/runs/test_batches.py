@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vlm_patch.models import chat
 from eval.runs import batches, generate
 from eval.runs.batches import BatchRunner
 from eval.runs.samples import Sample
@@ -47,7 +48,7 @@ def asking(
         asked.append([sample.id for sample in batch])
         if error := fits(batch):
             raise error
-        return [generate.Answer(f"{sample.prompt} {limit}", 1, True) for sample in batch]
+        return [chat.Response(f"{sample.prompt} {limit}", 1, True) for sample in batch]
 
     monkeypatch.setattr(generate, "ask", ask)
     return asked

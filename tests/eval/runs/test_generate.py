@@ -18,6 +18,7 @@ from eval.runs.samples import Sample
 from eval.errors import EvalError
 from eval.support import tiny
 from tests.eval.conftest import Settings
+from vlm_patch.models import chat
 
 PROMPTS = (
     "Is there a dog ?",
@@ -83,9 +84,9 @@ def test_prompts_are_padded_on_the_left_and_hold_one_image_each(
 
 def test_length_counts_the_end_mark_and_cut_answers_are_not_ended(processor: Any) -> None:
     tokens = [10, 11, tiny.EOS, tiny.PAD, tiny.PAD]
-    said = generate._answer(processor.tokenizer, tokens, {tiny.EOS})
+    said = chat.response(processor.tokenizer, tokens, {tiny.EOS})
     assert (said.tokens, said.ended) == (3, True)
-    cut = generate._answer(processor.tokenizer, [10, 11, 12], {tiny.EOS})
+    cut = chat.response(processor.tokenizer, [10, 11, 12], {tiny.EOS})
     assert (cut.tokens, cut.ended) == (3, False)
     assert "</s>" not in said.text
     assert said.text == processor.tokenizer.decode([10, 11])
@@ -326,4 +327,4 @@ def test_what_ends_an_answer_stands_with_who_writes_it(own: bool) -> None:
 
     model: Any = (Asking if own else Writer)(7)
     model.language_model = Writer(2)
-    assert generate._end_tokens(model) == {2 if own else 7}
+    assert chat.end_tokens(model) == {2 if own else 7}

@@ -11,6 +11,7 @@ from eval.runs.config import Config
 from eval.errors import EvalError
 from eval.runs.folder import RunFolder
 from tests.support import instructblip
+from vlm_patch.models import chat
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "instructblip-7b"
 
@@ -73,7 +74,7 @@ def test_the_prompt_is_the_image_and_the_bare_question(
     image = "<image>" * 16
     assert shown[0].replace(" ", "") == f"{image}{'<pad>' * 3}<s>Isthereadog?"
     assert shown[1].replace(" ", "") == f"{image}<s>Isthereadogintheimage?"
-    assert generate._end_tokens(model) == {model.language_model.config.eos_token_id} == {2}
+    assert chat.end_tokens(model) == {model.language_model.config.eos_token_id} == {2}
 
 
 def test_without_the_key_the_cure_is_named(shipped: Callable[..., Config], tmp_path: Path) -> None:

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 
-# The Auto classes carry no types.
-MODELS: Any = AutoModelForImageTextToText
-PROCESSORS: Any = AutoProcessor
+from vlm_patch.models import chat
+from vlm_patch.models.chat import Response
 
 # What a task does not ask for is off, whatever a checkpoint's generation_config.json says.
-NEUTRAL: dict[str, Any] = {
-    "max_new_tokens": 1024,
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "length_penalty": 1.0,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-}
+NEUTRAL: dict[str, Any] = {"max_new_tokens": 1024, "length_penalty": 1.0, **chat.GREEDY}
 SAMPLING = ("temperature", "top_p", "top_k")
 
 Conversation = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said, and its length in tokens before it was cut (end mark included)."""
-
-    text: str
-    tokens: int
 
 
 def load(
@@ -55,19 +33,14 @@ def load(
     source = {key: settings.pop(key) for key in ("revision", "trust_remote_code")}
     given = {key: value for key, value in settings.items() if value is not None}
     placing = {} if device_map is None else {"device_map": device_map}
-    processor = PROCESSORS.from_pretrained(pretrained, **source)
-    tokenizer = processor.tokenizer
-    processor.chat_template = chat_template or processor.chat_template or tokenizer.chat_template
-    if not processor.chat_template:
+    processor = chat.PROCESSORS.from_pretrained(pretrained, **source)
+    if not chat.prepare(processor, chat_template):
         raise ValueError(
             f"the processor of {pretrained} has no chat template, so prompts cannot be rendered: "
             "give one in --model_args, for the bare question "
-            "chat_template={{ messages[0]['content'][-1]['text'] }}"
+            f"chat_template={chat.BARE}"
         )
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = MODELS.from_pretrained(pretrained, **source, **given, **placing)
+    model = chat.MODELS.from_pretrained(pretrained, **source, **given, **placing)
     return (model if placing else model.to(device)).eval(), processor
 
 
@@ -112,9 +85,9 @@ def batches(kinds: Sequence[Hashable], lengths: Sequence[int], size: int) -> lis
 
 def answer(
     model: Any, processor: Any, conversations: Sequence[Conversation], settings: Mapping[str, Any]
-) -> list[Answer]:
+) -> list[Response]:
     """The answers to one batch, in order; conversations without an image run apart."""
-    found: dict[int, Answer] = {}
+    found: dict[int, Response] = {}
     for seeing in (True, False):
         places = [n for n, talk in enumerate(conversations) if _has_image(talk) is seeing]
         if places:
@@ -137,32 +110,6 @@ def _has_image(conversation: Conversation) -> bool:
 @torch.inference_mode()
 def _generate(
     model: Any, processor: Any, conversations: Sequence[Conversation], settings: Mapping[str, Any]
-) -> list[Answer]:
-    tokenizer = processor.tokenizer
-    render = processor.apply_chat_template
-    padding: dict[str, Any] = {"padding": True}
-    if "processor_kwargs" in inspect.signature(render).parameters:  # newer transformers
-        padding = {"processor_kwargs": padding}
-    inputs = render(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **padding,
-    ).to(model.device, dtype=model.dtype)
-    output = model.generate(**inputs, **settings, pad_token_id=tokenizer.pad_token_id)
-    # a model with a `generate` of its own (InstructBLIP) leaves it to its language model
-    leaves_it = type(model).generate is not GenerationMixin.generate
-    part = getattr(model, "language_model", None)
-    writer = part if leaves_it and isinstance(part, GenerationMixin) else model
-    ends = writer.generation_config.eos_token_id
-    ends = {*ends} if isinstance(ends, list) else {ends}
-    new = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [_answer(tokenizer, tokens, ends) for tokens in new]
-
-
-def _answer(tokenizer: Any, tokens: list[int], ends: set[int]) -> Answer:
-    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens) - 1)
-    kept = tokens[: end + 1]
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept))
+) -> list[Response]:
+    inputs = chat.render(processor, conversations).to(model.device, dtype=model.dtype)
+    return chat.respond(model, processor, inputs, settings)

@@ -48,7 +48,7 @@ def _types(kind: type[Method]) -> list[tuple[str, Any]]:
 
 
 def _as(hint: Any, key: str, value: Any) -> Any:
-    """`value` as the type `hint` says where that is a list of whole numbers, else as it is."""
+    """`value` as the type `hint` says where that is a list of integers, else as it is."""
     kinds = typing.get_args(hint)
     if Sequence[int] not in kinds or (int in kinds and isinstance(value, int)):
         return value
@@ -56,14 +56,12 @@ def _as(hint: Any, key: str, value: Any) -> Any:
 
 
 def _numbers(key: str, value: Any) -> tuple[int, ...]:
-    """Whole numbers from text such as "8-14+16", ranges inclusive. Raises ValueError."""
+    """Integers from text such as "8-14+16", ranges inclusive. Raises ValueError."""
     found: list[int] = []
     for part in str(value).split("+"):
         first, dash, last = part.partition("-")
         if not first.isdigit() or not (last.isdigit() or not dash):
-            raise ValueError(
-                f"{key}: found {part!r}, expected whole numbers and ranges, as in 8-14+16"
-            )
+            raise ValueError(f"{key}: found {part!r}, expected integers and ranges, as in 8-14+16")
         found += range(int(first), int(last if dash else first) + 1)
     return tuple(found)
 
@@ -74,7 +72,7 @@ def listed(value: Any) -> str | None:
 
 
 def whole(name: str, value: Any) -> int:
-    """`value` as a whole number of at least 1. Raises ValueError."""
+    """`value` as an integer of at least 1. Raises ValueError."""
     if not str(value).isdigit() or int(value) < 1:
-        raise ValueError(f"{name}: found {value!r}, expected a whole number of at least 1")
+        raise ValueError(f"{name}: found {value!r}, expected an integer of at least 1")
     return int(value)
