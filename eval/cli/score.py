@@ -1,4 +1,4 @@
-"""The commands about benchmarks: `score NAME`, `data NAME` and `questions`.
+"""python -m eval score: score a run folder again, or files that were made elsewhere.
 
 For every benchmark that can be scored the table holds its function and its options.
 
@@ -9,15 +9,13 @@ the function's own default.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import (
     amber,
-    download,
     hallusionbench_files,
     llava_bench,
     mme,
@@ -27,10 +25,11 @@ from eval.benchmarks import (
     scoring,
 )
 from eval.benchmarks.amber_nouns import READERS
-from eval.benchmarks.coco import RULES, Vocabulary, named_truth
+from eval.benchmarks.coco import RULES
 from eval.benchmarks.parsers import AMBER_PARSERS, HALLUSIONBENCH_PARSERS, MME_PARSERS, PARSERS
-from eval.benchmarks.pope import STRATEGIES, build_questions
-from eval.errors import EvalError
+from eval.cli import Commands
+from eval.reports import table
+from eval.runs import runner
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,33 @@ SCORES: Mapping[str, Score] = {
 }
 
 
-def add_scores(kinds: Any) -> None:
+def add(commands: Commands) -> None:
+    """Add `score FOLDER` (short for `score run FOLDER`), and `score NAME ...` per benchmark."""
+    parser = commands.add_parser(
+        "score", help="score a run folder, or files made elsewhere; no model"
+    )
+    kinds = parser.add_subparsers(required=True, metavar=f"RUN | {' | '.join(SCORES)}")
+    folder = kinds.add_parser("run", help="score a run folder again and write its metrics.json")
+    folder.add_argument("folder", type=Path, metavar="RUN")
+    folder.set_defaults(command=score_run)
+    add_scores(kinds)
+
+
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the `run` that `score FOLDER` leaves out."""
+    words = list(arguments)
+    if words[:1] == ["score"] and words[1:] and words[1] not in (*SCORES, "run", "-h", "--help"):
+        words.insert(1, "run")
+    return words
+
+
+def score_run(options: argparse.Namespace) -> None:
+    """Score a run folder again, and print the table."""
+    runner.score(options.folder)
+    print(table.markdown([options.folder]))
+
+
+def add_scores(kinds: Commands) -> None:
     """Add `score NAME` for every benchmark to the sub-parsers of `score`."""
     for name, score in SCORES.items():
         parser = kinds.add_parser(name, help=score.help)
@@ -207,51 +232,3 @@ def add_scores(kinds: Any) -> None:
             parser.add_argument(option.flag, **option.settings)
         parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.set_defaults(command=score)
-
-
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """`data NAME --to DIR`."""
-    listed = download.sources()
-    parser.add_argument("name", help=", ".join(listed), metavar="NAME")
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where it goes")
-    parser.set_defaults(command=_data)
-
-
-def _data(given: argparse.Namespace) -> None:
-    listed = download.sources()
-    if given.name not in listed:
-        raise EvalError(f"data {given.name}: expected one of {', '.join(listed)}.")
-    source = listed[given.name]
-    print(f"{given.name}: {source.about}")
-    print("\n".join(download.fetch(source, given.to)))
-    if source.by_hand:
-        print(f"by hand: {source.by_hand}")
-
-
-def add_questions(parser: argparse.ArgumentParser) -> None:
-    """`questions --truth ... --to DIR`: POPE questions of any COCO-format annotation."""
-    parser.add_argument("--truth", type=Path, required=True, metavar="OBJECTS.json|COCO_DIR")
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where they go")
-    parser.add_argument(
-        "--images", type=int, default=500, help="drawn of those with enough objects"
-    )
-    parser.add_argument(
-        "--per-image", type=int, default=3, help="yes questions an image (default: 3)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
-    parser.add_argument("--synonyms", type=Path, help="object vocabulary (default: what ships)")
-    parser.set_defaults(command=_questions)
-
-
-def _questions(given: argparse.Namespace) -> None:
-    truth = named_truth(given.truth, Vocabulary.load(given.synonyms))
-    given.to.mkdir(parents=True, exist_ok=True)
-    for strategy in STRATEGIES:
-        path = given.to / f"coco_pope_{strategy}.json"
-        asked = build_questions(truth, strategy, given.images, given.per_image, given.seed)
-        rows = (
-            {"question_id": q.question_id, "image": q.image, "text": q.text, "label": q.label}
-            for q in asked
-        )
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{path}: {len(asked)} questions on {given.images} images")

@@ -1,0 +1,37 @@
+"""python -m eval run: generate responses by a configuration and score them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from eval.cli import Commands, is_first_process
+from eval.reports import table
+from eval.runs import config, runner
+
+
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser("run", help="generate answers by a configuration and score them")
+    parser.add_argument("config", type=Path, help="a YAML file, see configs/")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the run folder; an interrupted run is resumed"
+    )
+    parser.add_argument("--limit", type=int, help="only so many images a split and task")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for example gift.alpha=4"
+    )
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run, score, and print the table."""
+    runner.run(config.load(options.config, changes(options)), options.out)
+    if is_first_process():
+        print(table.markdown([options.out]))
+
+
+def changes(options: argparse.Namespace) -> list[str]:
+    """The settings that the command line changes, as KEY=VALUE."""
+    limit = [] if options.limit is None else [f"limit={options.limit}"]
+    return [*options.set, *limit]
