@@ -62,4 +62,6 @@ class Chat:
         status, said = self.says(body["messages"][0]["content"])
         if isinstance(said, str):
             said = {"choices": [{"message": {"role": "assistant", "content": said}}]}
-        reply(handler, status, json.dumps(said).encode())
+        # a busy endpoint says how long to wait: here no time, so that tests need none
+        waits = {"Retry_After_Ms": "1"} if status != 200 else {}
+        reply(handler, status, json.dumps(said).encode(), Content_Type="application/json", **waits)
