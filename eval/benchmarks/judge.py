@@ -1,7 +1,7 @@
 """A language model that judges answers: any endpoint of the OpenAI chat form. Off unless named.
 
-Every reply is appended to a file as it comes, so judging resumes where it was interrupted, and can be
-scored again, without the endpoint, by anybody who has the file. One line of it:
+Every reply is appended to a file as it comes, so judging resumes where it was interrupted, and can
+be scored again, without the endpoint, by anybody who has the file. One line of it:
 `{"id": "3", "prompt_sha256": "9f2c...", "model": "gpt-4", "reply": "... Rating: 4"}`.
 """
 
