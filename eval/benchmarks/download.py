@@ -115,7 +115,7 @@ def _download_from_hub(file: File, hub: str, folder: Path) -> Path:
     try:
         return Path(hf_hub_download(hub, file.path, repo_type="dataset", local_dir=folder))
     except Exception as error:  # of whichever HTTP library the hub's client uses
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise EvalError(
             f"{file.url}: not fetched into {folder} ({reason}). The same command resumes. If the "
             "file has moved in its repository, put it into the folder by hand."
