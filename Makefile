@@ -56,7 +56,7 @@ $(LMMS_READY): pyproject.toml
 	touch $(LMMS_READY)
 
 test-lmms: $(LMMS_READY)  ## lmms-eval itself, with the plugin
-	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest -o addopts=-q --import-mode=importlib tests/lmms
+	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest tests/lmms
 
 # 8-bit linears of torchao, in an environment of their own: transformers imports it where it is
 $(TORCHAO)/.ready: pyproject.toml

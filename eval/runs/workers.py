@@ -24,7 +24,7 @@ from eval.errors import EvalError
 from eval.runs.folder import RunFolder
 from eval.runs.generate import Answer
 
-OURS = (Path(vlm_patch.__file__).parents[1], Path(__file__).parents[1])
+OURS = (Path(vlm_patch.__file__).parent, Path(__file__).parents[1])
 PAUSE = 0.5
 """Seconds between two looks at what the other processes have done."""
 

@@ -25,7 +25,7 @@ from vlm_patch import GIFT, VHR, wrap
 from vlm_patch.integrations.lmms_eval.model import VlmPatch
 
 STRONG = "gift.alpha=30,gift.beta=0,gift.saliency_layer=1,gift.layers=2-3"
-POPE = Path(lmms_eval.__file__).parents[1] / "tasks" / "pope" / "pope.yaml"
+POPE = Path(lmms_eval.__file__).parent / "tasks" / "pope" / "pope.yaml"
 TASK = """
 include: {pope}
 task: pope_pocket

@@ -14,7 +14,7 @@ from eval.runs.config import METHODS, load
 from vlm_patch.method import Facts
 from vlm_patch.models.info import _profile
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 RESULTS = CONFIGS.parent / "docs" / "results.md"
 SHIPPED = sorted(CONFIGS.glob("*/*.yaml"))
 PLAIN = {"baseline", "var", "gift", "vhr"}
