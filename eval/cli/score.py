@@ -2,8 +2,8 @@
 
 For every benchmark that can be scored the table holds its function and its options.
 
-An option `--truth-file` is the function's argument `truth_file`; one that is not given is left to
-the function's own default.
+An option `--truth-file` is the function's argument `truth_file`; without it the function's own
+default holds.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def choice(flag: str, meaning: str, names: Iterable[str]) -> Option:
 
 @dataclass(frozen=True)
 class Score:
-    """One benchmark: what `score NAME` says of it, calls and takes."""
+    """One benchmark: its help, function and options."""
 
     help: str
     run: Callable[..., Mapping[str, Any]]
     options: tuple[Option, ...]
 
-    def __call__(self, given: argparse.Namespace) -> None:
-        values = {option.argument: getattr(given, option.argument) for option in self.options}
+    def __call__(self, options: argparse.Namespace) -> None:
+        values = {option.argument: getattr(options, option.argument) for option in self.options}
         chosen = {name: value for name, value in values.items() if value is not None}
-        scoring.print_result(self.run(**chosen), given.json)
+        scoring.print_result(self.run(**chosen), options.json)
 
 
 JUDGE = (

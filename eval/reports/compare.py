@@ -1,8 +1,8 @@
-"""Two runs on the same images, sample by sample: differences in pairs, and what they are worth.
+"""Two runs on the same images, sample by sample: paired differences and their significance.
 
 A difference of two means on the same images is far less noisy than either mean; intervals come from
-drawing images and taking the difference on the drawn ones. Runs that were asked different things
-are refused.
+resampling the images and taking the difference on each resample. Runs with different prompts are
+refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eval.reports.comparable import Run, obstacles
 from eval.runs import runner
 from eval.runs.config import TASKS
 
-# measure: the direction that lowers CHAIR for free, and what to call it
+# measure: the direction that lowers CHAIR for free, and its description
 FREE_GAINS = {
     "recall": (-1, "recall went down"),
     "cover": (-1, "fewer true words are covered"),
@@ -36,13 +36,13 @@ ACCURACY = ("accuracy", "a_acc")
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
-    """What changed from one run to the other, as one JSON-able dictionary; shares lie in [0, 1].
+    """What changed from one run to the other, as one dictionary for JSON; shares lie in [0, 1].
 
     Per measure the two values, `difference` (after minus before) and its 95 % `interval`, over the
-    samples that both answered. EvalError says why two runs cannot be compared.
+    samples that both answered. Raises EvalError with the reason where two runs cannot be compared.
     """
     one, two = Run.read(before), Run.read(after)
-    both = [task for task in TASKS if one.asked(task) and two.asked(task)]
+    both = [task for task in TASKS if one.samples(task) and two.samples(task)]
     if reasons := list(obstacles(one, two, both)):
         raise EvalError(f"{before} and {after} cannot be compared: {'; '.join(reasons)}")
     result: dict[str, Any] = {"before": str(before), "after": str(after)}
@@ -53,13 +53,13 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         if not keys:
             continue
         first, second = (_tallies(run, task, [run.rows[key] for key in keys]) for run in (one, two))
-        found = {part: _change(first[part], second[part]) for part in first}
-        result.setdefault(task, {})[split] = found.get("", found)
+        changes = {part: _change(first[part], second[part]) for part in first}
+        result.setdefault(task, {})[split] = changes.get("", changes)
     return result | {"warnings": list(_warnings(result))}
 
 
 def _tallies(run: Run, task: str, rows: tasks.Rows) -> dict[str, Tally]:
-    """What each sample adds, by part of the task; one that has no parts calls it ""."""
+    """The counts of each sample, by part of the task; "" where the task has no parts."""
     if task == "chair":
         truth = {int(row["image_id"]): row["truth"] for row in rows}
         captions = [(int(row["image_id"]), str(row["answer"])) for row in rows]
@@ -67,8 +67,8 @@ def _tallies(run: Run, task: str, rows: tasks.Rows) -> dict[str, Tally]:
         return {"": Tally(chair.counts_by_caption(captions, truth, words), chair.ratios)}
     if task == "pope":
         parser = runner.pope_parser(run.record)
-        given = pope.by_strategy(rows)
-        return {part: pope.tally(*columns, parser) for part, columns in given.items()}
+        strategies = pope.by_strategy(rows)
+        return {part: pope.tally(*columns, parser) for part, columns in strategies.items()}
     return tasks.TASKS[task].tallies(rows, run.path, run.record["settings"][task])
 
 
@@ -78,10 +78,10 @@ def _change(before: Tally, after: Tally) -> dict[str, Any]:
 
     `n` counts the answers where each is right or wrong, else the samples.
     """
-    found: dict[str, Any] = paired(before.counts, after.counts, before.ratios)
+    change: dict[str, Any] = paired(before.counts, after.counts, before.ratios)
     if before.right is None or after.right is None:
-        return {"n": len(next(iter(before.counts.values()))), **found}
-    return {"n": len(before.right), **found, "mcnemar": mcnemar(before.right, after.right)}
+        return {"n": len(next(iter(before.counts.values()))), **change}
+    return {"n": len(before.right), **change, "mcnemar": mcnemar(before.right, after.right)}
 
 
 def mcnemar(before: Numbers, after: Numbers) -> dict[str, Any]:
@@ -99,14 +99,14 @@ def mcnemar(before: Numbers, after: Numbers) -> dict[str, Any]:
 
 
 def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
-    """Where a lower CHAIR comes with what lowers it for free."""
-    for task, split, part, found in _parts(result):
+    """Warnings where CHAIR fell together with a measure that lowers it for free."""
+    for task, split, part, measures in _parts(result):
         watched = CHAIR.get((task, part), ())
-        fallen = [key for key in watched if found[key]["difference"] < 0]
+        fallen = [key for key in watched if measures[key]["difference"] < 0]
         paid = [
             name
             for key, (sign, name) in FREE_GAINS.items()
-            if key in found and sign * found[key]["interval"][sign < 0] > 0
+            if key in measures and sign * measures[key]["interval"][sign < 0] > 0
         ]
         if fallen and paid:
             cure = ", so look at it at the first 40, 60 and 100 words" if task == "chair" else ""
@@ -116,40 +116,40 @@ def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     """The comparison as a table with its warnings."""
-    names = [Path(found[key]).name for key in ("before", "after")]
+    names = [Path(result[key]).name for key in ("before", "after")]
     if names[0] == names[1]:
-        names = [found["before"], found["after"]]
+        names = [result["before"], result["after"]]
     header = ["split", "measure", *names, "difference", "McNemar"]
-    notes = [f"- {text}\n" for text in found["warnings"]]
-    if found["unpaired"]:
-        notes.append(f"- {found['unpaired']} samples were skipped by one of the runs: left out\n")
+    notes = [f"- {text}\n" for text in result["warnings"]]
+    if result["unpaired"]:
+        notes.append(f"- {result['unpaired']} samples were skipped by one of the runs: left out\n")
     return (
         f"{names[1]} minus {names[0]} on the same images, in percent points (lengths: tokens or "
         f"words; scores: points). In brackets 95 % paired bootstrap intervals; * where 0 lies "
         f"outside.\n\n"
-        f"{table.layout(header, list(_cells(found)))}\n\n{''.join(notes)}"
+        f"{table.layout(header, list(_cells(result)))}\n\n{''.join(notes)}"
     )
 
 
-def _cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    for task, split, part, measures in _parts(found):
+def _cells(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    for task, split, part, measures in _parts(result):
         for key, label in _rows(task, part, measures):
-            said = _test_cell(measures) if key in ACCURACY else ""
-            yield [split, label, *_numbers(key, measures[key]), said]
+            test = _test_cell(measures) if key in ACCURACY else ""
+            yield [split, label, *_numbers(key, measures[key]), test]
 
 
-def _parts(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
-    """(task, split, part, measures); a task without parts calls its only one ""."""
+def _parts(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+    """(task, split, part, measures); the part is "" where a task has none."""
     for task in TASKS:
-        for split, parts in found.get(task, {}).items():
+        for split, parts in result.get(task, {}).items():
             for part, measures in ({"": parts} if "n" in parts else parts).items():
                 yield task, split, part, measures
 
 
 def _rows(task: str, part: str, measures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The measures that are shown, and what they are called."""
+    """The measures that are shown, with their names."""
     if task == "chair":
         yield from table.CHAIR_ROWS.items()
     elif task == "pope":

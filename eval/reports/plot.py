@@ -14,7 +14,7 @@ from eval.errors import EvalError
 from eval.reports import table
 from eval.reports.table import Column, Row, Value
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers tell runs apart in print.
+# Okabe and Ito's colours, distinct for colour-blind readers; markers are distinct in print.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX"
 FAINT = "#6e6e73"
@@ -41,7 +41,7 @@ def plot(folders: Sequence[Path], path: Path) -> None:
             axes.grid(color="#e5e5ea", linewidth=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
-    handles = [_points(grid[0, 0], place, [], []) for place in range(len(columns))]
+    handles = [_points(grid[0, 0], index, [], []) for index in range(len(columns))]
     names = [column.name for column in columns]
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
     figure.supxlabel(NOTE, fontsize=9, color=FAINT)
@@ -60,7 +60,7 @@ def _matplotlib() -> Any:
 
 
 def _chair(axes: Any, columns: Sequence[Column], rows: Rows, split: str) -> None:
-    """Invention against coverage: a run that only says less moves down and to the left."""
+    """Invention against coverage: a run with shorter captions moves down and to the left."""
     axes.set_title(f"{split}: CHAIR_S against recall", loc="left", fontsize=11)
     if (split, "chair_s") not in rows:
         _empty(axes, "no captions")
@@ -68,10 +68,10 @@ def _chair(axes: Any, columns: Sequence[Column], rows: Rows, split: str) -> None
     axes.set_xlabel("recall %  (more is better →)")
     axes.set_ylabel("CHAIR_S %  (← less is better)")
     recall, invented = rows[split, "recall"].values, rows[split, "chair_s"].values
-    for place, (x, y) in enumerate(zip(recall, invented, strict=True)):
+    for index, (x, y) in enumerate(zip(recall, invented, strict=True)):
         if x is not None and y is not None:
-            rings = alarm.ringing(columns[place].metrics["chair"][split])
-            _points(axes, place, [(100 * x.value, x)], [(100 * y.value, y)], hollow=bool(rings))
+            rings = alarm.ringing(columns[index].metrics["chair"][split])
+            _points(axes, index, [(100 * x.value, x)], [(100 * y.value, y)], hollow=bool(rings))
 
 
 def _pope(axes: Any, columns: Sequence[Column], rows: Rows, split: str) -> None:
@@ -86,11 +86,13 @@ def _pope(axes: Any, columns: Sequence[Column], rows: Rows, split: str) -> None:
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.grid(visible=False, axis="x")
     step = min(0.12, 0.7 / len(columns))
-    for place in range(len(columns)):
-        shift = (place - (len(columns) - 1) / 2) * step
-        found = [rows[split, f"pope_{name}_accuracy"].values[place] for name in names]
-        there = [(n + shift, value) for n, value in enumerate(found) if value is not None]
-        _points(axes, place, [(x, None) for x, _ in there], [(100 * v.value, v) for _, v in there])
+    for index in range(len(columns)):
+        shift = (index - (len(columns) - 1) / 2) * step
+        values = [rows[split, f"pope_{name}_accuracy"].values[index] for name in names]
+        points = [(n + shift, value) for n, value in enumerate(values) if value is not None]
+        _points(
+            axes, index, [(x, None) for x, _ in points], [(100 * v.value, v) for _, v in points]
+        )
 
 
 def _empty(axes: Any, text: str) -> None:
@@ -102,18 +104,18 @@ def _empty(axes: Any, text: str) -> None:
 Points: TypeAlias = Sequence[tuple[float, "Value | None"]]
 
 
-def _points(axes: Any, place: int, across: Points, up: Points, hollow: bool = False) -> Any:
+def _points(axes: Any, index: int, across: Points, up: Points, hollow: bool = False) -> Any:
     """The points of one run in its colour and marker, with bars where a Value has an interval."""
-    colour = COLOURS[place % len(COLOURS)]
+    colour = COLOURS[index % len(COLOURS)]
     return axes.errorbar(
         [at for at, _ in across],
         [at for at, _ in up],
         xerr=_bars(across),
         yerr=_bars(up),
-        fmt=MARKERS[place % len(MARKERS)],
+        fmt=MARKERS[index % len(MARKERS)],
         color=colour,
         markerfacecolor="white" if hollow else colour,
-        markersize=max(6, 9.5 - 0.9 * place),  # so that points in one place all show
+        markersize=max(6, 9.5 - 0.9 * index),  # so that points that coincide all show
         capsize=2,
         elinewidth=1.2,
         alpha=0.9,

@@ -1,4 +1,4 @@
-"""Runs side by side: what is compared, in which rows, and what a reader must know of it.
+"""Runs side by side: the measures that are compared, and the notes that a reader needs.
 
 CHAIR never stands alone: recall, length, repetition and silence are the rows below it, since
 shorter, looping or empty captions lower CHAIR for free.
@@ -58,7 +58,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """One run: its name in the table, what config.yaml says and what metrics.json holds."""
+    """One run.
+
+    name: its heading in the table. record: the content of config.yaml. metrics: of metrics.json.
+    """
 
     name: str
     record: Mapping[str, Any]
@@ -66,7 +69,7 @@ class Column:
 
 
 def markdown(folders: Sequence[Path]) -> str:
-    """The table of these run folders with what a reader must know written below it."""
+    """The table of these run folders with notes below it."""
     columns = read(folders)
     header = ["split", "measure", *(column.name for column in columns)]
     below = "".join(f"\n- {note}" for note in notes(columns))
@@ -75,11 +78,11 @@ def markdown(folders: Sequence[Path]) -> str:
 
 def lines(columns: Sequence[Column]) -> list[list[str]]:
     """The cells of the table, one row of numbers a line, each split headed by its alarms."""
-    found: list[list[str]] = []
+    lines: list[list[str]] = []
     shown: set[str] = set()
     for row in rows(columns):
         if row.key in CHAIR_ROWS and row.split not in shown:
-            found.append(
+            lines.append(
                 [
                     row.split,
                     ALARM,
@@ -90,38 +93,38 @@ def lines(columns: Sequence[Column]) -> list[list[str]]:
                 ]
             )
             shown.add(row.split)
-        found.append([row.split, row.label, *(cell(row.key, value) for value in row.values)])
-    return found
+        lines.append([row.split, row.label, *(cell(row.key, value) for value in row.values)])
+    return lines
 
 
 def alarm_cell(score: Mapping[str, Any] | None) -> str:
-    """What rings in a split whose captions were scored."""
+    """The alarms of a split whose captions were scored."""
     return "-" if score is None else ", ".join(alarm.ringing(score)).upper() or "no"
 
 
-def cell(key: str, found: Value | None) -> str:
+def cell(key: str, value: Value | None) -> str:
     """A value with its interval: shares in percent, lengths as they are."""
-    if found is None:
+    if value is None:
         return "-"
     times = unit(key)
-    return f"{times * found.value:.1f} [{times * found.low:.1f}, {times * found.high:.1f}]"
+    return f"{times * value.value:.1f} [{times * value.low:.1f}, {times * value.high:.1f}]"
 
 
 def unit(key: str) -> int:
-    """By what a measure is multiplied for reading: shares are shown in percent."""
+    """The factor by which a measure is shown: shares are shown in percent."""
     return 1 if key.endswith(("mean_tokens", "mean_words", " score")) or key == "score" else 100
 
 
 def label(name: str, key: str) -> str:
-    """What a measure of some part of a benchmark is called in a table."""
+    """The name, in a table, of a measure of one part of a benchmark."""
     return f"{name}, {key}" + (" %" if unit(key) == 100 else "")
 
 
 def read(folders: Sequence[Path]) -> list[Column]:
-    """The runs, named by their folders (by whole paths where two folders share a name).
+    """The runs, named by their folders (by full paths where two folders share a name).
 
-    What lies beside scored runs without being one (`runs/*` also names pictures, and runs that have
-    only begun) is left out and named.
+    Paths that are no scored runs (`runs/*` also names pictures, and runs that have only begun) are
+    left out and named.
     """
     if not folders:
         raise EvalError("no run folder given, for example: python -m eval table runs/*")
@@ -171,9 +174,9 @@ def rows(columns: Sequence[Column]) -> Iterator[Row]:
 
 def _other_rows(columns: Sequence[Column]) -> Iterator[Row]:
     """One row a measure with an interval of every other benchmark."""
-    found = [dict(_other_scores(column)) for column in columns]
-    for name in dict.fromkeys(name for scores in found for name in scores):
-        scores = [each.get(name) for each in found]
+    by_column = [dict(_other_scores(column)) for column in columns]
+    for name in dict.fromkeys(name for scores in by_column for name in scores):
+        scores = [each.get(name) for each in by_column]
         keys = [key for score in scores if score for key in score["intervals"]]
         for key in dict.fromkeys(keys):
             values = [value(score, key) for score in scores]
@@ -201,10 +204,10 @@ def splits(columns: Sequence[Column]) -> list[str]:
 
 
 def strategies(columns: Sequence[Column], split: str) -> list[str]:
-    """The POPE strategies that were scored on a split, in the order asked for."""
-    asked = [column.record["settings"]["pope"]["strategies"] for column in columns]
-    found = [column.metrics.get("pope", {}).get(split, {}) for column in columns]
-    pairs = zip(asked, found, strict=True)
+    """The POPE strategies that were scored on a split, in the order of the configurations."""
+    requested = [column.record["settings"]["pope"]["strategies"] for column in columns]
+    scored = [column.metrics.get("pope", {}).get(split, {}) for column in columns]
+    pairs = zip(requested, scored, strict=True)
     return list(dict.fromkeys(name for names, scores in pairs for name in names if name in scores))
 
 
@@ -221,18 +224,18 @@ def heading(columns: Sequence[Column]) -> str:
 
 
 def notes(columns: Sequence[Column]) -> Iterator[str]:
-    """How large the samples are, and whatever makes a number mean less than it seems to."""
+    """The sizes of the samples, and every reason to trust a number less."""
     for split in splits(columns):
         sizes = dict.fromkeys(_size(column, split) for column in columns)
         yield f"{split}: {' or '.join(sizes)}"
         images = [column.record["data"]["images"].get(split) for column in columns]
         if len({entry["sha256"] for entry in images if entry}) > 1:
             yield f"{split}: the runs used different images, so their columns cannot be compared"
-    of_whom: dict[str, list[str]] = {}
+    runs_by_note: dict[str, list[str]] = {}
     for column in columns:
         for note in _column_notes(column):
-            of_whom.setdefault(note, []).append(column.name)
-    for note, names in of_whom.items():
+            runs_by_note.setdefault(note, []).append(column.name)
+    for note, names in runs_by_note.items():
         yield f"{', '.join(names)}: {note}"
 
 
@@ -258,7 +261,7 @@ def _column_notes(column: Column) -> Iterator[str]:
     if len(column.record["environments"]) > 1:
         yield "answers made by different versions, see config.yaml"
     if len(column.record["patches"]) > 1:
-        yield "the patch described itself differently when the run went on, see config.yaml"
+        yield "the patch described itself differently when the run was resumed, see config.yaml"
     for split, score in column.metrics.get("chair", {}).items():
         yield from (f"{split}, {text}" for text in [*score["alarms"], *score["flags"]])
         if (cut := 1 - score["ended_share"]) > 0:
@@ -275,8 +278,8 @@ def _column_notes(column: Column) -> Iterator[str]:
 
 
 def layout(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown with columns padded to one width, readable as it is."""
-    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
+    """Markdown with columns padded to one width, readable as plain text."""
+    widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
         f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"

@@ -1,6 +1,6 @@
 """Many settings of the methods over one loaded model: tuned on some images, reported on others.
 
-Every point of the grid is a run folder of its own, so a sweep goes on after any interruption. The
+Every point of the grid is a run folder of its own, so an interrupted sweep is resumed. The
 best point by one named measure is then run once on images that no point has seen.
 """
 
@@ -37,13 +37,13 @@ SHOWN = ("chair_s", "chair_i", "recall", "f1", "mean_tokens")
 PLAN = "sweep.yaml"
 
 
-# the model as it is, for comparison: it cannot be chosen
+# the unpatched model, for comparison: it cannot be chosen
 STOCK = Point("stock", None)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried, and by what it is judged. `measure` None: CHAIR's F1, or POPE's accuracy.
+    """What is tried, and the measure that decides. `measure` None: CHAIR's F1, or POPE's accuracy.
 
     `tune_split`: the split to tune on, the others are reported. None: the images of each split are
     divided in two halves by their names, the same halves in every sweep.
@@ -67,21 +67,21 @@ class Sweep:
         return replace(settings, splits=rest if held_out else (self.tune_split,))
 
 
-def sweep(wanted: Sweep, out: Path, load: Load = generate.load_model) -> dict[str, Any]:
-    """Score the grid, choose, and run the choice on the held-out images; returns what was found.
+def sweep(request: Sweep, out: Path, load: Load = generate.load_model) -> dict[str, Any]:
+    """Score the grid, choose, and run the choice on the held-out images; returns the results.
 
-    Refused if the folder holds another sweep whose held-out images were looked at already.
+    Refused if the folder holds another sweep whose held-out images have been scored.
     """
-    base = wanted.config()
-    measure = wanted.measure or ("f1" if "chair" in base.tasks else "pope_accuracy")
+    base = request.config()
+    measure = request.measure or ("f1" if "chair" in base.tasks else "pope_accuracy")
     check_names("--measure", (measure,), MEASURES)
-    tune, report = _samples(wanted, out / "scenes")
+    tune, report = _samples(request, out / "scenes")
     loaded = functools.cache(lambda: load(base))
-    points = grid.points(wanted.grids, _spots(base, wanted.grid_heads, loaded))
-    plan = _plan(out, base, measure, wanted, points)
+    points = grid.points(request.grids, _spots(base, request.grid_heads, loaded))
+    plan = _plan(out, base, measure, request, points)
     tried = {
         point.name: runner.run(
-            wanted.config(point.overrides),
+            request.config(point.overrides),
             out / "tune" / point.name,
             load=lambda _: loaded(),
             samples=tune,
@@ -93,20 +93,20 @@ def sweep(wanted: Sweep, out: Path, load: Load = generate.load_model) -> dict[st
     plan["chosen"] = best.name
     jsonl.replace(out / PLAN, yaml.safe_dump(plan, sort_keys=False))
     for point in (STOCK, best):
-        settings = wanted.config(point.overrides, held_out=True)
-        there = out / "report" / point.name
-        runner.run(settings, there, load=lambda _: loaded(), samples=report)
+        settings = request.config(point.overrides, held_out=True)
+        folder = out / "report" / point.name
+        runner.run(settings, folder, load=lambda _: loaded(), samples=report)
     return {**plan, "tune": tried}
 
 
-def _samples(wanted: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
+def _samples(request: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
     """What to tune on and what to report; EvalError unless they have no image in common."""
-    if wanted.tune_split and not wanted.config(held_out=True).splits:
+    if request.tune_split and not request.config(held_out=True).splits:
         raise EvalError(
-            f"--tune-split {wanted.tune_split} leaves no split to report: name more, "
-            f"as in --set splits=[{wanted.tune_split},test]"
+            f"--tune-split {request.tune_split} leaves no split to report: name more, "
+            f"as in --set splits=[{request.tune_split},test]"
         )
-    both = [tasks.samples(wanted.config(held_out=part), scenes) for part in (False, True)]
+    both = [tasks.samples(request.config(held_out=part), scenes) for part in (False, True)]
     tune, report = ({sample.image.name for sample in part} for part in both)
     if not tune or not report:
         raise EvalError(
@@ -115,8 +115,8 @@ def _samples(wanted: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
         )
     if shared := tune & report:
         raise EvalError(
-            f"{len(shared)} images, for example {min(shared)}, are in {wanted.tune_split} and in a "
-            f"split to be reported: nothing may be tuned on what is reported"
+            f"{len(shared)} images, for example {min(shared)}, are in {request.tune_split} and in "
+            f"a split to be reported: nothing may be tuned on what is reported"
         )
     return both[0], both[1]
 
@@ -132,15 +132,15 @@ def _spots(base: Config, kind: str | None, loaded: Callable[[], tuple[Any, Any]]
 
 
 def _plan(
-    out: Path, base: Config, measure: str, wanted: Sweep, points: Sequence[Point]
+    out: Path, base: Config, measure: str, request: Sweep, points: Sequence[Point]
 ) -> dict[str, Any]:
-    """What sweep.yaml says before anything is chosen."""
+    """The content of sweep.yaml before a point is chosen."""
     settings = {key: value for key, value in base.settings().items() if key not in FREE}
-    asked = {"grid": [*wanted.grids], "grid_heads": wanted.grid_heads}
-    judged = {"measure": measure, "tune_split": wanted.tune_split}
-    plan = {"settings": settings, **asked, **judged, "points": [point.name for point in points]}
-    found = yaml.safe_load((out / PLAN).read_text("utf-8")) if (out / PLAN).exists() else plan
-    changed = [key for key in plan if plan[key] != found.get(key)]
+    axes = {"grid": [*request.grids], "grid_heads": request.grid_heads}
+    criteria = {"measure": measure, "tune_split": request.tune_split}
+    plan = {"settings": settings, **axes, **criteria, "points": [point.name for point in points]}
+    written = yaml.safe_load((out / PLAN).read_text("utf-8")) if (out / PLAN).exists() else plan
+    changed = [key for key in plan if plan[key] != written.get(key)]
     if changed and (out / "report").exists():
         raise EvalError(
             f"{out} has reported the held-out images already, for another sweep "
@@ -153,25 +153,25 @@ def _plan(
 
 def _best(tried: Mapping[Point, Mapping[str, Any]], measure: str) -> Point:
     """The best point by the measure, the first of equals; none whose captions degenerate."""
-    healthy = {point: found for point, found in tried.items() if not _rings(found)}
+    healthy = {point: metrics for point, metrics in tried.items() if not _rings(metrics)}
     if not healthy:
         raise EvalError("the degeneration alarm rings at every point of the grid: none is chosen")
     return max(healthy, key=lambda point: MEASURES[measure] * score(healthy[point], measure))
 
 
 def _rings(metrics: Mapping[str, Any]) -> bool:
-    return any(alarm.ringing(found) for found in metrics.get("chair", {}).values())
+    return any(alarm.ringing(split) for split in metrics.get("chair", {}).values())
 
 
 def score(metrics: Mapping[str, Any], measure: str) -> float:
     """The mean of a measure over the splits of a run, for POPE over the strategies too."""
     if measure.startswith("pope_"):
-        parts = [found for split in metrics.get("pope", {}).values() for found in split.values()]
+        parts = [part for split in metrics.get("pope", {}).values() for part in split.values()]
     else:
         parts = [*metrics.get("chair", {}).values()]
     if not parts:
         raise EvalError(f"--measure {measure}: the run has no such task; tasks names what is run")
-    return float(np.mean([found[measure.removeprefix("pope_")] for found in parts]))
+    return float(np.mean([part[measure.removeprefix("pope_")] for part in parts]))
 
 
 def _table(tried: Mapping[str, Mapping[str, Any]], best: str, measure: str) -> str:
@@ -183,12 +183,12 @@ def _table(tried: Mapping[str, Mapping[str, Any]], best: str, measure: str) -> s
     ]
     header = ["point", "split", *(table.CHAIR_ROWS[key] for key in SHOWN), table.ALARM]
     header += [f"POPE {strategy}, accuracy %" for strategy in STRATEGIES]
-    used = [place for place in range(len(header)) if any(row[place] != "-" for row in rows)]
-    rows = [[row[place] for place in used] for row in rows]
+    used = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
+    rows = [[row[index] for index in used] for row in rows]
     return (
         f"Tuning images only. In brackets 95 % bootstrap intervals. Chosen by {measure}, "
         f"{'more' if MEASURES[measure] > 0 else 'less'} is better: {best}.\n\n"
-        f"{table.layout([header[place] for place in used], rows)}\n"
+        f"{table.layout([header[index] for index in used], rows)}\n"
     )
 
 
@@ -198,13 +198,13 @@ def _cells(metrics: Mapping[str, Any]) -> Iterator[list[str]]:
         cells = [table.cell(key, table.value(chair.get(split), key)) for key in SHOWN]
         cells.append(table.alarm_cell(chair.get(split)))
         for strategy in STRATEGIES:
-            found = table.value(pope.get(split, {}).get(strategy), "accuracy")
-            cells.append(table.cell("accuracy", found))
+            accuracy = table.value(pope.get(split, {}).get(strategy), "accuracy")
+            cells.append(table.cell("accuracy", accuracy))
         yield [split, *cells]
 
 
-def markdown(found: Mapping[str, Any], out: Path) -> str:
+def markdown(result: Mapping[str, Any], out: Path) -> str:
     """The table of all points, then the one that was chosen beside the stock model, held out."""
-    stock, best = (out / "report" / name for name in (STOCK.name, found["chosen"]))
+    stock, best = (out / "report" / name for name in (STOCK.name, result["chosen"]))
     tuned = (out / "table.md").read_text("utf-8")
     return f"{tuned}\nOn held-out images:\n\n{compare.markdown(compare.compare(stock, best))}"
