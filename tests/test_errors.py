@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from eval.support import tiny
-from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError, wrap
+from vlm_patch import GIFT, PAINT, VAR, VHR, PatchError, UnsupportedModelError, wrap
 from vlm_patch.engine import attention
 from vlm_patch.engine.generate_guard import REFUSED
 from vlm_patch.engine.hooks import Lost
 
+TOKENS = PAINT(layers=(1, 2, 3))
 SINKS = VAR(dims=tiny.SINK_DIMS, tau=3.0)
 GAZE = GIFT(alpha=3.0, saliency_layer=0, layers=(1, 2, 3))
 HEADS = VHR(layers=(1, 2, 3))
@@ -50,7 +51,7 @@ def quiet(act: Callable[[], Any]) -> Any:
 # ---- wrap
 
 
-NAMES = "expected one of ['var', 'gift', 'vhr']"
+NAMES = "expected one of ['var', 'gift', 'vhr', 'paint']"
 
 
 @pytest.mark.parametrize(
@@ -66,11 +67,12 @@ NAMES = "expected one of ['var', 'gift', 'vhr']"
         (
             (VAR,),
             "found <class 'vlm_patch.methods.var.VAR'> as a method: write VAR(), or a name of "
-            "['var', 'gift', 'vhr']",
+            "['var', 'gift', 'vhr', 'paint']",
         ),
         (
             (7,),
-            "found 7 as a method: pass VAR(), GIFT(), VHR(), or a name of ['var', 'gift', 'vhr']",
+            "found 7 as a method: pass one such as VAR(), or a name of "
+            "['var', 'gift', 'vhr', 'paint']",
         ),
     ],
     ids=str,
@@ -83,6 +85,7 @@ def test_already_wrapped() -> None:
     model = tiny.llava()
     text = (
         "this LlavaForConditionalGeneration is already wrapped: call remove() on its patch first, "
+        "or vlm_patch.unwrap(model) if that was lost, "
         "or give all methods to one wrap(model, VAR(), VHR())"
     )
     with wrap(model, SINKS):
@@ -139,6 +142,12 @@ def test_disabling_a_method_that_is_not_there(name: str) -> None:
 
 SHARE = "expected a number from 0 to 1"
 WHOLE = "expected a whole number of at least 0"
+AT_LEAST_0 = "expected a finite number of at least 0"
+BELOW_1 = (
+    "expected at most 1, since beyond it negative scores would change their sign (published values "
+    "are 0.3 to 0.7)"
+)
+TABLE = "expected a list of a number per head for every layer"
 SEVERAL = "expected a list or a range of whole numbers, such as [1, 2]"
 
 
@@ -165,6 +174,29 @@ SEVERAL = "expected a list or a range of whole numbers, such as [1, 2]"
             VAR,
             {"semantics": "Paper"},
             'VAR semantics: found \'Paper\', expected "paper" or "release"',
+        ),
+        (PAINT, {"alpha": 1.2}, f"PAINT alpha: found 1.2, {BELOW_1}"),
+        (PAINT, {"beta": 2}, f"PAINT beta: found 2, {BELOW_1}"),
+        (PAINT, {"alpha": -0.1}, f"PAINT alpha: found -0.1, {AT_LEAST_0}"),
+        (PAINT, {"rho": 1.5}, f"PAINT rho: found 1.5, {SHARE}"),
+        (PAINT, {"rho_sp": True}, f"PAINT rho_sp: found True, {SHARE}"),
+        (PAINT, {"layers": 3}, f"PAINT layers: found 3, {SEVERAL}"),
+        (
+            PAINT,
+            {"semantics": "pai"},
+            'PAINT semantics: found \'pai\', expected "paper" or "release"',
+        ),
+        (PAINT, {"sensitivity": 3}, f"PAINT sensitivity: found 3, {TABLE}"),
+        (PAINT, {"sensitivity": [[1], 2]}, f"PAINT sensitivity: found [[1], 2], {TABLE}"),
+        (
+            PAINT,
+            {"sensitivity": [[1, -1]]},
+            f"PAINT sensitivity: found -1, {AT_LEAST_0}",
+        ),
+        (
+            PAINT,
+            {"sensitivity": [[0, 0]]},
+            "PAINT sensitivity: found no number above 0, expected at least one",
         ),
         (GIFT, {"alpha": float("inf")}, "GIFT alpha: found inf, expected a finite number"),
         (GIFT, {"beta": -0.5}, "GIFT beta: found -0.5, expected a finite number of at least 0"),
@@ -249,7 +281,10 @@ def test_right_padding() -> None:
     batch["attention_mask"][2] = torch.tensor([1] * 25 + [0] * 2)
     text = (
         "a prompt ends in padding: found right padding, expected left padding. "
-        'Set processor.tokenizer.padding_side = "left".'
+        'Set processor.tokenizer.padding_side = "left" before the processor makes the batch. '
+        "To score answers, read the left-padded prompts in one forward with use_cache=True, then "
+        "feed the answers behind that cache one token at a time, as they would be generated; "
+        "padding behind the shorter ones does no harm there."
     )
     with wrap(model, SINKS) as patch:
         assert message(PatchError, lambda: model(**batch)) == text
@@ -362,7 +397,7 @@ def test_a_batch_that_changed() -> None:
     model = tiny.llava()
     with wrap(model, SINKS):
         cache = model(**tiny.inputs(model, tiny.BATCH_OF_3), use_cache=True).past_key_values
-        cache.batch_select_indices(torch.tensor([0, 2]))
+        type(cache).batch_select_indices(cache, torch.tensor([0, 2]))  # unseen by the patch
         assert message(PatchError, lambda: model(**step(2, 27), past_key_values=cache)) == (
             "the cache was filled with a batch of 3, this forward has 2. Start from the prompt "
             "with an empty cache."
@@ -412,8 +447,9 @@ def unchosen(layer: int) -> str:
             "before the prompt.",
         ),
         (HEADS, unchosen(1)),
+        (TOKENS, missed("every layer", 25).replace("var", "paint")),
     ],
-    ids=["var", "gift", "vhr"],
+    ids=["var", "gift", "vhr", "paint"],
 )
 def test_a_method_switched_on_within_a_generation(method: Any, text: str) -> None:
     model = tiny.plant(tiny.llava())
@@ -679,7 +715,7 @@ def test_a_question_before_the_image(query: Tensor | None) -> None:
 
     def ask() -> None:
         with wrap(model, GAZE) as patch, patch.prompt(query=query):
-            assert torch.equal(model(**batch).logits, stock)
+            assert torch.equal(model(**batch, use_cache=False).logits, stock)
 
     assert heard(ask)[-1] == (
         "GIFT leaves 1 of 1 prompts as they are: the question stands before the image (or there is "

@@ -315,7 +315,8 @@ def test_describe() -> None:
     patch.heads["var"][1, 3] = False
     patch.heads["vhr"] = "2"
     expected = """\
-LlavaForConditionalGeneration: LlamaModel, 4 layers x 4 heads, softmax attention in 0-3
+LlavaForConditionalGeneration (float32 on cpu): LlamaModel, 4 layers x 4 heads, \
+softmax attention in 0-3
   VAR(move_fraction=0.6, rho_nonsink=0.5, min_image_mass=0.2, tau=3.0, dims=(3, 10), \
 first_layer=0, exclude_last_layer=True, require_visual_sink=False, semantics=paper): \
 on in layers 0-2, with some heads off in 1

@@ -25,13 +25,14 @@ from tests.support.untouched import (
     files,
     state_of,
 )
-from vlm_patch import GIFT, VAR, VHR, PatchError, patch, wrap
+from vlm_patch import GIFT, PAINT, VAR, VHR, PatchError, patch, wrap
 from vlm_patch.method import Method
 
 METHODS = (
     VAR(dims=tiny.SINK_DIMS, tau=3.0),
     GIFT(alpha=3.0, saliency_layer=1, layers=(2, 3)),
     VHR(layers=(1, 2, 3)),
+    PAINT(layers=(1, 2, 3)),
 )
 KINDS = {"llava": tiny.llava, "qwen2-vl": tiny.qwen2_vl}
 pytestmark = pytest.mark.filterwarnings("ignore:No processor was given")
@@ -138,6 +139,7 @@ STAGES = {
     "var": ("look", "begin", "block_input", "edited", "weights"),
     "gift": ("begin", "edited", "watched", "observe", "weights"),
     "vhr": ("look", "begin", "output_gain", "choose"),
+    "paint": ("begin", "edited", "edit_scores"),
 }
 
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -84,6 +84,34 @@ class Facts:
                 )
 
 
+TowerRows: TypeAlias = Literal["cls", "patches"]
+
+
+@dataclass(frozen=True)
+class TowerRead:
+    """A look at the vision tower while it encodes images: how much attention each patch gets in
+    `layer` (of the tower; negative from its end), summed over heads.
+
+    rows: "cls" from the class token, or in a tower without one from the patches; "patches" the mean
+    over the patches.
+    """
+
+    layer: int
+    rows: TowerRows = "cls"
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What the vision tower looks at in the images of a prompt of N tokens.
+
+    scores: by read, `[B, N]`, nan where there is no patch. image `[B, N]` (long): which image of
+    the prompts a patch is of; -1 for text, ends of lines, separators.
+    """
+
+    scores: Mapping[TowerRead, Tensor]
+    image: Tensor
+
+
 MASKS = ("image", "query", "content", "valid", "text", "last", "seen")
 
 
@@ -101,7 +129,12 @@ class Forward:
     prompt: how many rows, the first ones, are of a prompt; those behind were generated or drafted.
     first: it is the first prompt of its conversation. starts, ends: its first, its last row is
     among them; a long one may be read in several forwards. shard: which heads are at hand; what
-    compares heads must gather them first. copies: on other devices.
+    compares heads must gather them first. patches: of a prompt that starts here and has images,
+    all of it, if a method reads the tower. copies: on other devices.
+
+    resumed: the rows go on with a prompt of which an earlier forward read a part, taking it for a
+    whole one. open: more of the prompt may follow in a later forward. edge: the last row with an
+    image token, of the sample whose image ends first; None without an image in these rows.
     """
 
     past: int
@@ -119,7 +152,11 @@ class Forward:
     first: bool = False
     starts: bool = False
     ends: bool = True
+    resumed: bool = False
+    open: bool = False
+    edge: int | None = None
     shard: Shard = WHOLE
+    patches: Patches | None = field(default=None, repr=False)
     # not a field of `replace`: a copy of other rows would be taken for one of these
     copies: dict[torch.device, Forward] = field(default_factory=dict, init=False, repr=False)
 
@@ -162,16 +199,19 @@ class Method:
     """A training-free edit of attention. Subclasses are frozen dataclasses; the fields are the
     hyperparameters.
 
-    Within a layer the core computes the weights of the rows that methods edit or watch, calls
-    `observe` and `weights` of each method in the order given, multiplies with the values, and asks
-    for `output_gain`. It also applies the head table, batching, padding and the cache: a method
-    never sees any of these. `reads_blocks` asks for `block_input`, `reads_question` for the masks
-    query and content; `words` says what counts as content.
+    Within a layer the core computes the scores of the rows that methods edit or watch, calls
+    `edit_scores` of each method in the order given, takes one softmax, calls `observe` and
+    `weights` of each, multiplies with the values, and asks for `output_gain`. It also applies the
+    head table, batching, padding and the cache: a method never sees any of these. `reads_blocks`
+    asks for `block_input`, `reads_question` for the masks query and content; `words` says what
+    counts as content; `edits_prompt_end` says that the row it edits in a prompt is the last,
+    wherever that turns out to be.
     """
 
     name: ClassVar[str]
     reads_blocks: ClassVar[bool] = False
     reads_question: ClassVar[bool] = False
+    edits_prompt_end: ClassVar[bool] = False
     words: str | Tensor = "all"
 
     def fit(self, facts: Facts) -> tuple[Method, list[str]]:
@@ -183,6 +223,10 @@ class Method:
     def own_layers(self, depth: int) -> list[int]:
         """The layers it acts on by default."""
         return list(range(depth))
+
+    def tower_reads(self) -> tuple[TowerRead, ...]:
+        """What it must see of the vision tower; it finds it in `forward.patches`."""
+        return ()
 
     def settles(self, forward: Forward) -> bool:
         """Whether it chooses something in this forward by the prompt's last row."""
@@ -203,8 +247,26 @@ class Method:
         """Shown the residual stream `[B, S, D]` entering a block, if `reads_blocks`."""
 
     def edited(self, forward: Forward) -> Tensor | None:
-        """The rows `[B, S]` whose weights it rewrites, or None."""
+        """The rows `[B, S]` whose scores or weights it rewrites, or None."""
         return None
+
+    @property
+    def edits_scores(self) -> bool:
+        """Whether it has an `edit_scores` of its own."""
+        return type(self).edit_scores is not Method.edit_scores
+
+    @property
+    def edits_weights(self) -> bool:
+        """Whether it edits weights, or says which rows to compute and edits nothing."""
+        return type(self).weights is not Method.weights or not self.edits_scores
+
+    def edit_scores(self, layer: int, scores: Tensor, forward: Forward, memory: Memory) -> Tensor:
+        """New scores for the edited rows, `[B, H, R, K]` float32, from scores that are masked,
+        scaled and capped, and wait for the softmax; K being the newest keys of `forward`.
+
+        Not in place. Masked keys stay masked, whatever comes back for them.
+        """
+        return scores
 
     def watched(self, forward: Forward) -> tuple[Sequence[int], Tensor] | None:
         """Layers, and the rows `[B, S]` that it must be shown in each of them."""

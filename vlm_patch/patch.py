@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from vlm_patch import heads
 from vlm_patch.engine import attention
 from vlm_patch.engine.generate_guard import Generate, check_options, told
 from vlm_patch.engine.hooks import Hook, Passes, QuietHook
+from vlm_patch.engine.tower import tower_of
 from vlm_patch.engine.tracker import Layout
 from vlm_patch.errors import PatchError
 from vlm_patch.method import Method
 from vlm_patch.methods.registry import fit, instances, unknown, values
-from vlm_patch.models.info import Decoder, read
+from vlm_patch.models.info import Decoder, place, read, unwrapped
 from vlm_patch.models.tensor_parallel import shard_of
 from vlm_patch.prompts.masks import Given
 from vlm_patch.prompts.question import QuestionReader
@@ -36,7 +37,8 @@ def wrap(
 ) -> Patch:
     """Puts methods on a vision-language model of transformers; the model stays the user's own.
 
-    model: also in an adapter of PEFT. methods: instances, or names ("var", "gift", "vhr") for the
+    model: also in an adapter of PEFT, in what `torch.compile` returns, and in
+    DistributedDataParallel. methods: instances, or names such as "var" for the
     defaults of this model; they act in the order given. processor: the model's own; needed to tell
     the user's question from the text around it (GIFT). layers: restricts every method to these
     layers (`[12, 13]`, `"12-20"`). heads: the heads that are on, for all methods or as a mapping by
@@ -47,6 +49,20 @@ def wrap(
     names, heads, hyperparameters).
     """
     return Patch(model, methods, processor, layers, heads)
+
+
+def unwrap(model: Any) -> bool:
+    """Takes off the patch of a model whose handle was lost: `vlm_patch.unwrap(model)`.
+
+    Returns whether there was one; harmless where there is none, such as at the top of a notebook
+    cell that wraps the model. Raises UnsupportedModelError for what cannot be wrapped.
+    """
+    found = {
+        id(p): p for layer in read(unwrapped(model)[-1]).layers if (p := attention.patch_on(layer))
+    }
+    for patch in found.values():
+        patch.remove()
+    return bool(found)
 
 
 class Patch:
@@ -64,14 +80,18 @@ class Patch:
         layers: heads.LayerSpec | None = None,
         head_specs: heads.HeadSpec | Mapping[str, heads.HeadSpec] | None = None,
     ) -> None:
-        # the model in an adapter of PEFT, which calls its forward past its hooks
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._shells = unwrapped(model)
+        base = self._shells[-1]
         decoder = read(base)
-        if any(attention.occupied(layer) for layer in decoder.layers):
-            raise PatchError(
-                f"this {type(model).__name__} is already wrapped: call remove() on its patch "
-                "first, or give all methods to one wrap(model, VAR(), VHR())"
-            )
+        for layer in decoder.layers:
+            config: Any = layer.attention.config
+            attention.check_kernel(layer.index, config._attn_implementation)
+            if attention.patch_on(layer):
+                raise PatchError(
+                    f"this {type(base).__name__} is already wrapped: call remove() on its patch "
+                    "first, or vlm_patch.unwrap(model) if that was lost, or give all methods to "
+                    "one wrap(model, VAR(), VHR())"
+                )
         self.model, self._base, self._decoder = model, base, decoder
         self._methods = fit(instances(methods), decoder)
         self.heads = _tables(self._methods, decoder, layers, head_specs)
@@ -80,7 +100,9 @@ class Patch:
         ids, special = decoder.image_ids, decoder.special
         reader = None if processor is None else QuestionReader(processor, ids, special.bare)
         self._shard = shard_of(base, decoder.layers[0].attention)
-        self._layout = Layout(next(_owners), ids, reader, special.mask, self._shard)
+        reads = {method.name: method.tower_reads() for method in self._methods}
+        self._tower = tower_of(base, decoder, reads)
+        self._layout = Layout(next(_owners), ids, reader, special.mask, self._shard, self._tower)
         self._removed = False
         with ExitStack() as undo:
             self._put_on(undo)
@@ -92,16 +114,15 @@ class Patch:
         padding = config.pad_token_id if self._decoder.special.counts else None
         passes = Passes(decoder, self._layout, self._switched, self._learned, padding)
         for layer in self._decoder.layers:
-            attention.install(layer, passes.now, undo)
+            attention.install(layer, passes.now, undo, self)
             if any(method.reads_blocks for method in self._methods):
                 show = QuietHook(passes.before_block(layer.index), passes.now)
                 handle = layer.block.register_forward_pre_hook(show, with_kwargs=True)
                 undo.callback(handle.remove)
-        calls = {
-            self.model: passes.before_model,
-            self._base: passes.before_model,
-            decoder: passes.before_decoder,
-        }
+        if self._tower is not None:
+            self._tower.install(undo)
+        # an adapter of PEFT calls the forward of its model past its hooks
+        calls = dict.fromkeys(self._shells, passes.before_model) | {decoder: passes.before_decoder}
         for module, call in calls.items():
             handle = module.register_forward_pre_hook(Hook(call), with_kwargs=True)
             undo.callback(handle.remove)
@@ -149,7 +170,9 @@ class Patch:
         check_options(arguments, speaker.generation_config)
         inner, mask_name = speaker is not self._base, self._decoder.special.mask
         prompt = told(arguments, speaker.generation_config, inner, mask_name)
-        with self._layout.generating(prompt):
+        reading = any(method.tower_reads() for method, _ in self._switched())
+        listening = self._tower.generating(arguments) if self._tower and reading else nullcontext()
+        with self._layout.generating(prompt), listening:
             yield
 
     @contextmanager
@@ -167,12 +190,14 @@ class Patch:
             self._layout.given = before
 
     def describe(self) -> str:
-        """What is patched, in words: decoder, layers, methods with their values, what is off."""
+        """What is patched, in words: decoder, device, layers, methods with their values, what is
+        off."""
         decoder = self._decoder
         layers = heads.text([layer.index for layer in decoder.layers])
+        kind = type(decoder.module).__name__
         lines = [
-            f"{type(self._base).__name__}: {type(decoder.module).__name__}, {decoder.depth} layers "
-            f"x {decoder.heads} heads, softmax attention in {layers}"
+            f"{type(self._base).__name__} ({place(decoder.module)}): {kind}, "
+            f"{decoder.depth} layers x {decoder.heads} heads, softmax attention in {layers}"
         ]
         if self._removed:
             lines[0] += " (removed: the model is stock)"

@@ -15,9 +15,10 @@ def add(commands: Commands) -> None:
         "demo", help="pocket model: baseline, VAR, GIFT, VHR and all three"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--device", help="cpu, cuda ... (default: the accelerator if there is one)")
     parser.set_defaults(command=demo)
 
 
 def demo(options: argparse.Namespace) -> None:
     """Run all of it; the study prints the table."""
-    study.demo(options.out)
+    study.demo(options.out, options.device)

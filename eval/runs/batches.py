@@ -6,8 +6,7 @@ later start of it, finds the same batches.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -32,16 +31,11 @@ Found: TypeAlias = "tuple[Sample, Answer | BrokenImageError]"
 class Batch:
     """What is asked together: groups of samples with one image and one prompt, asked once each."""
 
-    name: str
     groups: tuple[tuple[Sample, ...], ...]
 
-    def __len__(self) -> int:
-        return sum(map(len, self.groups))
-
-    def without(self, settled: Collection[tuple[str, ...]]) -> Batch:
-        """The part that is not settled yet, under the same name."""
-        left = (tuple(s for s in group if s.key not in settled) for group in self.groups)
-        return Batch(self.name, tuple(group for group in left if group))
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        return tuple(chain(*self.groups))
 
 
 def divide(samples: Sequence[Sample], config: Config) -> list[Batch]:
@@ -60,13 +54,8 @@ def divide(samples: Sequence[Sample], config: Config) -> list[Batch]:
     for task in config.tasks:
         of_task = [group for group in groups if group[0].task == task]
         for start in range(0, len(of_task), config.batch_size):
-            batches.append(_batch(of_task[start : start + config.batch_size]))
+            batches.append(Batch(tuple(of_task[start : start + config.batch_size])))
     return batches
-
-
-def _batch(groups: Sequence[tuple[Sample, ...]]) -> Batch:
-    keys = "\n".join("/".join(sample.key) for sample in chain(*groups))
-    return Batch(hashlib.sha256(keys.encode()).hexdigest()[:16], tuple(groups))
 
 
 def _length(sample: Sample, pixels: Mapping[Path, int]) -> float:
@@ -74,7 +63,7 @@ def _length(sample: Sample, pixels: Mapping[Path, int]) -> float:
     return pixels[sample.image] / PATCH + len(sample.prompt) / 4
 
 
-class Asker:
+class BatchRunner:
     """Asks a model batch by batch; after an out-of-memory error with half as many at once."""
 
     def __init__(self, model: Any, processor: Any, config: Config) -> None:

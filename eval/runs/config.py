@@ -32,9 +32,9 @@ from eval.benchmarks.parsers import AMBER_PARSERS, HALLUSIONBENCH_PARSERS, MME_P
 from eval.benchmarks.pope import STRATEGIES
 from eval.benchmarks.rows import read_text
 from eval.runs.schema import check, check_names, check_positive, check_section, describe, unknown
-from vlm_patch import GIFT, VAR, VHR
+from vlm_patch.methods.registry import METHODS as LIBRARY
 
-METHODS: Mapping[str, Any] = {"var": VAR, "gift": GIFT, "vhr": VHR}
+METHODS: Mapping[str, Any] = LIBRARY
 PARTS = ("tune", "report")
 BROKEN_IMAGES = ("skip", "error")
 DTYPES = ("auto", "float32", "float16", "bfloat16")

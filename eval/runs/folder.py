@@ -1,24 +1,32 @@
 """The folder of one run: config.yaml (what is run, on what), answers.jsonl, metrics.json.
 
-Answers are appended and flushed batch by batch, so that a run goes on after any interruption.
+Answers are appended and flushed batch by batch, so that a run goes on after any interruption. Where
+several processes are at work, each writes files of its own (answers.rank-0.jsonl), which the next
+`merge` brings into answers.jsonl.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from eval.runs import jsonl
 from eval.benchmarks.amber_nouns import LEXICON
+from eval.runs.batches import Found
+from eval.runs.samples import Sample, notice
 from eval.errors import EvalError
+from eval.runs.generate import Answer
 
 KEY = ("task", "split", "id")
+LOCK = ".lock"
 # Settings that say how fast answers come, not which: they may change when a run goes on.
 FREE = ("batch_size", "device", "device_map", "tp_plan")
 
@@ -45,11 +53,6 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.json"
 
-    @property
-    def work(self) -> Path:
-        """What several processes leave here while they are at work; gone when all is done."""
-        return self.path / "work"
-
     def record(self) -> dict[str, Any]:
         """What config.yaml says; EvalError if this is no run folder."""
         try:
@@ -67,15 +70,12 @@ class RunFolder:
             raise EvalError(f"{self.config} is not the record of a run: no {min(missing)} in it")
         return dict(record)
 
-    def open(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Start the run that `record` describes or go on with it; returns the record to keep.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other commands out until the end of the block; a process that dies lets go.
 
-        EvalError if the folder holds answers of another run, or files that are no run.
+        EvalError if another one is at work, or if the folder holds files that are no run.
         """
-        if self.config.exists() and self._begun():
-            found = self.record()
-            _check_same(self.path, found, record)
-            return found
         self.path.mkdir(parents=True, exist_ok=True)
         strange = [entry.name for entry in self.path.iterdir() if not _ours(entry.name)]
         if strange and not self.config.exists():
@@ -83,97 +83,125 @@ class RunFolder:
                 f"{self.path} holds {min(strange)} but no config.yaml, so it is no run folder: "
                 f"choose another --out"
             )
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise EvalError(
+                f"another command is at work in {self.path}: wait for it to end, or choose "
+                f"another --out"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            notice(f"{self.path} cannot be locked ({error}): give one command at a time there")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def open(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Start the run that `record` describes or go on with it; returns the record to keep.
+
+        EvalError if the folder holds answers of another run.
+        """
+        if self.config.exists() and self._begun():
+            found = self.record()
+            _check_same(self.path, found, record)
+            return found
         for file in _for_scoring(record["settings"]):
             shutil.copyfile(file, self.path / file.name)
         self.write_record(record)
         return dict(record)
 
     def _begun(self) -> bool:
-        """Whether there are answers, or a process that is about to make some."""
-        logs = [*self.parts(self.answers), *self.parts(self.skip_list)]
-        logs += [file for file in (self.answers, self.skip_list) if file.exists()]
-        return any(file.stat().st_size for file in logs) or any(self.work.glob("*.alive"))
+        """Whether there are answers."""
+        logs = [file for path in (self.answers, self.skip_list) for file in self._parts(path)]
+        return any(file.stat().st_size for file in logs)
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace config.yaml."""
         jsonl.replace(self.config, yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True))
 
-    def finished(self) -> dict[str, Any] | None:
-        """What metrics.json says, if it tells of all samples of the run."""
-        try:
-            metrics: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-        complete = metrics["answered"] + metrics.get("skipped", 0) == metrics["samples"]
-        return metrics if complete else None
+    def read_metrics(self) -> dict[str, Any]:
+        """What metrics.json says."""
+        metrics: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
+        return metrics
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Replace metrics.json; equal metrics give equal bytes."""
         jsonl.replace(self.metrics, json.dumps(metrics, indent=2, sort_keys=True) + "\n")
 
-    def rows(self, repair: bool = False, quiet: bool = False) -> list[dict[str, Any]]:
-        """The answers so far, sorted by task, split and id; for the switches see `log.read`."""
-        return self._merged(self.answers, (*KEY, "answer"), repair, quiet)
+    def rows(self) -> list[dict[str, Any]]:
+        """The answers so far, of all processes, sorted by task, split and id."""
+        return self._rows(self.answers, (*KEY, "answer"))
 
-    def skipped(self, repair: bool = False, quiet: bool = False) -> list[dict[str, Any]]:
+    def skipped(self) -> list[dict[str, Any]]:
         """The samples left out because their image is broken, each with its `reason`."""
-        return self._merged(self.skip_list, (*KEY, "reason"), repair, quiet)
+        return self._rows(self.skip_list, (*KEY, "reason"))
 
-    def _merged(
-        self, path: Path, fields: Sequence[str], repair: bool, quiet: bool
-    ) -> list[dict[str, Any]]:
-        """Rows of a file and of its parts by single processes, each sample once.
-
-        Parts are read first: they only vanish when the file holds what was in them.
-        """
-        parts = [_unique(part, jsonl.read(part, fields, quiet=True)) for part in self.parts(path)]
-        rows = _unique(path, jsonl.read(path, fields, repair, quiet))
-        for part in parts:
-            rows = part | rows
+    def _rows(self, path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+        rows: dict[tuple[str, ...], dict[str, Any]] = {}
+        for file in self._parts(path):
+            rows = _unique(file, jsonl.read(file, fields)) | rows
         return [rows[key] for key in sorted(rows)]
 
-    def parts(self, path: Path) -> list[Path]:
-        """What processes beside the one that writes `path` wrote of it."""
-        return sorted(self.work.glob(f"*.{path.name}"))
+    def _parts(self, path: Path) -> list[Path]:
+        """The file and what single processes wrote beside it; it comes first."""
+        files = [path, *sorted(self.path.glob(f"{path.stem}.rank-*{path.suffix}"))]
+        return [file for file in files if file.exists()]
 
-    def part(self, path: Path, name: str) -> Path:
-        """Where the process `name` writes its part of `path`."""
-        return self.work / f"{name}.{path.name}"
+    def settled(self) -> set[tuple[str, ...]]:
+        """Keys of the samples that need not be asked any more."""
+        return {row_key(row) for row in (*self.rows(), *self.skipped())}
 
-    def settled(self, repair: bool = False) -> set[tuple[str, ...]]:
-        """Keys of the samples that need not be asked any more, also while others write."""
-        found = [*self.rows(repair, not repair), *self.skipped(repair, not repair)]
-        return {row_key(row) for row in found}
+    def write(self, found: Sequence[Found], rank: int | None = None) -> None:
+        """Add what came of some samples; `rank`: to the files of this one of several processes."""
+        answers = [_line(sample, it) for sample, it in found if isinstance(it, Answer)]
+        skipped = [_skip(sample, it.reason) for sample, it in found if not isinstance(it, Answer)]
+        for path, rows in ((self.answers, answers), (self.skip_list, skipped)):
+            if rows:
+                own = path if rank is None else path.with_suffix(f".rank-{rank}{path.suffix}")
+                jsonl.append(own, rows)
 
-    def report(self, name: str, made: Mapping[str, Sequence[Any]]) -> None:
-        """Leave what process `name` found of its environments, patches and notes for `gather`."""
-        jsonl.append(self.work / f"{name}.report", [made])
-
-    def gather(self) -> None:
-        """Bring what lies in parts and reports into the files of the run, and drop those."""
+    def merge(self, samples: Sequence[Sample]) -> None:
+        """Bring all answers into answers.jsonl in the order of the samples, torn lines left out."""
+        place: dict[tuple[str, ...], int]
+        place = {sample.key: number for number, sample in enumerate(samples)}
         for path, rows in ((self.answers, self.rows()), (self.skip_list, self.skipped())):
-            there = _unique(path, jsonl.read(path, KEY, repair=True))
-            if missing := [row for row in rows if row_key(row) not in there]:
-                jsonl.append(path, missing)
-            for part in self.parts(path):
-                part.unlink(missing_ok=True)
-        self.gather_reports()
+            rows.sort(key=lambda row: place.get(row_key(row), len(place)))
+            text, parts = jsonl.lines(rows), self._parts(path)
+            if parts and (parts[0] != path or path.read_bytes() != text.encode()):
+                jsonl.replace(path, text)
+            for part in parts:
+                if part != path:
+                    part.unlink()
 
-    def gather_reports(self) -> None:
-        """What the processes found of themselves goes into config.yaml, each thing once."""
-        record, reports = self.record(), sorted(self.work.glob("*.report"))
-        for made in [made for report in reports for made in jsonl.read(report, ())]:
-            for key, found in made.items():
-                record[key] += [item for item in found if item not in record[key]]
-        if reports:
-            self.write_record(record)
-        for report in reports:
-            report.unlink(missing_ok=True)
+    def remember(self, provenance: Mapping[str, Sequence[Any]]) -> None:
+        """Add what is new of environments, patches and notes to config.yaml."""
+        record = self.record()
+        new = {key: [it for it in provenance[key] if it not in record[key]] for key in provenance}
+        if any(new.values()):
+            self.write_record({**record, **{key: record[key] + new[key] for key in new}})
+
+
+def _line(sample: Sample, answer: Answer) -> dict[str, Any]:
+    """One line of answers.jsonl."""
+    shown = {"image": sample.image.name, "prompt": sample.prompt}
+    response = {"answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}
+    return {**_key(sample), **shown, **response, **sample.facts}
+
+
+def _skip(sample: Sample, reason: str) -> dict[str, Any]:
+    """One line of skipped.jsonl."""
+    return {**_key(sample), "image": sample.image.name, "reason": reason}
+
+
+def _key(sample: Sample) -> dict[str, str]:
+    return dict(zip(KEY, sample.key, strict=True))
 
 
 def _ours(name: str) -> bool:
     """Files that are there before config.yaml is."""
-    return name in ("scenes", "work") or name.startswith("config.yaml.")
+    return name in ("scenes", LOCK) or name.startswith("config.yaml.")
 
 
 def _for_scoring(settings: Mapping[str, Any]) -> list[Path]:

@@ -16,8 +16,9 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from eval.runs import images
 from eval import pocket
 from eval.runs.config import Config
-from eval.runs.samples import Sample
+from eval.runs.samples import Sample, notice
 from eval.errors import EvalError
+from vlm_patch.models.info import place
 
 # The Auto classes carry no types.
 MODELS: Any = AutoModelForImageTextToText
@@ -47,8 +48,11 @@ class BrokenImageError(EvalError):
     """An image that cannot be shown to the model, and the sample that needs it."""
 
     def __init__(self, sample: Sample, reason: str) -> None:
-        super().__init__(f"{sample.name}: {reason}")
+        super().__init__(sample, reason)  # what pickle makes it of again, from another process
         self.sample, self.reason = sample, reason
+
+    def __str__(self) -> str:
+        return f"{self.sample.name}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
             f"model {config.model} cannot be loaded (expected: pocket, a folder made by "
             f"save_pretrained, or the hub id of an image-text-to-text model): {error}"
         ) from error
+    notice(f"{config.model}: {place(model)}")
     return model.eval(), prepare(processor, config.model, config.chat_template)
 
 

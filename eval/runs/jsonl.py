@@ -14,16 +14,20 @@ from eval.runs.samples import notice
 from eval.errors import EvalError
 
 
+def lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as text, one JSON object a line."""
+    return "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+
+
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows, one JSON object a line, and see them on the disk.
 
     EvalError if they cannot be written (a full disk); the file is then as it was before.
     """
-    text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
     before = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+            file.write(lines(rows))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -36,7 +40,10 @@ def replace(path: Path, text: str) -> None:
     """Replace a file in one step: a crash leaves the old one or the new one, never half."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         with suppress(OSError):
@@ -44,28 +51,23 @@ def replace(path: Path, text: str) -> None:
         raise _unwritten(path, error) from error
 
 
-def read(
-    path: Path, fields: Collection[str], repair: bool = False, quiet: bool = False
-) -> list[dict[str, Any]]:
+def read(path: Path, fields: Collection[str]) -> list[dict[str, Any]]:
     """The rows of a file, all of which hold `fields`; none if there is no file.
 
-    A last line that a crash left broken is passed over with a notice, a `quiet` reader expects one
-    that is just being written; `repair` also cuts it off the file, so that the next row starts a
-    line of its own. EvalError names any other broken line.
+    A last line that a crash left broken is passed over with a notice. EvalError names any other
+    broken line.
     """
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         return []
-    *lines, torn = text.split(b"\n")
-    found = [_row(line, fields) for line in lines]
-    if not torn and found and found[-1] is None:
+    *whole, torn = text.split(b"\n")
+    found = [_row(line, fields) for line in whole]
+    if not torn and found[-1:] == [None]:
+        torn = whole[-1]
         found.pop()
-        torn = lines.pop() + b"\n"
-    if torn and not quiet:
+    if torn:
         notice(f"{path}: the last line is broken off; its sample is not answered yet")
-    if torn and repair:
-        os.truncate(path, len(text) - len(torn))
     rows = [row for row in found if row is not None]
     if len(rows) < len(found):
         raise EvalError(

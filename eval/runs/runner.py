@@ -5,15 +5,17 @@ Scoring reads the folder alone and always gives the same bytes of metrics.json f
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from eval.runs import workers, crew, samples as dataset, generate
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from eval.runs import workers, batches, samples as dataset, generate, splitting
 from eval.benchmarks import chair, echo, pope, tasks
-from eval.runs.workers import Desk, Load
+from eval.runs.workers import Engine, Load
 from eval.benchmarks.coco import Vocabulary
 from eval.runs.config import Config
 from eval.runs.samples import Sample, notice
@@ -29,57 +31,99 @@ def run(
     scenes: Path | None = None,
     load: Load = generate.load_model,
     samples: Sequence[Sample] | None = None,
+    engine: Engine = workers.answer_here,
 ) -> dict[str, Any]:
     """Generate the answers that the folder `out` still lacks, and score it; returns the metrics.
 
-    Other processes may be at work in the same folder: each takes what nobody else has taken, and
-    one of them scores. `scenes` is where pocket scenes are drawn (None: in `out`). `load` gives
-    model and processor; it is called only if there is something to generate. `samples` spares
-    reading the data again where it was read by the same settings.
+    Of the processes that a launcher started each answers its share, and the main one scores.
+    `scenes` is where pocket scenes are drawn (None: in `out`). `load` gives model and processor; it
+    is called only if there is something to generate. `samples` spares reading the data again where
+    it was read by the same settings.
     """
-    folder = RunFolder(out)
+    folder, main = RunFolder(out), splitting.processes().is_main_process
     if samples is None:
         samples = tasks.samples(config, scenes or out / "scenes")
-    record = folder.open(describe(config, samples))
-    _check_environment(out, record, environment(config))
-    with crew.join(folder.work) as member, pixel_limit(config.max_pixels):
-        desk = _desk(config, folder, member)
-        try:
-            workers.answer(desk, config, samples, load)
-        finally:
-            if desk.keeper:
-                folder.gather_reports()
-        return _finish(desk, len(samples))
+    with folder.locked() if main else nullcontext(), pixel_limit(config.max_pixels):
+        if main:
+            record = folder.open(describe(config, samples))
+            _check_environment(out, record, environment(config))
+            folder.merge(samples)
+        splitting.processes().wait_for_everyone()
+        _answer(folder, config, samples, load, engine)
+        splitting.processes().wait_for_everyone()
+        if main:
+            folder.merge(samples)
+            _check_complete(folder, samples)
+            score(out)
+        splitting.processes().wait_for_everyone()
+    return folder.read_metrics()
 
 
-def _desk(config: Config, folder: RunFolder, member: crew.Member) -> Desk:
-    """One process keeps the files of the run: the first, also where all hold one model together."""
-    together = config.tp_plan is not None
-    first = not together or os.environ.get("RANK", "0") == "0"
-    keeper = first and member.take(folder.answers.name) > 0
-    if together and first and not keeper:
+def _answer(
+    folder: RunFolder, config: Config, samples: Sequence[Sample], load: Load, engine: Engine
+) -> None:
+    """Answer this process's share of what the folder lacks.
+
+    A batch that is there in part is asked again as a whole, so that its padding is the same; what
+    is there is kept.
+    """
+    launch, settled = splitting.processes(), folder.settled()
+    todo = [
+        batch
+        for batch in batches.divide(samples, config)
+        if not settled.issuperset(sample.key for sample in batch.samples)
+    ]
+    if not todo:
+        return
+    name = folder.path.name
+    if launch.is_main_process:
+        folder.metrics.unlink(missing_ok=True)
+        if settled:
+            notice(
+                f"{folder.path}: {len(settled)} of {len(samples)} samples are answered, going on"
+            )
+    rank = None if launch.num_processes == 1 else launch.process_index
+    mine = splitting.share(todo, config)
+    provenance: workers.Provenance = {}
+    with (
+        tqdm(
+            desc=name if rank is None else f"{name}, process {rank + 1} of {launch.num_processes}",
+            total=sum(len(batch.samples) for batch in mine),
+            unit=" answers",
+            disable=not launch.is_main_process,
+        ) as bar,
+        closing(engine(mine, config, load)) as answered,
+    ):
+        for found, made in answered:
+            if made != provenance and launch.is_main_process:
+                folder.remember(made)
+            provenance = made
+            if launch.is_main_process or config.tp_plan is None:
+                folder.write([it for it in found if it[0].key not in settled], rank)
+            bar.update(len(found))
+    everyone = gather_object([provenance])
+    if launch.is_main_process:
+        for made in everyone:
+            folder.remember(made)
+
+
+def _check_complete(folder: RunFolder, samples: Sequence[Sample]) -> None:
+    settled = folder.settled()
+    if missing := [sample for sample in samples if sample.key not in settled]:
         raise EvalError(
-            f"another process is at work in {folder.path}, and with tp_plan the processes of one "
-            f"launch do a run alone: wait for it to end, or choose another --out"
+            f"{folder.path} lacks {len(missing)} of {len(samples)} answers though every process "
+            f"is done: it must be on a file system that the machines of a launch share"
         )
-    return Desk(folder, member, keeper, together)
-
-
-def _finish(desk: Desk, samples: int) -> dict[str, Any]:
-    """Bring everything together and score it, or wait for the process that does."""
-    folder, waits = desk.folder, desk.together and not desk.keeper
-    while waits or not desk.member.take(folder.answers.name):
-        if (metrics := folder.finished()) is not None:
-            return metrics
-        time.sleep(workers.PAUSE)
-    folder.gather()
-    return score(folder.path)
 
 
 def _check_environment(out: Path, record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Say so where the answers that are there were made by other versions."""
-    before = record["environments"][-1]
-    if changed := [f"{key} {before.get(key)}" for key in now if before.get(key) != now[key]]:
+    """Say so where the answers that are there were made by other versions.
+
+    The device is left out: workers on other machines have others.
+    """
+    before = (record["environments"] or [now])[-1]
+    changed = [f"{key} {before.get(key)}" for key in now if before.get(key) != now[key]]
+    if changed := [it for it in changed if not it.startswith("device ")]:
         notice(f"{out} has answers of {', '.join(changed)}: delete it to make them anew")
 
 
@@ -89,7 +133,7 @@ def describe(config: Config, samples: Sequence[Sample]) -> dict[str, Any]:
         "settings": config.settings(),
         "data": dataset.describe(samples),
         "decoding": dict(generate.GREEDY),
-        "environments": [environment(config)],
+        "environments": [],
         "patches": [],
         "notes": [],
     }

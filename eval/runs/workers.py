@@ -1,123 +1,81 @@
-"""The part of a run that needs the model: this process's share of the answers, into the folder."""
+"""The part of a run that needs the model: batches in, answers out."""
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from tqdm import tqdm
 
 import vlm_patch
-from eval.runs import batches, jsonl
-from eval.runs.batches import Asker, Batch, Found
+from eval.runs.batches import Batch, BatchRunner, Found
 from eval.runs.config import Config
-from eval.runs.crew import Member
-from eval.runs.samples import Sample, notice
+from eval.runs.samples import notice
 from eval.runs.provenance import environment
 from eval.errors import EvalError
-from eval.runs.folder import RunFolder
-from eval.runs.generate import Answer
+from eval.runs.images import pixel_limit
 
 OURS = (Path(vlm_patch.__file__).parent, Path(__file__).parents[1])
 PAUSE = 0.5
 """Seconds between two looks at what the other processes have done."""
 
 Load: TypeAlias = Callable[[Config], tuple[Any, Any]]
+Provenance: TypeAlias = Mapping[str, Sequence[Any]]
+"""What config.yaml keeps of a worker: its `environments`, `patches`, and `notes` (warnings)."""
+Answered: TypeAlias = tuple[list[Found], Provenance]
+Answers: TypeAlias = Generator[Answered, None, None]
+Engine: TypeAlias = Callable[[Sequence[Batch], Config, Load], Answers]
+"""Answers batches, in any order; `answer_here` and `ray_engine.answer` are the two."""
 
 
 @dataclass(frozen=True)
-class Desk:
-    """One process's place in a run: one keeps the files of the run, the others write parts.
+class Worker:
+    """A loaded model with the methods of the run on it, and what is to be kept of both.
 
-    `together`: several processes hold one model between them (tensor parallelism), so each goes
-    through all batches, and only the first writes.
+    runner: asks the model.
+    patch: the handle of the methods, None without any.
+    provenance: what the run folder keeps; its notes grow while the worker is at work.
     """
 
-    folder: RunFolder
-    member: Member
-    keeper: bool
-    together: bool = False
+    runner: BatchRunner
+    patch: Any
+    provenance: Provenance
 
-    def write(self, found: Sequence[Found]) -> None:
-        """Put down what came of some samples."""
-        if self.together and not self.keeper:
-            return
-        said = [_line(sample, it) for sample, it in found if isinstance(it, Answer)]
-        missed = [_skip(sample, it.reason) for sample, it in found if not isinstance(it, Answer)]
-        for path, rows in ((self.folder.answers, said), (self.folder.skip_list, missed)):
-            if rows:
-                jsonl.append(self._own(path), rows)
-
-    def _own(self, path: Path) -> Path:
-        """The file of the run, unless another process keeps it, or has taken it over."""
-        keeps = self.keeper and self.member.take(self.folder.answers.name)
-        return path if keeps else self.folder.part(path, self.member.name)
-
-    def shares(self, todo: Sequence[Batch], bar: Any) -> Iterator[Batch]:
-        """The batches that fall to this process, until each sample is settled by somebody."""
-        if self.together:
-            for batch in todo:
-                yield batch
-                bar.update(len(batch))
-            return
-        while todo:
-            taken = 0
-            for batch in todo:
-                if generation := self.member.take(batch.name):
-                    taken += 1
-                    # whoever had it before may have answered it, then died
-                    known = self.folder.settled() if generation > 1 else ()
-                    if mine := batch.without(known):
-                        yield mine
-                bar.update(min(len(batch), bar.total - bar.n))
-            settled = self.folder.settled()
-            todo = [rest for batch in todo if (rest := batch.without(settled))]
-            if todo and not taken:
-                time.sleep(PAUSE)
+    def answer(self, batch: Batch) -> Answered:
+        """What came of each sample of the batch, whichever batches were answered before."""
+        torch.manual_seed(self.runner.config.seed)
+        found = [it for part in self.runner.answer(batch) for it in part]
+        # only now: a method may have found out something about the model at its first prompt
+        patches = [] if self.patch is None else [self.patch.describe().splitlines()]
+        kept = {key: [*values] for key, values in self.provenance.items()}
+        return found, {**kept, "patches": patches}
 
 
-def answer(desk: Desk, config: Config, samples: Sequence[Sample], load: Load) -> None:
-    """Answer what the folder lacks, together with whoever else is at work in it."""
-    settled = desk.folder.settled(repair=desk.keeper)
-    if len(settled) == len(samples):
-        return
-    if settled:
-        out = desk.folder.path
-        notice(f"{out}: {len(settled)} of {len(samples)} samples are answered, going on")
-    if desk.keeper:
-        desk.folder.metrics.unlink(missing_ok=True)
-    elif not desk.together:
-        notice(f"{desk.folder.path}: another process is at work there, doing a share of it")
-    todo = [rest for batch in batches.divide(samples, config) if (rest := batch.without(settled))]
+@contextmanager
+def worker(config: Config, load: Load) -> Iterator[Worker]:
+    """Load the model and keep the methods of the run on it until the end of the block."""
     model, processor = load(config)
-    torch.manual_seed(config.seed)
     notes: list[str] = []
     with (
+        pixel_limit(config.max_pixels),
         _noting(notes),
         wrapped(model, processor, config) as patch,
-        tqdm(
-            desc=desk.folder.path.name,
-            total=len(samples),
-            initial=len(settled),
-            unit=" answers",
-            disable=not desk.keeper,
-        ) as bar,
     ):
-        asker = Asker(model, processor, config)
-        try:
-            for batch in desk.shares(todo, bar):
-                for found in asker.answer(batch):
-                    desk.write(found)
-        finally:
-            said = [] if patch is None else [patch.describe().splitlines()]
-            made = {"environments": [environment(config)], "patches": said, "notes": notes}
-            desk.folder.report(desk.member.name, made)
+        made: Provenance = {"environments": [environment(config)], "notes": notes}
+        yield Worker(BatchRunner(model, processor, config), patch, made)
+
+
+def answer_here(batches: Sequence[Batch], config: Config, load: Load) -> Answers:
+    """The engine that loads the model into this process and answers one batch after another."""
+    if not batches:  # more processes than batches
+        return
+    with worker(config, load) as own:
+        for batch in batches:
+            yield own.answer(batch)
 
 
 def wrapped(model: Any, processor: Any, config: Config) -> AbstractContextManager[Any]:
@@ -149,19 +107,3 @@ def _noting(notes: list[str]) -> Iterator[None]:
 
         warnings.showwarning = keep
         yield
-
-
-def _line(sample: Sample, answer: Answer) -> dict[str, Any]:
-    """One line of answers.jsonl."""
-    shown = {"image": sample.image.name, "prompt": sample.prompt}
-    said = {"answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}
-    return {**_asked(sample), **shown, **said, **sample.facts}
-
-
-def _skip(sample: Sample, reason: str) -> dict[str, Any]:
-    """One line of skipped.jsonl."""
-    return {**_asked(sample), "image": sample.image.name, "reason": reason}
-
-
-def _asked(sample: Sample) -> dict[str, Any]:
-    return {"task": sample.task, "split": sample.split, "id": sample.id}

@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from eval.errors import EvalError
-from eval.runs import runner
 from eval.runs.config import Config
 from eval.runs.generate import best_device
+from eval.runs.provenance import environment
 from eval.speed import table as speed_table
 from eval.speed.memory import peaks
 from eval.speed.models import Loaded
@@ -224,7 +224,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "processor": processor,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        **runner.describe(Config(device=str(device)), [])["environments"][0],
+        **environment(Config(device=str(device))),
     }
 
 

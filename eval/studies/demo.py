@@ -68,9 +68,13 @@ class Scene:
     captions: list[Caption]
 
 
-def demo(out: Path) -> None:
-    """Run (or resume) everything; print and write the table and the scenes."""
-    configs = {name: config.load(CONFIGS / f"{name}.yaml") for name in RUNS}
+def demo(out: Path, device: str | None = None) -> None:
+    """Run (or resume) everything; print and write the table and the scenes.
+
+    device: None for the accelerator of this machine, or the CPU.
+    """
+    chosen = [] if device is None else [f"device={device}"]
+    configs = {name: config.load(CONFIGS / f"{name}.yaml", chosen) for name in RUNS}
     load = functools.cache(lambda: generate.load_model(configs["baseline"]))
     for name in RUNS:
         runner.run(configs[name], out / name, out / "scenes", lambda _: load())

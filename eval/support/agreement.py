@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.reference import Gift, Method, Sample, Var, Vhr, logits
-from vlm_patch import GIFT, VAR, VHR
+from eval.support.reference import Gift, Method, Paint, Sample, Var, Vhr, logits
+from vlm_patch import GIFT, PAINT, VAR, VHR
 from vlm_patch.methods.var import sink_score
 
 DIMS = tiny.SINK_DIMS
 TAU = 3.0
 NO_PROCESSOR = "ignore:No processor was given"
 
+TABLE = ((0.3, 0.1, 0.4, 0.2), (0.0, 0.2, 0.1, 0.3), (0.5, 0.0, 0.4, 0.1), (0.2, 0.3, 0.5, 0.4))
 PAIRS: dict[str, tuple[Method, Any]] = {
     "var": (Var(DIMS, TAU), VAR(tau=TAU, dims=DIMS)),
     "var-all-fields": (
@@ -44,6 +45,14 @@ PAIRS: dict[str, tuple[Method, Any]] = {
         Vhr((0, 1, 2, 3), alpha=1.7, filter=False),
         VHR(alpha=1.7, layers=(0, 1, 2, 3), filter=False),
     ),
+    "paint": (
+        Paint(0.7, 0.4, 0.25, (1, 2, 3)),
+        PAINT(0.7, 0.4, 0.25, layers=(1, 2, 3)),
+    ),
+    "paint-release": (
+        Paint(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
+        PAINT(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
+    ),
 }
 ALONE = [(name,) for name in PAIRS]
 TOGETHER = [
@@ -53,6 +62,7 @@ TOGETHER = [
     ("var-release", "gift-inside", "vhr"),
     ("gift-inside", "var-release", "vhr-paper"),
     ("var", "gift-inside"),
+    ("gift-inside", "paint", "var", "vhr"),
 ]
 MODELS = {
     "llava": tiny.llava,

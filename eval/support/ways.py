@@ -5,6 +5,7 @@ refusal. Tiny random models, float32 unless a note says otherwise.
 """
 
 import contextlib
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import vlm_patch
 from eval.support import tiny
 from eval.support.agreement import answer_logits, generated, ours, planted, reference
 from eval.support.modes import Row
-from eval.support.reference import Sample, capture, logits, trace
+from eval.support.reference import Sample, Turn, capture, logits, trace
 from eval.support.simulated_device import spread
 from eval.support.tensor_parallel import errors
 from vlm_patch import PatchError
@@ -35,6 +36,8 @@ SIDES: dict[str, tuple[str, ...]] = {
     "vhr": ("vhr",),
     "all": ("var", "gift", "vhr"),
     "all, map from an edited layer": ("var", "gift-inside", "vhr"),
+    "paint": ("paint",),
+    "all and paint": ("paint", "var", "gift-inside", "vhr"),
 }
 Names: TypeAlias = Sequence[str]
 STEPS = 6
@@ -195,7 +198,7 @@ def half_right(answer: Tensor, start: int) -> Callable[..., Any]:
     def candidates(drafter: object, ids: Tensor, *rest: object) -> tuple[Tensor, None]:
         draft = answer[ids.shape[1] - start :][:3].clone()
         draft[2:] = draft[2:] % 50 + 30
-        return torch.cat([ids, draft[None]], 1), None
+        return torch.cat([ids, draft[None].to(ids.device)], 1), None
 
     return candidates
 
@@ -251,7 +254,7 @@ def image_after_text(names: Names) -> float:
     return answered(names, [[*before, tiny.IMAGE], [*before, tiny.IMAGE, 25, 26]])
 
 
-@mode("video tokens", "Qwen2-VL")
+@mode("video tokens", "Qwen2-VL; PAINT chooses frame by frame")
 def video(names: Names) -> float:
     model = model_of("qwen2-vl")
     pictured = prompt(model, tiny.ONE_IMAGE)
@@ -297,6 +300,32 @@ def second_turn(names: Names) -> float:
     return apart(model, samples, torch.stack(second.logits, 1), names)
 
 
+@mode("second turn with an image", "on the first turn's cache; vhr keeps the first turn's heads")
+def second_image(names: Names) -> float:
+    model = model_of()
+    both = prompt(model, [[tiny.BOS, 5, tiny.IMAGE, 21, 22, 23, 60, 40, tiny.IMAGE, 41, 42, 43]])
+    whole = capture(model, both)
+    end = 1 + 1 + 16 + 3  # of the first turn
+    query = (whole.image.cumsum(0) > 0) & ~whole.image
+    after = torch.arange(whole.length) > int(whole.image.nonzero()[-1])
+    turns = Turn(0, end, query[:end], query[:end]), Turn(end, whole.length, after, after)
+    ids, pixels = both["input_ids"], both["pixel_values"]
+    with vlm_patch.wrap(model, *ours(names)):
+        first = generate(model, {"input_ids": ids[:, :end], "pixel_values": pixels[:1]}, 1)
+        cache = first.past_key_values
+        later = forward(
+            model, input_ids=ids[:, end:], pixel_values=pixels[1:], past_key_values=cache
+        )
+        found = [later.logits[:, -1]]
+        for token in (60, tiny.SINK_WORD):
+            cache = later.past_key_values
+            later = forward(model, input_ids=torch.tensor([[token]]), past_key_values=cache)
+            found.append(later.logits[:, -1])
+    answer = torch.tensor([60, tiny.SINK_WORD, 61])
+    sample = replace(whole, turns=turns).followed_by(model, answer)
+    return apart(model, [sample], torch.stack(found, 1), names)
+
+
 @mode("second turn encoded anew")
 def second_turn_anew(names: Names) -> float:
     row = [*tiny.ONE_IMAGE[0], 60, 61, tiny.SINK_WORD, 70, 71, 72]
@@ -309,6 +338,58 @@ def second_turn_anew(names: Names) -> float:
 @mode("dynamic cache", "made by the caller")
 def dynamic_cache(names: Names) -> float:
     return answered(names, past_key_values=DynamicCache(config=model_of().config))
+
+
+@mode(
+    "questions behind a cached image",
+    "the prompt cut at the image, behind it, in the question; beams; a batch",
+)
+def cached_image(names: Names) -> float:
+    model = model_of()
+    batch = prompt(model, tiny.ONE_IMAGE)
+    end = int((batch["input_ids"][0] == tiny.IMAGE).nonzero()[-1]) + 1
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    worst = 0.0
+    with vlm_patch.wrap(model, *ours(names)):
+        outputs = []
+        for cut in (end, end + 1, end + 3):
+            read = {name: text[name][:, :cut] for name in text}
+            known = forward(model, **read, pixel_values=batch["pixel_values"]).past_key_values
+            for beams in (1, 3):
+                mine = copy.deepcopy(known)
+                mine.batch_repeat_interleave(beams)
+                options = {"num_beams": beams, "num_return_sequences": beams}
+                outputs.append(generate(model, text | {"past_key_values": mine}, **options))
+        several = questions_at_once(model, batch, end)
+    for output in outputs:
+        new, ways = generated(batch, output), getattr(output, "beam_indices", None)
+        found = torch.stack(output.logits, 1)
+        if ways is not None:
+            found = torch.stack([found[way, torch.arange(STEPS)] for way in ways[:, :STEPS]])
+        for row in range(len(new)):
+            samples = tiny.samples(model, batch, new[row : row + 1])
+            worst = max(worst, apart(model, samples, found[row : row + 1], names))
+    for row, question, output in several:
+        alone = prompt(model, [[*tiny.ONE_IMAGE[0][:4], *question]])
+        new, found = output.sequences[row, -STEPS:], torch.stack(output.logits, 1)
+        sample = capture(model, alone, new)
+        worst = max(worst, apart(model, [sample], found[row : row + 1], names))
+    return worst
+
+
+def questions_at_once(
+    model: nn.Module, batch: Mapping[str, Tensor], end: int
+) -> list[tuple[int, list[int], Any]]:
+    """Questions of different lengths, padded on their left, behind one image that is read once."""
+    questions = [[21, 22, 23, 24, 25], [31, 32], [41, tiny.SINK_WORD, 43]]
+    read = {name: batch[name][:, :end] for name in ("input_ids", "attention_mask")}
+    cache = forward(model, **read, pixel_values=batch["pixel_values"]).past_key_values
+    cache.batch_repeat_interleave(len(questions))
+    padded = [[tiny.PAD] * (5 - len(question)) + question for question in questions]
+    ids = torch.cat([read["input_ids"].expand(3, -1), torch.tensor(padded)], 1)
+    given = {"input_ids": ids, "attention_mask": (ids != tiny.PAD).long()}
+    output = generate(model, given | {"past_key_values": cache})
+    return [(row, question, output) for row, question in enumerate(questions)]
 
 
 @mode("static cache")
@@ -415,7 +496,7 @@ def raw_forward(names: Names) -> float:
     return float((torch.stack(found, 1) - torch.stack(expected)).abs().max())
 
 
-@mode("inputs_embeds", "with masks given by hand")
+@mode("inputs_embeds", "with masks given by hand; PAINT needs the pixels")
 def inputs_embeds(names: Names) -> float:
     model = model_of()
     sample = capture(model, prompt(model, tiny.ONE_IMAGE))
@@ -438,7 +519,9 @@ def through_a_pipeline(names: Names) -> float:
         {"type": "image", "image": Image.effect_noise((32, 32), 80).convert("RGB")},
         {"type": "text", "text": "Is there a dog in the image?"},
     ]
-    seen, caught = [], []
+    seen, caught, pixels = [], [], []
+    tower = model.model.vision_tower
+    tower.register_forward_pre_hook(lambda _, args, kw: pixels.extend(args), with_kwargs=True)
     model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw), with_kwargs=True)
     model.lm_head.register_forward_hook(lambda _, args, output: caught.append(output[:, -1]))
     ask = pipeline("image-text-to-text", model=model, processor=processor)
@@ -447,8 +530,7 @@ def through_a_pipeline(names: Names) -> float:
         ask(text=[{"role": "user", "content": content}], generate_kwargs=options)
     found = torch.stack(caught, 1)
     new = torch.cat([*(step["input_ids"][0] for step in seen[1:]), torch.tensor([0])])
-    names_of_inputs = ("input_ids", "pixel_values", "mm_encoder_outputs")
-    inputs = {name: seen[0][name] for name in names_of_inputs if seen[0].get(name) is not None}
+    inputs = {"input_ids": seen[0]["input_ids"], "pixel_values": pixels[0]}
     return apart(model, [capture(model, inputs, new)], found, names)
 
 

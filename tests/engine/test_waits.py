@@ -60,7 +60,9 @@ def asked(model: nn.Module, kind: str, steps: int = 4) -> list[int]:
 @pytest.mark.filterwarnings(NO_PROCESSOR)
 @pytest.mark.parametrize("half", [False, True], ids=["all heads", "half of them"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("names", [("var",), ("gift",), ("vhr",), ("var", "gift", "vhr")])
+@pytest.mark.parametrize(
+    "names", [("var",), ("gift",), ("vhr",), ("var", "gift", "vhr"), ("paint",)]
+)
 @torch.no_grad()
 def test_only_the_first_generated_token_asks(names: Sequence[str], cache: str, half: bool) -> None:
     model = planted("llava")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from eval.support import tiny
+from eval.support.simulated_device import FAR, second_device
 from vlm_patch import GIFT, VAR, VHR, wrap
 from vlm_patch.integrations.lmms_eval import answers
 from vlm_patch.integrations.lmms_eval.arguments import build_methods, listed, whole
@@ -191,3 +192,22 @@ def test_a_model_is_loaded_ready_for_batches(model: Any, processor: Any, tmp_pat
         answers.load(str(tmp_path), "cpu", None, dtype="auto", **settings)
     _, given = answers.load(str(tmp_path), "cpu", None, "{{ bos_token }}", dtype="auto", **settings)
     assert given.chat_template == "{{ bos_token }}"
+
+
+@pytest.mark.filterwarnings("ignore:no published settings", "ignore:.*hold no image")
+def test_on_a_device_of_its_own(model: Any, processor: Any, tmp_path: Any) -> None:
+    """Its tensors may not meet the CPU's."""
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loading = {"revision": None, "trust_remote_code": False, "attn_implementation": None}
+    settings, _ = answers.search({"max_new_tokens": 6})
+
+    def found(device: Any) -> Any:
+        loaded, read = answers.load(str(tmp_path), device, None, dtype="float32", **loading)
+        assert loaded.device == torch.device(device)
+        with wrap(loaded, "gift", "vhr", processor=read):
+            return answers.answer(loaded, read, TALKS, settings)
+
+    expected = found("cpu")
+    with second_device():
+        assert found(FAR) == expected

@@ -35,7 +35,8 @@ def test_generate_and_forward(inner: bool) -> None:
         again = model.generate(**batch, do_sample=False, max_new_tokens=8, min_new_tokens=8)
         if not inner:
             assert not torch.equal(model(**batch).logits, stock)
-        assert patch.describe().startswith("LlavaForConditionalGeneration: LlamaModel, 4 layers")
+        said = "LlavaForConditionalGeneration (float32 on cpu): LlamaModel, 4 layers"
+        assert patch.describe().startswith(said)
     assert error(merged, batch, output, NAMES) <= 2e-5
     assert torch.equal(output.sequences, again)
     assert torch.equal(model(**batch).logits, stock)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.reference import Gift, Method, Var, Vhr
-from vlm_patch import GIFT, VAR, VHR
+from eval.support.reference import Gift, Method, Paint, Var, Vhr
+from vlm_patch import GIFT, PAINT, VAR, VHR
 
 HEADS = 4
 WORDS = (5, 6, 8, 9, tiny.SINK_WORD, 21, 22, 30, 31, 41, 50, 60, 61)
@@ -140,6 +140,22 @@ def vhr(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     return Vhr(**given), VHR(**given)
 
 
+@st.composite
+def paint(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    row = st.tuples(*[hundredths(0, 1)] * HEADS)
+    table = draw(st.none() | st.tuples(*[row] * layers))
+    given = {
+        "alpha": draw(hundredths(0, 1)),
+        "beta": draw(hundredths(0, 1)),
+        "rho": draw(hundredths(0, 1)),
+        "layers": draw(some_layers(layers)),
+        "semantics": draw(st.sampled_from(("release", "paper"))),
+        "rho_sp": draw(hundredths(0, 0.5)),
+        "sensitivity": table if table and any(map(any, table)) else None,
+    }
+    return Paint(**given), PAINT(**given)
+
+
 def acting(spec: Method, layers: int) -> list[int]:
     """The layers that a method is made for."""
     if isinstance(spec, Var):
@@ -202,8 +218,9 @@ def cases(draw: st.DrawFn) -> Case:
         "var": var(build.layers),
         "gift": gift(build.layers, words),
         "vhr": vhr(build.layers),
+        "paint": paint(build.layers),
     }
-    names = draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=3, unique=True))
+    names = draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=4, unique=True))
     methods = [draw(kinds[name]) for name in names]
     return Case(
         build=build,

@@ -58,6 +58,12 @@ class Call:
 
     def weights(self, rows: Tensor) -> Tensor:
         """Attention weights `[B, H, R, K]` of the rows `[R]`, in float32 or the model's float64."""
+        return softmax(self.scores(rows))
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """What the softmax of the rows `[R]` is taken of, `[B, H, R, K]`: scaled, capped and
+        masked.
+        """
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         batch, heads, _, size = self.query.shape
         groups, keys = self.key.shape[1:3]
@@ -76,7 +82,14 @@ class Call:
             scores = scores.masked_fill_(hidden, torch.finfo(dtype).min)
         elif self.mask is not None:
             scores = scores + self._mask_of(rows).to(dtype)
-        return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
+        return scores
+
+    def unseen(self, rows: Tensor) -> Tensor | None:
+        """Where a row must not look, of any kind of mask; see `_hidden`."""
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return self._hidden(rows)
+        mask: Tensor = self._mask_of(rows)
+        return mask <= torch.finfo(mask.dtype).min / 2
 
     def output(self, weights: Tensor) -> Tensor:
         """Head outputs `[B, R, H, Dv]` of weights `[B, H, R, K]`."""
@@ -110,10 +123,22 @@ class Call:
         return torch.arange(keys, device=rows.device) > (rows + keys - new)[:, None]
 
 
+def softmax(scores: Tensor) -> Tensor:
+    """Weights `[B, H, R, K]` of scores, in their memory where autograd allows it."""
+    return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
+
+
 class Run(Protocol):
     """What happens in the attention during one forward."""
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Thread(Protocol):
+    """What a thread does in the layers of a slot."""
+
+    @property
+    def run(self) -> Run | None: ...
 
 
 class Now(threading.local):
@@ -165,10 +190,12 @@ class View:
 class Slot:
     """What a patched attention module carries. A deep copy or a pickle of it is empty: such a copy
     is a stock model.
+
+    patch: the handle, so that a model whose handle was lost leads back to it.
     """
 
-    def __init__(self, layer: int, now: Now | None) -> None:
-        self.layer, self.now = layer, now
+    def __init__(self, layer: int, now: Thread | None, patch: Any = None) -> None:
+        self.layer, self.now, self.patch = layer, now, patch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         return Slot(self.layer, None)
@@ -208,6 +235,7 @@ def attention(
             shown, query, key, value, attention_mask, **options
         )
         return stock
+    check_kernel(slot.layer, name)
     # this kernel leaves the cap out, or refuses it in newer versions of transformers
     capped = name == "sdpa" and "softcap" in options
     seen = {**options, "softcap": None} if capped else options
@@ -249,20 +277,31 @@ def _outside_autocast(run: Run, call: Call) -> tuple[Tensor, Tensor | None]:
 AttentionInterface.register(NAME, attention)
 
 
-def occupied(layer: Layer) -> bool:
-    """Whether a patch sits on this layer; what a deep copy left behind is none."""
+def patch_on(layer: Layer) -> Any:
+    """The patch that sits on this layer, if any; what a deep copy left behind is none."""
     slot: Slot | None = layer.attention.__dict__.get(SLOT)
-    return slot is not None and slot.now is not None
+    return None if slot is None else slot.patch
 
 
-def install(layer: Layer, now: Now, undo: ExitStack) -> None:
+def check_kernel(layer: int, name: str) -> None:
+    """Raises UnsupportedModelError for an attention implementation that methods cannot edit."""
+    if name == "flex_attention":
+        raise UnsupportedModelError(
+            f"layer {layer} of the decoder runs flex_attention, whose masks are functions and "
+            "whose rows no method can edit: load the model with from_pretrained(..., "
+            'attn_implementation="sdpa"), or switch it by '
+            'model.set_attn_implementation("sdpa")'
+        )
+
+
+def install(layer: Layer, now: Thread, undo: ExitStack, patch: Any = None) -> None:
     """Lets a layer's attention go through this file; closing `undo` restores it exactly."""
     module: Any = layer.attention
     state = module.__dict__
     config = state.pop(CONFIG, module.config)  # left behind by a deep copy of a patched model
     own = copy.copy(config)
     own._attn_implementation_internal = NAME
-    state[SLOT], state[CONFIG] = Slot(layer.index, now), config
+    state[SLOT], state[CONFIG] = Slot(layer.index, now, patch), config
     undo.callback(state.pop, SLOT)
     undo.callback(state.pop, CONFIG)
     module.config = own

@@ -13,8 +13,8 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from vlm_patch.engine.attention import CARRIED, Call, Now, Run
 from vlm_patch.engine.rows import Active, Editing, Watching
-from vlm_patch.engine.state import Generation, attach
-from vlm_patch.engine.tracker import Layout
+from vlm_patch.engine.state import Generation, Tail, attach
+from vlm_patch.engine.tracker import Layout, carries_images
 from vlm_patch.errors import PatchError
 from vlm_patch.method import Forward, Method, Watcher
 
@@ -91,14 +91,20 @@ class Passes:
 
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model."""
-        if not self.now.inside:
-            self.layout.pending = _named(module, args, kwargs) if args else kwargs
+        if self.now.inside:
+            return
+        inputs = self.layout.pending = _named(module, args, kwargs) if args else kwargs
+        tower = self.layout.tower
+        if tower is not None and carries_images(inputs) and _readers(self.switched()):
+            tower.listen(inputs)
 
     def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the decoder."""
         if self.now.inside:
             return None
         self.now.run = self.now.first = None
+        if self.layout.tower is not None:
+            self.layout.tower.run = None
         switched = self.switched()
         if not switched:
             self.layout.pending = None
@@ -112,16 +118,26 @@ class Passes:
         cache = kwargs.get(self.cache_name)
         _check(cache)
         asking = [method for method, _ in switched if method.reads_question]
+        kept = cache is not None or _wants_cache(module, kwargs)
+        reader = _readers(switched)
         forward, generation = self.layout.see_decoder(
-            kwargs, cache, bool(asking), asking[0].words if asking else "all"
+            kwargs,
+            cache,
+            kept,
+            bool(asking),
+            asking[0].words if asking else "all",
+            reader[0] if reader else None,
+            any(method.edits_prompt_end for method, _ in switched),
         )
-        if cache is None and _wants_cache(module, kwargs):
+        if cache is None and kept:
             config: Any = module.config
             cache = kwargs[self.cache_name] = DynamicCache(config=config)
         if cache is not None and forward.past == 0:
             attach(cache, generation)
         if generation.pictured:
             kwargs = self._start(forward, generation, switched, kwargs)
+        else:
+            generation.stock = generation.length
         return (), kwargs
 
     def after_decoder(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -168,9 +184,16 @@ class Passes:
             actives.append(Active(method, memory, layers))
             if method.reads_blocks:
                 generation.follow(method.name, layers, forward.past)
+            elif method.tower_reads():
+                generation.follow(method.name, (), forward.past)
         if forward.starts:
             for active in actives:
                 self._look(active, forward)
+        at_end = any(active.method.edits_prompt_end for active in actives)
+        if at_end and forward.starts and forward.resumed:
+            forward = self._read_again(forward, generation, actives, kwargs)
+        if at_end and forward.prompt:
+            self._keep_tail(forward, generation, kwargs)
         shows = _shows(self.decoder, kwargs)
         late = [active for active in actives if _late(active, forward)]
         if late:
@@ -210,6 +233,57 @@ class Passes:
             return self.decoder(**kwargs)
         finally:
             self.now.run, self.now.inside = None, False
+
+    def _keep_tail(self, forward: Forward, generation: Generation, kwargs: dict[str, Any]) -> None:
+        """Keeps the rows behind the image, of a prompt that may go on."""
+        rows = forward.valid.shape[1]
+        text = rows if forward.edge is None else rows - 1 - forward.edge
+        if forward.edge is not None or not forward.resumed:
+            generation.tails = []
+        if not forward.open or not text:
+            return
+        image = bool(forward.image[:, -text:].any())
+        partial = image and any(v is not None and _of_image(name) for name, v in kwargs.items())
+        _, inputs = _last_rows(forward, kwargs, text)
+        inputs.pop(self.cache_name, None)
+        past = forward.past + rows - text
+        generation.tails.append(Tail(past, text, _copied(inputs), partial))
+
+    def _read_again(
+        self,
+        forward: Forward,
+        generation: Generation,
+        actives: list[Active],
+        kwargs: dict[str, Any],
+    ) -> Forward:
+        """Reads the cached text behind the image once more, as a part of a prompt that goes on.
+
+        It was read as the end of a prompt: its last row was edited, which this one's must not be,
+        and what it asks about was taken from the beginning of the question alone.
+        """
+        tails, start, past = generation.tails, generation.edge, forward.past
+        if not forward.image[:, :past].any() or start in (0, past):
+            return forward
+        cache: Any = kwargs[self.cache_name]
+        tails = [tail for tail in tails if start <= tail.past]
+        known = start + sum(tail.rows for tail in tails) == past
+        if not known or not _can_be_cut(cache) or any(tail.partial for tail in tails):
+            raise PatchError(
+                f"this prompt goes on behind a cache that ends {past - start} tokens behind the "
+                "image, which a method that reads the question must see again as a part of it, and "
+                "they were not kept, or cannot be taken out of this cache. Cut the prompt right "
+                "behind the last image token: read that part by a forward of the model, or crop "
+                "the cache to it."
+            )
+        cache.crop(start - past)
+        stock = [replace(a, heads={}) if a.method.edits_prompt_end else a for a in actives]
+        for tail in tails:
+            part = _part(forward, generation, tail)
+            for active in actives:
+                active.method.begin(part, active.memory)
+            self._run(Editing(part, stock, False), {**tail.inputs, self.cache_name: cache})
+            forward = replace(forward, starts=False)
+        return forward
 
     def _read_first(
         self,
@@ -267,6 +341,11 @@ def cache_name(decoder: nn.Module) -> str:
     """What a decoder calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
     known = inspect.signature(type(decoder).forward).parameters
     return "cache" if "cache" in known else OLD_CACHE_NAME
+
+
+def _readers(switched: list[tuple[Method, dict[int, Tensor | None]]]) -> list[str]:
+    """The names of the methods that read the vision tower."""
+    return [method.name for method, _ in switched if method.tower_reads()]
 
 
 def _can_be_cut(cache: Any) -> bool:
@@ -330,7 +409,10 @@ def _check(cache: Any) -> None:
 def _late(active: Active, forward: Forward) -> bool:
     """Whether a method edits, in this forward, a layer that is not above all that it watches."""
     watched = active.method.watched(forward) if forward.ends else None
-    return watched is not None and bool(active.heads) and max(watched[0]) >= min(active.heads)
+    if watched is None or not active.heads or max(watched[0]) < min(active.heads):
+        return False
+    edited = active.method.edited(forward)
+    return edited is not None and bool(edited.any())
 
 
 def _last_rows(
@@ -351,11 +433,7 @@ def _last_rows(
         per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
         return value[:, -left:] if per_row else value
 
-    inputs = {
-        name: cut(name, value)
-        for name, value in kwargs.items()
-        if not any(part in name for part in OF_IMAGES)
-    }
+    inputs = {name: cut(name, value) for name, value in kwargs.items() if not _of_image(name)}
     step = replace(
         forward,
         past=forward.past + rows - left,
@@ -368,6 +446,41 @@ def _last_rows(
         starts=False,
     )
     return step, inputs
+
+
+def _of_image(name: str) -> bool:
+    return any(part in name for part in OF_IMAGES)
+
+
+def _copied(value: Any) -> Any:
+    """The same tensors, not as views of larger ones, nor with their gradients."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _part(forward: Forward, generation: Generation, tail: Tail) -> Forward:
+    """The rows of a tail as a part of the prompt that goes on in `forward`."""
+    total = tail.past + tail.rows
+    image, query, content = (
+        mask[:, :total] for mask in (forward.image, forward.query, forward.content)
+    )
+    valid = generation.keys["valid", 0][:, tail.past - generation.start : total - generation.start]
+    return replace(
+        forward,
+        past=tail.past,
+        image=image,
+        query=query,
+        content=content,
+        valid=valid,
+        text=~image[:, tail.past :] & valid & (image.cumsum(1)[:, tail.past :] > 0),
+        last=torch.zeros_like(valid),
+        inputs=tail.inputs,
+        prompt=tail.rows,
+        starts=forward.starts,
+        ends=False,
+        edge=None,
+    )
 
 
 def _join(first: Any, last: Any, dim: int) -> Any:

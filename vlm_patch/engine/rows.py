@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vlm_patch.engine import fused
-from vlm_patch.engine.attention import Call, check
+from vlm_patch.engine.attention import Call, check, softmax
 from vlm_patch.method import Forward, Memory, Method, Regrouping, Watcher
 
 WEIGHTS_BUDGET = 64 * 2**20
@@ -46,20 +47,32 @@ class Active:
     heads: dict[int, Tensor | None]
 
 
-@dataclass
-class Task:
-    """What a method does in a layer: edits rows (or else watches them); mask `[B, S]` of the
-    rows.
+class Stage(Enum):
+    """When a method acts on a row of attention: on the scores before the softmax, by a look at the
+    weights, on the weights.
     """
 
+    SCORES = "scores"
+    WATCH = "watch"
+    WEIGHTS = "weights"
+
+
+@dataclass
+class Task:
+    """What a method does in a layer, and to which rows: mask `[B, S]`."""
+
     active: Active
-    edits: bool
+    stage: Stage
     mask: Tensor
     heads: Tensor | None
 
     @property
-    def key(self) -> tuple[str, bool]:
-        return self.active.method.name, self.edits
+    def edits(self) -> bool:
+        return self.stage is not Stage.WATCH
+
+    @property
+    def key(self) -> tuple[str, Stage]:
+        return self.active.method.name, self.stage
 
 
 @dataclass
@@ -163,11 +176,14 @@ class Editing:
 
     def _tasks(self, call: Call) -> Iterator[Task]:
         layer, device = call.layer, call.query.device
+        for active, edited in zip(self.actives, self._edited, strict=True):
+            if edited is not None and layer in active.heads and active.method.edits_scores:
+                yield Task(active, Stage.SCORES, edited.to(device), _heads(active, call))
         for active, edited, watched in zip(self.actives, self._edited, self._watched, strict=True):
             if watched is not None and layer in watched[0]:
-                yield Task(active, False, watched[1].to(device), None)
-            if edited is not None and layer in active.heads:
-                yield Task(active, True, edited.to(device), _heads(active, call))
+                yield Task(active, Stage.WATCH, watched[1].to(device), None)
+            if edited is not None and layer in active.heads and active.method.edits_weights:
+                yield Task(active, Stage.WEIGHTS, edited.to(device), _heads(active, call))
 
     def _plan(self, call: Call, tasks: list[Task]) -> Plan:
         """The same for every layer of a device with the same tasks."""
@@ -184,9 +200,7 @@ class Editing:
             return self._fused(call, work.tasks[0].active)
         output: Tensor | None = None
         for rows, parts in work.plan:
-            weights = call.weights(rows)
-            for part in parts:
-                weights = self._apply(call.layer, weights, rows, part, work.tasks[part.task])
+            weights = self._weights(call, rows, parts, work.tasks)
             if work.direct:
                 return call.output(weights)
             edits = [(p, work.tasks[p.task].heads) for p in parts if work.tasks[p.task].edits]
@@ -207,9 +221,7 @@ class Editing:
         shown, keys = stock.clone(), call.key.shape[2]
         for rows, parts in work.plan:
             edits = [part for part in parts if work.tasks[part.task].edits]
-            weights = call.weights(rows)
-            for part in edits:
-                weights = self._apply(call.layer, weights, rows, part, work.tasks[part.task])
+            weights = self._weights(call, rows, edits, work.tasks)
             places = [(part, work.tasks[part.task].heads) for part in edits]
             shape = torch.Size((len(weights), len(rows), weights.shape[1]))
             keep = _written(places, shape, weights.device).transpose(1, 2)[..., None]
@@ -222,20 +234,40 @@ class Editing:
         keys, forward = call.key.shape[2], self.forward.on(call.query.device)
         return fused.attend(call, *method.parts(keys, call.layer, forward, active.memory))
 
-    def _apply(self, layer: int, weights: Tensor, rows: Tensor, part: Part, task: Task) -> Tensor:
-        mine = weights if part.index is None else weights[:, :, part.index]
+    def _weights(self, call: Call, rows: Tensor, parts: list[Part], tasks: list[Task]) -> Tensor:
+        """The weights `[B, H, R, K]` of a chunk: all edits of scores, one softmax, then the rest in
+        order.
+        """
+        early = [part for part in parts if tasks[part.task].stage is Stage.SCORES]
+        weights = softmax(self._scores(call, rows, early, tasks)) if early else call.weights(rows)
+        for part in parts[len(early) :]:
+            weights = self._apply(call.layer, weights, rows, part, tasks[part.task])
+        return weights
+
+    def _scores(self, call: Call, rows: Tensor, parts: list[Part], tasks: list[Task]) -> Tensor:
+        """The edited scores of a chunk; what a row must not look at stays out of its sight."""
+        scores, unseen = call.scores(rows), call.unseen(rows)
+        for part in parts:
+            new = self._apply(call.layer, scores, rows, part, tasks[part.task])
+            scores = new if unseen is None else torch.where(unseen, scores, new)
+        return scores
+
+    def _apply(self, layer: int, before: Tensor, rows: Tensor, part: Part, task: Task) -> Tensor:
+        """Scores or weights `[B, H, R, K]` of a chunk behind what a task does to them."""
+        mine = before if part.index is None else before[:, :, part.index]
         method, memory = task.active.method, task.active.memory
-        forward = self.forward.on(weights.device)
-        if not task.edits:
+        forward = self.forward.on(before.device)
+        if task.stage is Stage.WATCH:
             watched = rows if part.index is None else rows[part.index]
             method.observe(layer, mine, watched, forward, memory)
-            return weights
-        new = method.weights(layer, mine, forward, memory)
+            return before
+        edit = method.edit_scores if task.stage is Stage.SCORES else method.weights
+        new = edit(layer, mine, forward, memory)
         if part.mask is not None:
             new = torch.where(part.mask[:, None, :, None], new, mine)
         if task.heads is not None:
             new = torch.where(task.heads[:, None, None], new, mine)
-        return new if part.index is None else weights.index_copy(2, part.index, new)
+        return new if part.index is None else before.index_copy(2, part.index, new)
 
 
 def _heads(active: Active, call: Call) -> Tensor | None:

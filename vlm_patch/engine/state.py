@@ -13,8 +13,38 @@ from transformers import StaticCache
 
 from vlm_patch.errors import PatchError
 from vlm_patch.method import Memory, append
+from vlm_patch.prompts.masks import Prompt
 
 KEY_MASKS = ("image", "query", "content")
+
+
+@dataclass
+class Tail:
+    """The text at the end of a cached part of a prompt, to be run again if the prompt goes on.
+
+    past: how many tokens stand before its rows. rows: how many it has. inputs: what its decoder
+    forward was given, but for the cache. partial: inputs of image tokens are missing.
+    """
+
+    past: int
+    rows: int
+    inputs: dict[str, Any]
+    partial: bool
+
+    def select(self, index: Tensor, batch: int) -> None:
+        """Follows the cache, of `batch` samples, when they are reordered or repeated."""
+        self.inputs = {name: _select(name, v, index, batch) for name, v in self.inputs.items()}
+
+
+def _select(name: str, value: Any, index: Tensor, batch: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _select(name, item, index, batch) for key, item in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    dim = 1 if name == "position_ids" and value.ndim == 3 else 0  # m-rope: [3, B, S]
+    if value.ndim <= dim or value.shape[dim] != batch:
+        return value
+    return value.index_select(dim, index.to(value.device))
 
 
 @dataclass
@@ -22,11 +52,16 @@ class Generation:
     """What is remembered of one generation; it travels with the cache, also through a deep copy.
 
     owner: the patch that made it. length: tokens seen so far. start, end: the prompt read last, in
-    tokens from the beginning. keys: the masks "image", "query" and "content" of the tokens, and
-    "seen" `[B]`, the samples with an image. memory: of each method, by name. history: the layers in
-    which a method was on, and up to which length. step: what is done at every generated token (an
-    `editing.Editing`). pictured: whether any sample has an image; without one everything is left
-    stock.
+    tokens from the beginning. resumed: where reading it went on, behind a part that an earlier
+    forward took for a whole prompt; start where there was none. answered: it was read by
+    `generate`, which answers. keys: the masks "image", "query" and "content" of the tokens, "ids"
+    and "valid" of that prompt, and "seen" `[B]`, the samples with an image. memory: of each method,
+    by name. history: the layers in which a method was on, and up to which length. step: what is
+    done at every generated token (an `editing.Editing`). pictured: whether any sample has an image;
+    without one everything is left stock; stock: the length up to which it was. open: more of the
+    prompt may follow in a later forward. edge: how many tokens stand before and at the last image;
+    tails: what stands behind it, where the prompt may go on. unsaid: warnings, by what they are
+    about, that only hold if it does not.
     """
 
     owner: int
@@ -34,23 +69,40 @@ class Generation:
     length: int = 0
     start: int = 0
     end: int = 0
+    resumed: int = 0
+    answered: bool = False
     keys: Memory = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
     history: dict[str, tuple[Collection[int], int]] = field(default_factory=dict)
     step: Any = None
     pictured: bool = True
+    stock: int = 0
+    open: bool = False
+    edge: int = 0
+    tails: list[Tail] = field(default_factory=list)
+    unsaid: list[tuple[str, str]] = field(default_factory=list)
 
-    def reorder(self, index: Tensor) -> None:
-        """Follows the cache when beams are reordered; index `[B]`."""
+    def select(self, index: Tensor) -> None:
+        """Follows the cache when its samples are reordered, picked or repeated; index `[B]`."""
         for memory in (self.keys, *self.memory.values()):
             for key, tensor in memory.items():
                 memory[key] = tensor.index_select(0, index.to(tensor.device))
+        for tail in self.tails:
+            tail.select(index, self.batch)
+        if len(index) != self.batch:
+            self.batch, self.step = len(index), None
 
     def follow(self, name: str, layers: Collection[int], past: int) -> None:
         """Notes that a method acts in these layers now. Raises PatchError if it missed tokens."""
         known, length = self.history.get(name, ((), 0))
         if past and (known is not layers or length < past):
             missed = [layer for layer in layers if layer not in known]
+            if length < self.stock:
+                raise PatchError(
+                    f"{name} does not know the first {past} tokens: they were read without an "
+                    "image, and so as in the stock model. Give the whole conversation, with its "
+                    "image, without a cache."
+                )
             if missed or length < past:
                 where = f"layer {missed[0]}" if missed else "every layer"
                 raise PatchError(
@@ -62,6 +114,37 @@ class Generation:
     def grow(self, name: str, new: Tensor, past: int) -> Tensor:
         """The mask `name` `[B, past + S]` with the new tokens' `[B, S]` behind the cached ones."""
         return append(self.keys, (name, 0), new, past)[:, : past + new.shape[1]]
+
+    def whole(self, new: Prompt) -> Prompt:
+        """The prompt read last with its `new` part, and the part that is cached, which it keeps."""
+        read = new.past - self.start
+        ids, valid = new.ids, new.valid
+        if read:
+            before = self.keys.get(("ids", 0))
+            if ids is not None:
+                both = None if before is None else (before[:, :read], ids.to(before.device))
+                ids = None if both is None else torch.cat(both, 1)
+            valid = torch.cat((self.keys["valid", 0][:, :read], valid), 1)
+        self.keys["valid", 0] = valid
+        self.keys.pop(("ids", 0), None)
+        if ids is not None:
+            self.keys["ids", 0] = ids
+        return Prompt(self.start, ids, new.images, valid)
+
+    def find_edge(self, past: int) -> int | None:
+        """Which of the rows behind `past` tokens is the last one with an image token, in the sample
+        whose image ends first; None if some sample with an image has none of it there.
+        """
+        if not self.pictured:
+            return None
+        image = self.keys["image", 0][:, past : self.length]
+        places = torch.arange(image.shape[1], device=image.device) + 1
+        last = (image * places).amax(1).masked_fill(~self.keys["seen", 0], image.shape[1] + 1)
+        edge = int(last.min()) - 1
+        if edge < 0:
+            return None
+        self.edge = past + edge + 1
+        return edge
 
     def cut(self, past: int) -> None:
         """Forgets the masks of tokens that were taken out of the cache again."""
@@ -76,28 +159,37 @@ class Generation:
         return buffer[:, :total]
 
 
-class _Reordering:
-    """Stands in for `cache.reorder_cache`, so that what is remembered follows the beams.
+class _Selecting:
+    """Stands in for a method of a cache that moves its samples, so that what is remembered follows.
 
     Holds the cache weakly: a cycle would keep its memory until the garbage collector runs.
     """
 
-    def __init__(self, cache: Any, generation: Generation) -> None:
-        self.cache, self.generation = weakref.ref(cache), generation
+    def __init__(self, cache: Any, generation: Generation, name: str) -> None:
+        self.cache, self.generation, self.name = weakref.ref(cache), generation, name
 
-    def __call__(self, beam_idx: Tensor) -> None:
+    def __call__(self, which: Any) -> None:
+        """which: the samples by index; or, as one number, how often each is repeated."""
         cache: Any = self.cache()
-        type(cache).reorder_cache(cache, beam_idx)
-        self.generation.reorder(beam_idx)
+        getattr(type(cache), self.name)(cache, which)
+        if isinstance(which, int):
+            which = torch.arange(self.generation.batch).repeat_interleave(which)
+        self.generation.select(which)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Reordering, (self.cache(), self.generation)
+        return _Selecting, (self.cache(), self.generation, self.name)
+
+
+SELECTING = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
+"""Methods of a cache that reorder, repeat or pick its samples."""
 
 
 def attach(cache: Any, generation: Generation) -> None:
     """Lets a generation travel with its cache."""
     cache.vlm_patch = generation
-    cache.reorder_cache = _Reordering(cache, generation)
+    for name in SELECTING:
+        if hasattr(type(cache), name):
+            setattr(cache, name, _Selecting(cache, generation, name))
 
 
 def cached(cache: Any, rows: int) -> int:

@@ -8,15 +8,16 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm_patch.engine.state import KEY_MASKS, Generation, cached
+from vlm_patch.engine.tower import Tower
 from vlm_patch.errors import PatchError
-from vlm_patch.method import Forward
+from vlm_patch.method import Forward, Patches
 from vlm_patch.models.tensor_parallel import Shard
 from vlm_patch.prompts.masks import Given, Prompt, Reader, expand
 from vlm_patch.prompts.question import QuestionReader
@@ -77,7 +78,7 @@ class Layout(threading.local):
     """Turns the inputs of the model and of its decoder into a `Forward`; one state per thread.
 
     pending: the inputs of the whole model whose decoder is about to run, the only place where token
-    ids and images are seen.
+    ids and images are seen. unsaid: takes warnings while a prompt is read that may go on.
     """
 
     def __init__(
@@ -87,12 +88,14 @@ class Layout(threading.local):
         reader: QuestionReader | None,
         mask_name: str | None,
         shard: Shard,
+        tower: Tower | None = None,
     ) -> None:
-        self.owner, self.mask_name, self.shard = owner, mask_name, shard
+        self.owner, self.mask_name, self.shard, self.tower = owner, mask_name, shard, tower
         self.given: Given | None = None
         self.told: Told | None = None
         self.pending: Mapping[str, Any] | None = None
         self.said: set[str] = set()
+        self.unsaid: list[tuple[str, str]] | None = None
         self.reader = Reader(image_ids, reader, self._say)
 
     @contextmanager
@@ -105,13 +108,21 @@ class Layout(threading.local):
             self.told = before
 
     def see_decoder(
-        self, kwargs: dict[str, Any], cache: Any, question: bool, words: str | Tensor
+        self,
+        kwargs: dict[str, Any],
+        cache: Any,
+        kept: bool,
+        question: bool,
+        words: str | Tensor,
+        reader: str | None = None,
+        at_end: bool = False,
     ) -> tuple[Forward, Generation]:
         """Called before the decoder runs, which it always does. Raises PatchError where the layout
         cannot be told.
 
-        question: whether a method wants to know the question; words: what it calls content (see
-        `GIFT`).
+        kept: the rows go into a cache. question: whether a method wants to know the question;
+        words: what it calls content (see `GIFT`). reader: the name of a method that reads the
+        vision tower. at_end: whether a method edits the last row of a prompt.
         """
         seen, self.pending = self.pending, None
         embeds = kwargs.get("inputs_embeds")
@@ -120,23 +131,89 @@ class Layout(threading.local):
         past = cached(cache, rows)
         generation = self._generation(cache, past, batch)
         unfinished = generation.length == past < generation.end
+        resumed = not unfinished and self._resumes(generation, past, rows, seen)
         if past < generation.length:
             generation.cut(past)
         generation.length = past + rows
-        if past and not unfinished and self._generated(past, rows):
+        if past and not unfinished and not resumed and self._generated(past, rows):
             return self._step(generation, past, rows), generation
         if not unfinished:
-            generation.start, generation.end = past, self._end(past, rows)
+            generation.start = generation.start if resumed else past
+            generation.resumed, generation.end = past, self._end(past, rows)
+            generation.answered = self.told is not None
         pending = None if seen is None else self._pending(seen)
         valid = self._valid(kwargs, pending, past, batch, rows, hidden.device)
         if past + rows >= generation.end and not valid[:, -1].all():
             raise PatchError(
                 "a prompt ends in padding: found right padding, expected left padding. Set "
-                'processor.tokenizer.padding_side = "left".'
+                'processor.tokenizer.padding_side = "left" before the processor makes the batch. '
+                "To score answers, read the left-padded prompts in one forward with "
+                "use_cache=True, then feed the answers behind that cache one token at a time, as "
+                "they would be generated; padding behind the shorter ones does no harm there."
             )
+        self.unsaid, patches = None, None
         if not unfinished:
-            self._read(generation, self._prompt(generation, pending, valid), question, words)
-        return self._forward(generation, past, valid, kwargs), generation
+            prompt = self._prompt(generation, pending, valid)
+            by_hand = self.given is not None and self.given.query is not None
+            generation.open = kept and self.told is None and not by_hand
+            if cache is not None or (seen is not None and seen.get("use_cache")):
+                self.unsaid = generation.unsaid  # a cache was asked for: perhaps to go on
+            self._read(generation, prompt, question, words)
+            patches = None if reader is None else self._patches(generation, prompt, reader)
+        forward = self._forward(generation, past, valid, kwargs, patches)
+        if at_end:
+            forward.edge = generation.find_edge(past)
+        return forward, generation
+
+    def _patches(self, generation: Generation, prompt: Prompt, reader: str) -> Patches | None:
+        """What the vision tower looked at in the images of a prompt; None if it has none."""
+        image = generation.keys["image", 0][:, prompt.past : generation.end]
+        if self.tower is None or not image.any():
+            return None
+        by_hand = self.given is not None and self.given.image is not None
+        if not by_hand or prompt.ids is None:
+            return self.tower.place(image, reader)
+        placed = self.tower.place(self.reader.image(prompt, None), reader)
+        return replace(placed, image=placed.image.masked_fill(~image, -1))
+
+    def _resumes(
+        self, generation: Generation, past: int, rows: int, seen: Mapping[str, Any] | None
+    ) -> bool:
+        """Whether this forward goes on with the prompt read last, of which `past` tokens end the
+        cache: not with its answer, and not with a new turn.
+        """
+        asked = 0 if self.told is None else self.told.end
+        if not generation.start < past <= generation.end or (rows == 1 and asked <= past):
+            return False
+        if self.told is not None and asked <= past:
+            return False
+        if past < generation.end:
+            return True  # it was taken out of the cache again from there on
+        finished = self._finished(generation)
+        if finished:
+            return False
+        ends_in_image = bool(generation.keys["image", 0][:, past - 1].all())
+        if generation.answered:
+            return ends_in_image or (finished is False and self._follows(generation, seen))
+        return finished is False or ends_in_image or seen is None or not carries_images(seen)
+
+    def _follows(self, generation: Generation, seen: Mapping[str, Any] | None) -> bool:
+        """Whether the prompt read last, with the new tokens behind it, follows the template."""
+        new = None if seen is None else seen.get("input_ids")
+        if new is None or self.reader.questions is None:
+            return False
+        before = generation.keys["ids", 0]
+        rows = torch.cat((before, new.to(before.device)), 1).tolist()
+        return all(self.reader.questions.span(row) is not None for row in rows)
+
+    def _finished(self, generation: Generation) -> bool | None:
+        """Whether the prompt read last is whole by the chat template; None where that is not
+        known.
+        """
+        ids = generation.keys.get(("ids", 0))
+        if ids is None or self.reader.questions is None:
+            return None
+        return all(map(self.reader.questions.finished, ids.tolist()))
 
     def _pending(self, inputs: Mapping[str, Any]) -> _Pending:
         mask = inputs.get("attention_mask")
@@ -168,8 +245,8 @@ class Layout(threading.local):
         return told.end if piece else min(told.end, past + rows)
 
     def _prompt(self, generation: Generation, pending: _Pending | None, valid: Tensor) -> Prompt:
-        """The prompt whose reading starts in this forward with rows `valid` `[B, S]`."""
-        past, length = generation.start, generation.end - generation.start
+        """The prompt whose reading starts or goes on in this forward with rows `valid` `[B, S]`."""
+        past, length = generation.resumed, generation.end - generation.resumed
         chunked = length > valid.shape[1]
         if self.told is not None and (chunked or (pending is None and self.told.inner)):
             return self.told.prompt(past, length, valid)
@@ -178,25 +255,36 @@ class Layout(threading.local):
         return Prompt(past, ids, seen.images, valid[:, :length], where)
 
     def _read(
-        self, generation: Generation, prompt: Prompt, question: bool, words: str | Tensor
+        self, generation: Generation, new: Prompt, question: bool, words: str | Tensor
     ) -> None:
-        """Keeps the masks of a prompt, all of it, before its first token runs."""
+        """Keeps the masks of a prompt, all of it, before its first token runs.
+
+        new: what is not cached of it.
+        """
         generation.step = None
-        past = prompt.past
-        images = generation.grow("image", self.reader.image(prompt, self.given), past)
+        generation.unsaid.clear()
+        prompt = generation.whole(new)
+        generation.open &= not self._finished(generation)
+        self.unsaid = self.unsaid if generation.open else None
+        images = generation.grow("image", self.reader.image(new, self.given), new.past)
         query = content = prompt.nothing
         if question:
             query, content = self.reader.question(prompt, self.given, words, images)
-        for name, new in (("query", query), ("content", content)):
+        for name, mask in (("query", query), ("content", content)):
             if (name, 0) in generation.keys:
                 generation.keys[name, 0].zero_()
-            generation.grow(name, new, past)
+            generation.grow(name, mask, prompt.past)
         seen = generation.keys["seen", 0] = images.any(1)
         generation.pictured = bool(seen.any())
         self._check_seen(seen)
 
     def _forward(
-        self, generation: Generation, past: int, valid: Tensor, kwargs: dict[str, Any]
+        self,
+        generation: Generation,
+        past: int,
+        valid: Tensor,
+        kwargs: dict[str, Any],
+        patches: Patches | None,
     ) -> Forward:
         """A forward that holds rows `valid` `[B, S]` of a prompt, perhaps with drafts behind."""
         total = past + valid.shape[1]
@@ -220,13 +308,19 @@ class Layout(threading.local):
             inputs=kwargs,
             prompt=prompt,
             first=generation.start == 0,
-            starts=past == generation.start,
+            starts=past == generation.resumed,
             ends=ends,
+            resumed=generation.start < generation.resumed,
+            open=ends and generation.open,
             shard=self.shard,
+            patches=patches,
         )
 
     def _step(self, generation: Generation, past: int, rows: int) -> Forward:
         """The forward of one generated token per sample, or of several that were drafted."""
+        self.unsaid = None
+        while generation.unsaid:
+            self._say(*generation.unsaid.pop(0))
         image, query, content = (generation.ahead(name, past + rows) for name in KEY_MASKS)
         if generation.step is not None and generation.step.forward.valid.shape[1] == rows:
             forward: Forward = generation.step.forward
@@ -301,8 +395,10 @@ class Layout(threading.local):
             )
 
     def _say(self, key: str, message: str) -> None:
-        """Warns once per patch."""
-        if key not in self.said:
+        """Warns once per patch; of a prompt's template only when the prompt is whole."""
+        if self.unsaid is not None and key == "template":
+            self.unsaid.append((key, message))
+        elif key not in self.said:
             self.said.add(key)
             warnings.warn(message, stacklevel=2)
 

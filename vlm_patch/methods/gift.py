@@ -42,6 +42,23 @@ def positive_change(weights: Tensor) -> Tensor:
     return weights.diff(dim=-2).clamp_min(0)
 
 
+def rows_before(content: Tensor, valid: Tensor) -> Tensor:
+    """The last rows before content rows that are no padding, `[B, S]`; content, valid `[B, S]`."""
+    places = torch.arange(1, valid.shape[1] + 1, device=valid.device)
+    known = pad((places * valid).cummax(1).values[:, :-1], (1, 0))  # 0: there is none here
+    marks = torch.zeros_like(pad(content, (1, 0)))
+    return marks.scatter_(1, known * content, True)[:, 1:]
+
+
+def without_padding(weights: Tensor, valid: Tensor) -> Tensor:
+    """Rows `[B, H, R, K]` with those of padding replaced by the row before them; valid `[B, R]`."""
+    if valid.all():
+        return weights
+    places = torch.arange(valid.shape[1], device=valid.device)
+    known = (places * valid).cummax(1).values[:, None, :, None]
+    return weights.gather(2, known.expand_as(weights))
+
+
 def how_many(heads: int, fraction: float) -> int:
     """floor(fraction * H), at least one."""
     return max(1, math.floor(fraction * heads))
@@ -123,6 +140,15 @@ def amplify(
     return reweigh(weights, groups, lambda m, _: gaze_shares(m, beta, head_fraction))
 
 
+def _say_blind(blind: Tensor) -> None:
+    warnings.warn(
+        f"GIFT leaves {int(blind.sum())} of {len(blind)} prompts as they are: the question stands "
+        "before the image (or there is none), so no gaze can shift over the image. Put the image "
+        "first.",
+        stacklevel=3,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class GIFT(Regrouping):
     """Looks harder, while answering, at what the question made the model look at.
@@ -140,6 +166,7 @@ class GIFT(Regrouping):
 
     name: ClassVar[str] = "gift"
     reads_question: ClassVar[bool] = True
+    edits_prompt_end: ClassVar[bool] = True
     compares_heads: ClassVar[bool] = True
 
     alpha: float | None = None
@@ -200,6 +227,8 @@ class GIFT(Regrouping):
 
     def begin(self, forward: Forward, memory: Memory) -> None:
         if not forward.reading:
+            if ("blind", 0) in memory and not forward.prompt:
+                _say_blind(memory.pop(("blind", 0)))
             if ("read", 0) not in memory:
                 raise PatchError(
                     "gift is on, but was off when the prompt was read, so it has no map. Switch it "
@@ -212,16 +241,23 @@ class GIFT(Regrouping):
                 append(memory, ("groups", 0), nothing.expand(-1, -1, rows), forward.past)
             return
         if forward.starts:
+            edges = {key[1]: edge for key, edge in memory.items() if key[0] == "edge"}
+            if forward.resumed and not edges and forward.image[:, : forward.past].any():
+                raise PatchError(
+                    "gift is on, but was off when the beginning of this prompt was read, with its "
+                    "image. Switch it on before the prompt."
+                )
             memory.clear()
             memory["read", 0] = forward.seen
+            if forward.resumed:
+                for layer, edge in edges.items():
+                    memory["edge", layer] = memory["row before", layer] = edge
         blind = forward.seen & ~forward.query.any(1)
         if forward.ends and blind.any():
-            warnings.warn(
-                f"GIFT leaves {int(blind.sum())} of {len(blind)} prompts as they are: the "
-                "question stands before the image (or there is none), so no gaze can shift over "
-                "the image. Put the image first.",
-                stacklevel=2,
-            )
+            if forward.open:  # the question may follow
+                memory["blind", 0] = blind
+            else:
+                _say_blind(blind)
 
     def edited(self, forward: Forward) -> Tensor | None:
         return forward.last & (forward.seen & forward.query.any(1))[:, None]
@@ -231,7 +267,11 @@ class GIFT(Regrouping):
         if not forward.reading:
             return None
         content = forward.content[:, forward.new]
-        before = pad(content[:, 1:], (0, 1), value=not forward.ends)
+        before = rows_before(content, forward.valid)
+        if not forward.ends:
+            before[:, -1] = True
+        if forward.edge is not None:  # the row before the question, if that comes later
+            before[:, forward.edge] = True
         return self.saliency_layers, content | before
 
     def observe(
@@ -243,11 +283,17 @@ class GIFT(Regrouping):
         keys = forward.image.shape[1]
         # keys out of a sliding window have no weight; to autograd the map is a constant
         weights = pad(weights.detach(), (keys - weights.shape[-1], 0))
+        edge = rows == (-1 if forward.edge is None else forward.edge)
+        if forward.edge is not None and edge.any():
+            memory["edge", layer] = weights[:, :, edge]
         before = memory.get(("row before", layer))
+        valid = forward.valid[:, rows]
         if before is not None:
             weights = torch.cat((pad(before, (0, keys - before.shape[-1])), weights), 2)
+            valid = pad(valid, (1, 0), value=True)
         else:
             rows = rows[1:]
+        weights = without_padding(weights, valid)
         memory["row before", layer] = weights[:, :, -1:]
         # two watched rows in sequence are neighbours wherever the later one is a content row with a
         # row before it
@@ -278,7 +324,7 @@ class GIFT(Regrouping):
                 "no softmax attention on this model"
             )
         change = forward.shard.gather(memory.pop(("change", layer)), 1).to(forward.image.device)
-        memory.pop(("row before", layer))
+        memory.pop(("row before", layer), None)
         kept = top_heads(change.sum(-1), self.head_fraction)
         return pad(
             (change * kept[..., None]).sum(1), (0, forward.image.shape[1] - change.shape[-1])

@@ -14,11 +14,12 @@ from vlm_patch import heads
 from vlm_patch.errors import UnsupportedModelError
 from vlm_patch.method import Facts, Method
 from vlm_patch.methods.gift import GIFT
+from vlm_patch.methods.paint import PAINT
 from vlm_patch.methods.var import VAR
 from vlm_patch.methods.vhr import VHR
 from vlm_patch.models.info import Decoder
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (VAR, GIFT, VHR)}
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (VAR, GIFT, VHR, PAINT)}
 
 
 def instances(methods: Sequence[Method | str]) -> list[Method]:
@@ -42,7 +43,7 @@ def _instance(method: Any) -> Method:
         return METHODS[method]()
     if isinstance(method, Method):
         return method
-    hint = f"write {method.__name__}()" if isinstance(method, type) else "pass VAR(), GIFT(), VHR()"
+    hint = f"write {method.__name__}()" if isinstance(method, type) else "pass one such as VAR()"
     raise ValueError(f"found {method!r} as a method: {hint}, or a name of {list(METHODS)}")
 
 

@@ -5,6 +5,7 @@ Heads whose output changes most when the image is taken away are made louder.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -173,6 +174,13 @@ class VHR(Method):
         """The text-only pass: keeps the last row's head outputs of every layer that is on."""
         if not forward.first:
             return self
+        if forward.resumed:
+            raise PatchError(
+                "vhr chooses its heads by the last row of the prompt and makes them louder in all "
+                f"rows before it, of which {forward.past} are cached already: give the whole "
+                "prompt, with its image, without a cache, or generate inside "
+                '`with patch.disabled("vhr"):`'
+            )
         if not forward.ends:
             raise PatchError(
                 "vhr chooses its heads by the last row of the prompt and makes them louder in all "
@@ -194,6 +202,13 @@ class VHR(Method):
         if self.settles(forward):
             for key in [key for key in memory if key[0] == "gain"]:
                 del memory[key]
+        elif forward.starts and forward.image[:, forward.new].any():
+            warnings.warn(
+                "VHR keeps the heads that it chose at the conversation's first prompt, also for "
+                "the image of this later turn. For heads of its own, give that turn without a "
+                "cache.",
+                stacklevel=2,
+            )
 
     def output_gain(
         self, layer: int, output: Tensor, forward: Forward, memory: Memory

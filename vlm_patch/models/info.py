@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from vlm_patch.errors import UnsupportedModelError
@@ -113,6 +114,44 @@ class Decoder:
     def softmax(self) -> tuple[int, ...]:
         """The layers that can be patched, by number."""
         return tuple(layer.index for layer in self.layers)
+
+
+def unwrapped(model: Any) -> list[Any]:
+    """The models inside a model whose forward runs on the way, the innermost last.
+
+    Sees through what `torch.compile` and DistributedDataParallel put around it, and through an
+    adapter of PEFT. Raises UnsupportedModelError for what would run something else.
+    """
+    found: list[Any] = []
+    while not found or found[-1] is not model:
+        if isinstance(model, nn.DataParallel):
+            raise UnsupportedModelError(
+                "DataParallel runs copies of the model, made anew at every forward, on which no "
+                "method is on: wrap the model inside it (model.module) and run it by itself, or "
+                "one process per GPU with DistributedDataParallel"
+            )
+        if "_orig_mod" in getattr(model, "_modules", {}):  # what torch.compile returns
+            _check_compiled([model.dynamo_ctx])
+            model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel):
+            model = model.module
+        else:
+            compiled = getattr(model, "_compiled_call_impl", None)  # model.compile()
+            _check_compiled(
+                [cell.cell_contents for cell in getattr(compiled, "__closure__", ()) or ()]
+            )
+            found.append(model)
+            model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return found
+
+
+def _check_compiled(parts: list[Any]) -> None:
+    """Raises UnsupportedModelError where torch.compile may not leave its graph for a method."""
+    if any(getattr(part, "fullgraph", False) is True for part in parts):
+        raise UnsupportedModelError(
+            "the model was compiled with fullgraph=True, but what a method does differs from row "
+            "to row and stands outside the graph: compile it with fullgraph=False (the default)"
+        )
 
 
 def read(model: Any) -> Decoder:
@@ -224,9 +263,16 @@ def _dispatches(module: nn.Module) -> bool:
     Attention that picks its keys by an index (DeepSeek's sparse attention) looks at the function's
     name too, and computes something else under another one.
     """
-    if not all(hasattr(module, name) for name in ("layer_idx", "config")):
-        return False
     if hasattr(module, "skip_topk") or getattr(module, "indexer", None) is not None:
+        return False
+    return hasattr(module, "layer_idx") and asks_for_attention(module)
+
+
+def asks_for_attention(module: nn.Module) -> bool:
+    """Whether a module, of a decoder or of a vision tower, gets its attention function from
+    transformers.
+    """
+    if not hasattr(module, "config"):
         return False
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", forward).co_names
@@ -255,3 +301,11 @@ def _profile(config: Any, vlm: str) -> Mapping[str, Mapping[str, Any]]:
         ):
             return row.defaults
     return {}
+
+
+def place(module: nn.Module) -> str:
+    """The types and devices of a module's weights, in words: "bfloat16 on cuda:0, cuda:1"."""
+    weights = list(module.parameters())
+    dtypes = dict.fromkeys(str(weight.dtype).removeprefix("torch.") for weight in weights)
+    devices = dict.fromkeys(str(weight.device) for weight in weights)
+    return f"{', '.join(dtypes)} on {', '.join(devices)}"

@@ -96,6 +96,8 @@ class Reader:
             )
         else:
             query = self._spans(self.questions, prompt.ids, after, images.any(1).tolist())
+            if prompt.past:
+                query[:, 0] = False  # the answer's last token
         query = query & (images.cumsum(1)[:, prompt.past :] > 0) & ~image
         if isinstance(words, Tensor):
             content = query & by_hand(words, "words", prompt)
@@ -103,10 +105,14 @@ class Reader:
             content = query
         else:
             content = _content(self.questions, prompt.ids, query, words)
-        if prompt.past:
-            content = content.clone()
-            content[:, 0] = False  # its predecessor was read in an earlier forward
-        return query, torch.where(content.any(1, keepdim=True), content, query)
+        content = torch.where(content.any(1, keepdim=True), content, query)
+        if prompt.past and content[:, 0].any():
+            raise PatchError(
+                "the first token of this turn is a content word of its question by the masks "
+                "given, but the row before it was generated, and was not kept. Leave that token "
+                "out of the mask (it ends the answer), or give the conversation without a cache."
+            )
+        return query, content
 
     def _spans(
         self, reader: QuestionReader, ids: Tensor, after: Tensor, seen: Sequence[bool]

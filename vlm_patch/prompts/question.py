@@ -113,6 +113,11 @@ class QuestionReader:
         start = self._last_turn(template, ids, start, end)
         return None if start is None else self._trim(ids, min(start, end), end)
 
+    def finished(self, ids: Sequence[int]) -> bool:
+        """Whether `ids` end with what the chat template puts behind the user's text."""
+        ending = None if self.template is None else self.template.ending
+        return bool(ending) and tuple(ids[-len(ending or ()) :]) == ending
+
     def _behind_image(self, ids: Sequence[int]) -> int:
         """Where text without a template starts: behind the last image and the special tokens (a
         BOS) that follow it.

@@ -1,4 +1,6 @@
-"""Methods together: all weight edits in the order given, then the values, then VHR's scale."""
+"""Methods together: edits of scores in the order given, one softmax, edits of weights in the same
+order, then the values, then VHR's scale.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,15 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from eval.support.reference import decoder, gift, var, vhr
-from eval.support.reference.decoder import OutputsEdit, Run, WeightsEdit
+from eval.support.reference import decoder, gift, paint, var, vhr
+from eval.support.reference.decoder import OutputsEdit, Run, ScoresEdit, WeightsEdit
 from eval.support.reference.gift import Gift
 from eval.support.reference.hooked import Hooked
+from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
 
-Method = Var | Gift | Vhr
+Method = Var | Gift | Vhr | Paint
 Heads = Mapping[str, Tensor]
 
 
@@ -94,11 +97,15 @@ def forward(
     edit_weights: WeightsEdit = lambda layer, block_input, weights: weights,
     edit_outputs: OutputsEdit = lambda layer, outputs: outputs,
     from_cache: decoder.FromCache = decoder.as_they_are,
+    edit_scores: ScoresEdit = lambda layer, scores: scores,
 ) -> Run:
-    """One pass of the literal decoder, or of a model's own layers (with a cache without loss)."""
+    """One pass of the literal decoder, or of a model's own layers (with a cache without loss and
+    without edits of scores).
+    """
     if isinstance(model, Hooked):
         return model.run(embeds, edit_weights, edit_outputs)
-    return decoder.forward(model, embeds, positions, edit_weights, edit_outputs, from_cache)
+    edits = edit_weights, edit_outputs
+    return decoder.forward(model, embeds, positions, *edits, from_cache, edit_scores)
 
 
 def sinks(model: nn.Module, sample: Sample, dims: tuple[int, ...], tau: float) -> Tensor:
@@ -146,8 +153,9 @@ class _Pass:
     def go(self) -> Trace:
         self.seen.maps = list(self.maps)
         embeds, positions = self.sample.embeds, self.sample.positions
+        edits = self._edit_weights, self._edit_outputs
         self.seen.run = forward(
-            self.model, embeds, positions, self._edit_weights, self._edit_outputs, self._from_cache
+            self.model, embeds, positions, *edits, self._from_cache, self._edit_scores
         )
         return self.seen
 
@@ -160,6 +168,27 @@ class _Pass:
         if self.sample.rounded is None:
             return states, rows
         return self.sample.rounded(states, end), rows
+
+    def _edit_scores(self, layer: int, scores: Tensor) -> Tensor:
+        for method in self.methods:
+            if isinstance(method, Paint) and layer in method.layers:
+                edited = self._paint(method, layer, scores)
+                scores = self._where_on(method, layer, edited, scores)
+        return scores
+
+    def _paint(self, spec: Paint, layer: int, scores: Tensor) -> Tensor:
+        """The last prompt row (not in the release) and the generated rows of every turn."""
+        pictures, image = self.sample.pictures, self.sample.image
+        c = paint.coefficients(pictures, image, spec)
+        for gap in paint.distances(pictures, image, spec):
+            self.seen.near("paint sets", gap)
+        factors = paint.head_factors(spec, layer, len(scores))
+        scores = scores.clone()
+        starts = [turn.start for turn in self.sample.turns[1:]] + [self.sample.length]
+        for turn, stop in zip(self.sample.turns, starts, strict=True):
+            for row in range(turn.end - (spec.semantics == "paper"), stop):
+                scores[:, row] = paint.raised(scores[:, row], factors[:, None] * c)
+        return scores
 
     def _edit_weights(self, layer: int, block_input: Tensor, weights: Tensor) -> Tensor:
         for method in self.methods:

@@ -10,6 +10,8 @@ from transformers import PretrainedConfig
 
 # (layer, block input [S, D], weights [H, S, S]) -> weights [H, S, S]
 WeightsEdit = Callable[[int, Tensor, Tensor], Tensor]
+# (layer, scores [H, S, S] before mask and softmax) -> scores [H, S, S]
+ScoresEdit = Callable[[int, Tensor], Tensor]
 # (layer, head outputs [H, S, d] before the output projection) -> head outputs [H, S, d]
 OutputsEdit = Callable[[int, Tensor], Tensor]
 # keys or values [groups, S, d] -> what a cache gives back, and the rows bool [S] that see it so
@@ -45,6 +47,7 @@ def forward(
     edit_weights: WeightsEdit = lambda layer, block_input, weights: weights,
     edit_outputs: OutputsEdit = lambda layer, outputs: outputs,
     from_cache: FromCache = as_they_are,
+    edit_scores: ScoresEdit = lambda layer, scores: scores,
 ) -> Run:
     """Run the decoder of `model` on embeds [S, D] at positions [S] or [3, S] (m-rope)."""
     decoder = model.model.language_model
@@ -54,10 +57,11 @@ def forward(
     for index, block in enumerate(decoder.layers):
         run.block_inputs.append(x)
         normed = rms_norm(block.input_layernorm, x)
-        weights, values = attention_weights(
+        scores, unseen, values = attention_scores(
             decoder.config, block.self_attn, normed, cos, sin, from_cache
         )
-        run.stock_weights.append(weights)
+        run.stock_weights.append(softmax(scores, unseen))
+        weights = softmax(edit_scores(index, scores), unseen)
         weights = edit_weights(index, x, weights)
         run.weights.append(weights)
         outputs = edit_outputs(index, products(weights, values, from_cache))
@@ -68,15 +72,21 @@ def forward(
     return run
 
 
-def attention_weights(
+def softmax(scores: Tensor, unseen: Tensor) -> Tensor:
+    """Weights [H, S, S] of scores [H, S, S], nothing on `unseen` [S, S]."""
+    return scores.masked_fill(unseen, -torch.inf).softmax(-1)
+
+
+def attention_scores(
     config: PretrainedConfig,
     attention: nn.Module,
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
     from_cache: FromCache,
-) -> tuple[Tensor, Tensor]:
-    """Causal softmax weights [H, S, S], key/value heads repeated (GQA), and values [groups, S, d].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [H, S, S], key/value heads repeated (GQA), which of them are out of sight [S, S], and
+    values [groups, S, d].
 
     With a sliding window a row sees only the newest keys.
     """
@@ -90,7 +100,7 @@ def attention_weights(
     distance = torch.arange(length)[:, None] - torch.arange(length)
     window = getattr(config, "sliding_window", None) or length
     unseen = (distance < 0) | (distance >= window)
-    return z.masked_fill(unseen, -torch.inf).softmax(-1), v
+    return z, unseen, v
 
 
 def products(

@@ -7,6 +7,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from eval.support.reference import paint
+from eval.support.reference.paint import Picture
+
+TOWER_ATTENTION = ("CLIPAttention", "VisionAttention")
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -28,6 +33,7 @@ class Sample:
     image is bool [S]. Tokens after the last turn's end, and between one turn's end and the next
     turn's start, are generated ones. rounded: what a lossy cache gives back of the keys or values
     [groups, S, d] of a layer, given how many tokens the first prompt has; rows behind that see it.
+    pictures: what the vision tower looks at in each image.
     """
 
     embeds: Tensor
@@ -35,6 +41,7 @@ class Sample:
     image: Tensor
     turns: tuple[Turn, ...]
     rounded: Callable[[Tensor, int], Tensor] | None = None
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def length(self) -> int:
@@ -43,7 +50,14 @@ class Sample:
     def until(self, end: int) -> "Sample":
         """The first `end` positions, with the turns that begin among them."""
         turns = tuple(turn for turn in self.turns if turn.start < end)
-        return Sample(self.embeds[:end], self.positions[..., :end], self.image[:end], turns)
+        pictures = tuple(one for one in self.pictures if one.places[-1] < end)
+        return Sample(
+            self.embeds[:end],
+            self.positions[..., :end],
+            self.image[:end],
+            turns,
+            pictures=pictures,
+        )
 
     def followed_by(self, model: nn.Module, ids: Tensor) -> "Sample":
         """This sample with the text tokens ids [n] after it: teacher-forced generated tokens."""
@@ -51,7 +65,13 @@ class Sample:
         fresh = self.positions.max() + 1 + torch.arange(len(ids))
         positions = torch.cat([self.positions, fresh.expand(*self.positions.shape[:-1], -1)], -1)
         image = torch.cat([self.image, torch.zeros(len(ids), dtype=torch.bool)])
-        return Sample(torch.cat([self.embeds, embeds]), positions, image, self.turns)
+        return Sample(
+            torch.cat([self.embeds, embeds]),
+            positions,
+            image,
+            self.turns,
+            pictures=self.pictures,
+        )
 
     def asked(
         self,
@@ -98,21 +118,37 @@ def capture(
         caught.update(kwargs)
         raise _Captured
 
-    handle = model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    entered: dict[nn.Module, Any] = {}
+
+    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered[layer] = args, kwargs
+
+    handles = [
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        for module in model.modules()
+        if type(module).__name__ in TOWER_ATTENTION
+    ]
+    handles.append(model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True))
     try:
         with torch.no_grad():
             model(**inputs)
     except _Captured:
         pass
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     ids = inputs["input_ids"][0]
+    places = (ids == model.config.image_token_id) if image is None or entered else image
+    if entered and not places.any():
+        places = image
+    pictures = paint.pictures(model, entered, places.nonzero().flatten())
     image = ids == model.config.image_token_id if image is None else image
     query = text_after_last_image(image) if query is None else query
     content = query if content is None else content
     embeds = caught["inputs_embeds"][0].double()
     positions = plain_positions(caught.get("position_ids"), len(ids))
-    sample = Sample(embeds, positions, image, (Turn(0, len(ids), query, content),))
+    turns = (Turn(0, len(ids), query, content),)
+    sample = Sample(embeds, positions, image, turns, pictures=pictures)
     return sample if generated is None else sample.followed_by(model, generated)
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from eval.runs import batches, generate
-from eval.runs.batches import Asker
+from eval.runs.batches import BatchRunner
 from eval.runs.samples import Sample
 from eval.errors import EvalError
 from tests.eval.conftest import Settings
@@ -53,9 +53,9 @@ def asking(
     return asked
 
 
-def told(asker: Asker, samples: list[Sample]) -> dict[str, str]:
-    divided = batches.divide(samples, asker.config)
-    found = [it for batch in divided for part in asker.answer(batch) for it in part]
+def told(runner: BatchRunner, samples: list[Sample]) -> dict[str, str]:
+    divided = batches.divide(samples, runner.config)
+    found = [it for batch in divided for part in runner.answer(batch) for it in part]
     assert len(found) == len(samples), "each sample once"
     return {sample.id: getattr(said, "text", "broken") for sample, said in found}
 
@@ -67,8 +67,8 @@ def test_an_equal_prompt_on_an_image_is_asked_once(
     first, second, *_ = samples
     again = replace(first, id="again")
     question = replace(first, task="pope", id="question")
-    asker = Asker(None, None, settings(batch_size=1))
-    assert told(asker, [second, first, again, question]) == {
+    runner = BatchRunner(None, None, settings(batch_size=1))
+    assert told(runner, [second, first, again, question]) == {
         "0": f"{PROMPTS[0]} 6",
         "again": f"{PROMPTS[0]} 6",
         "1": f"{PROMPTS[1]} 6",
@@ -89,17 +89,10 @@ def test_what_is_of_like_length_is_asked_together(
     assert ids == [["lost", "0"], ["1", "3"], ["2", "large"]]
 
 
-def test_batches_are_the_same_for_every_process_and_know_what_is_left(
-    settings: Settings, samples: list[Sample]
-) -> None:
+def test_batches_are_the_same_for_every_process(settings: Settings, samples: list[Sample]) -> None:
     one, two = batches.divide(samples, settings(batch_size=2))
     assert [one, two] == batches.divide(samples[::-1], settings(batch_size=2, seed=3))
-    assert len({one.name, two.name}) == 2
-    rest = one.without({one.groups[0][0].key})
-    assert (rest.name, rest.groups, len(rest)) == (one.name, one.groups[1:], 1)
-    assert not one.without({sample.key for sample in samples})
-    (whole,) = batches.divide(samples, settings(batch_size=4))
-    assert whole.name not in (one.name, two.name)
+    assert {sample.key for sample in (*one.samples, *two.samples)} == {s.key for s in samples}
 
 
 @pytest.mark.parametrize(
@@ -122,8 +115,8 @@ def test_a_batch_that_does_not_fit_is_halved_from_there_on(
     asked = asking(monkeypatch, lambda batch: error if len(batch) > 2 else None)
     more = [replace(sample, split="more", id=f"m{sample.id}") for sample in samples]
     more = [replace(s, prompt=f"{s.prompt} {'very ' * 90}") for s in more]
-    asker = Asker(None, None, settings(batch_size=4))
-    said = told(asker, [*samples, *more])
+    runner = BatchRunner(None, None, settings(batch_size=4))
+    said = told(runner, [*samples, *more])
     assert said == {sample.id: f"{sample.prompt} 6" for sample in [*samples, *more]}
     sizes = [len(ids) for ids in asked]
     assert sizes == [4, 2, 2, 2, 2], "tried whole once, then by two, also in the next batch"
@@ -135,7 +128,7 @@ def test_a_single_sample_that_does_not_fit_says_what_to_do(
 ) -> None:
     asked = asking(monkeypatch, lambda _: torch.OutOfMemoryError("tried to allocate 1 GiB"))
     with pytest.raises(EvalError, match=r"out of memory with 1 samples .*tried to .*free memory"):
-        told(Asker(None, None, settings()), samples)
+        told(BatchRunner(None, None, settings()), samples)
     assert [len(ids) for ids in asked] == [4, 2, 1]
 
 
@@ -144,7 +137,7 @@ def test_processes_that_hold_one_model_together_do_not_halve_apart(
 ) -> None:
     asking(monkeypatch, lambda _: torch.OutOfMemoryError("tried to allocate 1 GiB"))
     with pytest.raises(EvalError, match="out of memory with 4 samples at once"):
-        told(Asker(None, None, settings(device=None, tp_plan="auto")), samples)
+        told(BatchRunner(None, None, settings(device=None, tp_plan="auto")), samples)
 
 
 def test_other_errors_of_the_model_are_not_taken_for_memory(
@@ -152,7 +145,7 @@ def test_other_errors_of_the_model_are_not_taken_for_memory(
 ) -> None:
     asking(monkeypatch, lambda _: RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes cannot"):
-        told(Asker(None, None, settings()), samples)
+        told(BatchRunner(None, None, settings()), samples)
 
 
 def test_a_broken_image_takes_no_other_sample_with_it(
@@ -172,13 +165,13 @@ def test_a_broken_image_takes_no_other_sample_with_it(
     asking(monkeypatch, fits)
     samples[1].image.write_bytes(samples[1].image.read_bytes()[:40])
     samples[3].image.unlink()
-    said = told(Asker(None, None, settings()), samples)
+    said = told(BatchRunner(None, None, settings()), samples)
     assert said == {"0": f"{PROMPTS[0]} 6", "2": f"{PROMPTS[2]} 6", "1": "broken", "3": "broken"}
     shown = capsys.readouterr().err
     assert "skipped: sample chair test 1: " in shown
     assert "skipped: sample chair test 3: no such image: " in shown
     with pytest.raises(EvalError, match=r"sample chair test 1: .*1\.png is not a readable image"):
-        told(Asker(None, None, settings(broken_images="error")), samples)
+        told(BatchRunner(None, None, settings(broken_images="error")), samples)
     for sample in samples:
         sample.image.unlink(missing_ok=True)
-    assert set(told(Asker(None, None, settings()), samples).values()) == {"broken"}
+    assert set(told(BatchRunner(None, None, settings()), samples).values()) == {"broken"}

@@ -11,6 +11,7 @@ import pytest
 import transformers as hf
 
 from eval.runs.config import METHODS, load
+from vlm_patch import PAINT
 from vlm_patch.method import Facts
 from vlm_patch.models.info import _profile
 
@@ -25,6 +26,7 @@ class Known:
     """A model by its public config: decoder depth, query heads, key heads, width.
 
     files: what is there beside PLAIN. published: the methods whose authors give settings for it.
+    paint: whether the patches of its vision tower can be told.
     """
 
     hub: str
@@ -35,6 +37,7 @@ class Known:
     kind: Callable[[Any], Any]
     files: set[str]
     published: set[str]
+    paint: bool = True
 
 
 def llava(text: Any) -> Any:
@@ -65,13 +68,13 @@ def qwen3_vl(text: Any) -> Any:
     return hf.Qwen3VLConfig(text_config=text)
 
 
-BOTH = {"gift-release", "vhr-paper", "var-release"}
+BOTH = {"gift-release", "vhr-paper", "var-release", "paint-paper", "paint-release"}
 MODELS = {
     "llava-1.5-7b": Known(
         "llava-hf/llava-1.5-7b-hf",
         *(32, 32, 32, 4096, llava),
         {"all", *BOTH},
-        {"var", "gift", "vhr"},
+        {"var", "gift", "vhr", "paint"},
     ),
     "llava-1.5-13b": Known(
         "llava-hf/llava-1.5-13b-hf",
@@ -90,6 +93,7 @@ MODELS = {
         *(32, 32, 32, 4096, instructblip),
         {"vhr-paper"},
         {"vhr"},
+        paint=False,
     ),
     "qwen2-vl-7b": Known(
         "Qwen/Qwen2-VL-7B-Instruct",
@@ -98,7 +102,7 @@ MODELS = {
         {"var", "gift"},
     ),
     "qwen2.5-vl-7b": Known(
-        "Qwen/Qwen2.5-VL-7B-Instruct", *(28, 28, 4, 3584, qwen2_5_vl), set(), set()
+        "Qwen/Qwen2.5-VL-7B-Instruct", *(28, 28, 4, 3584, qwen2_5_vl), set(), set(), False
     ),
     "qwen3-vl-8b": Known("Qwen/Qwen3-VL-8B-Instruct", *(36, 32, 8, 4096, qwen3_vl), set(), set()),
     "internvl3-8b": Known("OpenGVLab/InternVL3-8B-hf", *(28, 28, 4, 3584, internvl), set(), set()),
@@ -137,6 +141,9 @@ def test_every_config_loads_and_holds_the_sections_of_its_methods(path: Path) ->
 def test_every_model_has_its_files() -> None:
     wanted = {folder: PLAIN | known.files for folder, known in MODELS.items()}
     wanted["pocket"] = PLAIN | {"all"}
+    for folder in wanted:
+        if folder == "pocket" or MODELS[folder].paint:
+            wanted[folder].add("paint")
     assert {f.name: {path.stem for path in f.iterdir()} for f in CONFIGS.iterdir()} == wanted
 
 
@@ -188,7 +195,8 @@ def test_the_library_takes_the_values_of_the_config_by_itself(path: Path) -> Non
         assert written.pop("tau") == (20.0 if seen.profile else None)
     assert written == {key: value for key, value in vars(fitted).items() if key in written}
     if path.stem in known.published:
-        assert (bool(seen.profile), scaled) == (True, [])
+        # PAINT's own defaults are those for LLaVA-1.5-7B
+        assert (bool(seen.profile) or path.stem == "paint", scaled) == (True, [])
 
 
 @pytest.mark.parametrize("path", ONE_METHOD, ids=name)
@@ -230,6 +238,9 @@ PUBLISHED = [
         {"alpha": 2.0, "layers": (1, *range(18, 32)), "filter": True, "semantics": "release"},
     ),
     ("llava-next-7b/vhr-paper", {"layers": (1, *range(18, 32)), "semantics": "paper"}),
+    ("llava-1.5-7b/paint", {"alpha": 0.7, "beta": 0.4, "rho": 0.15, "layers": (*range(2, 32),)}),
+    ("llava-1.5-7b/paint-paper", vars(PAINT.paper()) | {"layers": (*range(2, 32),)}),
+    ("llava-1.5-7b/paint-release", vars(PAINT.release()) | {"layers": (*range(2, 32),)}),
     ("instructblip-7b/vhr", {"alpha": 2.0, "layers": (*range(14, 32),), "filter": True}),
 ]
 
@@ -242,7 +253,7 @@ def test_published_values(path: str, values: dict[str, Any]) -> None:
 
 def test_three_methods_together_are_the_three_alone() -> None:
     folder = CONFIGS / "llava-1.5-7b"
-    alone = {name: load(folder / f"{name}.yaml").options[name] for name in METHODS}
+    alone = {name: load(folder / f"{name}.yaml").options[name] for name in ("var", "gift", "vhr")}
     assert load(folder / "all.yaml").options == alone
 
 

@@ -222,6 +222,9 @@ def test_what_the_config_says_of_a_large_model_reaches_from_pretrained(
             placed.append(device)
             return self
 
+        def parameters(self) -> list[Any]:
+            return []
+
     def model(name: str, **given: Any) -> Model:
         calls.append((name, given))
         return Model()

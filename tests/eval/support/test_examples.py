@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.support.reference import gift, var, vhr
+from eval.support.reference import gift, paint, var, vhr
 from eval.support.reference.gift import Gift
+from eval.support.reference.paint import Paint
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
 
@@ -330,3 +331,23 @@ def test_ties_go_to_the_lowest_head_and_a_flat_map_is_zero() -> None:
 
 def test_equal_scores_choose_no_head() -> None:
     assert not vhr.above_median(tensor([0.0, 0.0, 0.0, 0.0])).any()
+
+
+# ---- PAINT
+
+
+def test_example_of_the_patches() -> None:
+    given, expected = (EXAMPLES["paint"]["A6"][part] for part in ("inputs", "expected"))
+    first, last = (
+        tensor(given[f"vit_{layer}_cls_rows"]).sum(0) for layer in ("first", "penultimate")
+    )
+    spec = Paint(given["alpha"], given["beta"], given["rho"], (2,))
+    assert paint.largest(first, spec.rho) == set(expected["L0"])
+    assert abs(paint.threshold(last) - expected["threshold"]) < 1e-9
+    assert paint.sets(first, last, first, spec) == ({*expected["L"]}, {*expected["S"]})
+    places = torch.tensor(given["visual_keys"])
+    picture = paint.Picture(places, first, last, first)
+    c = paint.coefficients([picture], mask(given["visual_keys"], 12), spec)
+    found = paint.raised(tensor(given["logits"]), c)
+    assert_near(found, expected["paint"]["logits"])
+    assert_near(found.softmax(-1), expected["paint"]["attention"])

@@ -25,22 +25,27 @@ from eval.support.ways import (
 from vlm_patch import PatchError
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
-REFUSED = {("chunked prefill", side) for side in SIDES if "vhr" in SIDES[side]}
-MIXED = "all, map from an edited layer"
+IN_PARTS = ("chunked prefill", "questions behind a cached image")
+REFUSED = {(name, side) for name in IN_PARTS for side in SIDES if "vhr" in SIDES[side]} | {
+    ("inputs_embeds", side) for side in SIDES if "paint" in SIDES[side]
+}
+MIXED, PAINTED = "all, map from an edited layer", "all and paint"
 
 
+@pytest.mark.parametrize("side", [MIXED, PAINTED])
 @pytest.mark.parametrize("name", [name for name, mode in MODES.items() if mode.known])
-def test_all_methods_together(name: str) -> None:
-    row = measure(name, MIXED)
+def test_all_methods_together(name: str, side: str) -> None:
+    row = measure(name, side)
     assert row.ok, row
-    assert (row.max_error is None) == ((name, MIXED) in REFUSED)
+    assert (row.max_error is None) == ((name, side) in REFUSED)
 
 
 if tiny.FEATURES:
 
-    @pytest.mark.parametrize("side", ["var", "gift", "gift, map from an edited layer"])
-    def test_chunks_of_a_prompt(side: str) -> None:
-        row = measure("chunked prefill", side)
+    @pytest.mark.parametrize("side", ["var", "gift", "gift, map from an edited layer", "paint"])
+    @pytest.mark.parametrize("name", IN_PARTS)
+    def test_a_prompt_in_parts(name: str, side: str) -> None:
+        row = measure(name, side)
         assert row.max_error is not None
         assert row.ok
 

@@ -1,0 +1,177 @@
+"""The same generations on a card as on the CPU, and as the slow reference gives them."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import StaticCache
+
+import vlm_patch
+from eval.studies import demo
+from eval.support import tiny
+from eval.support.agreement import NO_PROCESSOR, new_tokens, ours, planted
+from eval.support.ways import MODES, SIDES, measure
+from tests.engine.test_fused import SHAPES, groups_of, row_of
+from tests.gpu.conftest import DEVICE, apart
+from tests.support.on_device import CASES, CPU, ELSEWHERE, modes_on, moved
+from vlm_patch import GIFT, VAR
+from vlm_patch.engine import fused
+from vlm_patch.methods import gift, var
+from vlm_patch.primitives import dispatch, launch
+
+CLOSE = 3e-5
+MIXED = "all, map from an edited layer"
+WAYS = [name for name, mode in MODES.items() if mode.known and name not in ELSEWHERE]
+pytestmark = pytest.mark.filterwarnings(
+    NO_PROCESSOR,
+    "error:A fused kernel is left out",
+    "ignore:no published settings",
+    "ignore:VAR does nothing",
+)
+
+
+def close(name: str, found: torch.Tensor, expected: torch.Tensor, most: float = CLOSE) -> None:
+    """Notes how far both are apart, at most `most`."""
+    off = float((found.to(CPU).double() - expected.to(CPU).double()).abs().max())
+    apart[name] = max(off, apart.get(name, 0.0))
+    assert off <= most, f"{name}: {off:.1e} apart, at most {most:g} expected"
+
+
+# ---- the kernels against what defines them
+
+BIG: dict[str, Any] = {"heads": 32, "shared": 4, "keys": 700, "size": 128, "width": 128}
+
+if DEVICE.type == "cuda":
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", [*SHAPES, "as in LLaVA-1.5-7B"])
+    @pytest.mark.parametrize("method", [VAR(0.7, 0.1, 0.1), GIFT(2.0, beta=1.3)])
+    @torch.no_grad()
+    def test_a_row(method: Any, shape: str, dtype: torch.dtype) -> None:
+        call = row_of(**SHAPES.get(shape, BIG), dtype=dtype)
+        parts = {n: getattr(call, n) for n in ("query", "key", "value", "mask")}
+        call = dataclasses.replace(call, **moved(parts, DEVICE))
+        groups = groups_of(method, call.key.shape[2]).to(DEVICE)
+        assert fused.serves(call)
+        found, twin = (of(call, groups, method.shares) for of in (fused.launch, fused.twin))
+        most = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * float(twin.max())
+        close(f"kernel, {method.name} {dtype}", found, twin, most)
+
+    @torch.no_grad()
+    def test_the_small_kernels() -> None:
+        masses = torch.rand(4, 4, 32, 1, device=DEVICE) / 3
+        groups = torch.zeros(4, 4, 1, device=DEVICE)
+        found = launch.sink_shares(masses, 0.6, 0.5, 0.1)
+        close("kernel, sink shares", found, var.sink_shares(masses, groups, 0.6, 0.5, 0.1), 1e-5)
+        found = launch.gaze_shares(masses, 1.2, gift.how_many(32, 0.5))
+        close("kernel, gaze shares", found, gift.gaze_shares(masses, 1.2, 0.5), 1e-5)
+        hidden, column = moved(new_tokens(1500, (1499, 7, 30)), DEVICE)
+        dims = torch.tensor((1499, 7, 30), device=DEVICE)
+        close("kernel, sinks", launch.sink_column(hidden, dims, 3.0)[..., 0], column, 0.0)
+
+    def test_the_kernels_are_used() -> None:
+        with torch.no_grad():
+            assert dispatch.possible(DEVICE.type)
+
+
+# ---- whole generations
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_ways_of_generating(name: str) -> None:
+    """Against the float64 reference, which stays on the CPU."""
+    with modes_on(DEVICE):
+        row = measure(name, MIXED)
+    assert (row.max_error is None) == (name == "chunked prefill"), row
+    if row.max_error is not None:
+        apart["reference, all methods"] = max(row.max_error, apart.get("reference, all methods", 0))
+        assert row.max_error <= CLOSE, row
+
+
+@pytest.mark.parametrize("side", [side for side in SIDES if side != MIXED])
+@pytest.mark.parametrize("name", ["greedy", "beams", "second turn on the returned cache"])
+def test_each_method_alone(name: str, side: str) -> None:
+    with modes_on(DEVICE):
+        row = measure(name, side)
+    assert row.max_error is not None
+    apart[f"reference, {side}"] = max(row.max_error, apart.get(f"reference, {side}", 0))
+    assert row.max_error <= CLOSE, row
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_cpu_gives(name: str) -> None:
+    expected, found = CASES[name](CPU), CASES[name](DEVICE)
+    for one, other in zip(found, expected, strict=True):
+        close("the CPU", one, other)
+
+
+@pytest.mark.parametrize("name", ["var", "gift", "vhr-unfiltered"])
+@torch.no_grad()
+def test_bfloat16(name: str) -> None:
+    """Methods cost bfloat16 not much more than it costs the stock model, median over 5 models."""
+    costs: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for seed in range(1, 6):
+        exact = tiny.plant(tiny.llava(seed=seed)).to(DEVICE)
+        half = copy.deepcopy(exact).bfloat16()
+        batch = tiny.inputs(exact.to(CPU), tiny.BATCH_OF_3)
+        exact.to(DEVICE)
+        for patched in costs:
+            logits = []
+            for model in (exact, half):
+                with vlm_patch.wrap(model, *ours((name,))) as patch:
+                    given = moved(batch, DEVICE)
+                    given["pixel_values"] = given["pixel_values"].to(model.dtype)
+                    if not patched:
+                        patch.remove()
+                    logits.append(model(**given).logits[:, -1].float())
+            costs[patched].append((logits[0] - logits[1]).abs().mean().to(CPU))
+    ours_, stock = (torch.stack(costs[patched]).median() for patched in (True, False))
+    apart[f"bfloat16, {name} by stock"] = float(ours_ / stock)
+    assert ours_ <= 2 * stock
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@torch.no_grad()
+def test_a_compiled_loop(mode: str) -> None:
+    """Steps with a static cache; logits are copied before the next step overwrites them."""
+    backend = {"mode": mode} if DEVICE.type == "cuda" else {"backend": "eager"}
+    model, names = planted("llava"), ("var", "gift", "vhr")
+    batch = moved(tiny.inputs(model, tiny.ONE_IMAGE), DEVICE)
+    model.to(DEVICE)
+    with vlm_patch.wrap(model, *ours(names)):
+        found = []
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            cache = StaticCache(config=model.config, max_cache_len=64)
+            run = torch.compile(model.forward, **backend) if compiled else model.forward
+            step = model(**batch, past_key_values=cache, use_cache=True).logits[:, -1:].clone()
+            found.append([step])
+            for _ in range(4):
+                torch.compiler.cudagraph_mark_step_begin()
+                token = {"input_ids": step.argmax(-1), "past_key_values": cache}
+                step = run(**token, use_cache=True).logits[:, -1:].clone()
+                found[-1].append(step)
+    for one, other in zip(*found, strict=True):
+        close(f"compiled, {mode}", one, other)
+
+
+# ---- the demo
+
+
+def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make demo` from start to end, on few scenes."""
+    for name in demo.RUNS:
+        settings = yaml.safe_load((demo.CONFIGS / f"{name}.yaml").read_text())
+        settings["chair"] = {**settings.get("chair", {}), "images": 4, "max_new_tokens": 32}
+        settings["pope"] = {**settings.get("pope", {}), "images": 2, "per_image": 1}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(demo, "CONFIGS", tmp_path)
+    demo.demo(tmp_path / "out", str(DEVICE))
+    assert (tmp_path / "out" / "scenes.png").exists()
+    for name in demo.RUNS:
+        made = yaml.safe_load((tmp_path / "out" / name / "config.yaml").read_text())
+        assert made["environments"][0]["device"].startswith(str(DEVICE))

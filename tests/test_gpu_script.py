@@ -1,0 +1,32 @@
+"""The script for a card runs on the CPU too, and says clearly where no card is."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+COMMAND = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider"]
+PART = "greedy or beams or defaults or compiled or demo or found"
+
+
+def run(*more: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    own = {name: value for name, value in os.environ.items() if name != "VLM_PATCH_DEVICE"}
+    return subprocess.run(
+        [*COMMAND, *more], env={**own, **variables}, capture_output=True, text=True
+    )
+
+
+def test_a_part_on_the_cpu() -> None:
+    done = run("-x", "-k", PART, VLM_PATCH_DEVICE="cpu")
+    assert done.returncode == 0, done.stdout
+    assert "device: cpu (no card)" in run("--collect-only", "-v", VLM_PATCH_DEVICE="cpu").stdout
+    assert "largest differences on cpu" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_no_card_is_said() -> None:
+    done = run()
+    assert done.returncode == 3
+    assert "make test-gpu: no CUDA device was found (torch " in done.stdout + done.stderr

@@ -1,0 +1,241 @@
+"""PAINT: paying attention to informed tokens. Arif et al., CVPR 2025 workshop,
+https://arxiv.org/abs/2501.12206.
+
+The patches that the vision tower itself looks at get more of the answer's attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_patch.method import (
+    Facts,
+    Forward,
+    Memory,
+    Method,
+    TowerRead,
+    append,
+    cast,
+    check_number,
+    check_wholes,
+)
+
+LOCAL, SUMMARY = TowerRead(0), TowerRead(-2)
+SPATIAL = TowerRead(0, "patches")
+TUKEY = 1.5
+BOOST = "boost", 0
+
+
+@lru_cache(maxsize=16)
+def _relative(
+    table: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """A table over its largest number, made once for every device."""
+    with torch.inference_mode(False):  # autograd may meet it later
+        found = torch.tensor(table, device=device, dtype=dtype)
+        return found / found.max()
+
+
+def top(scores: Tensor, fraction: float) -> Tensor:
+    """The floor(fraction * N) largest of scores `[..., N]`; ties to the lowest index. Returns bool
+    `[..., N]`.
+    """
+    # a product of decimals may fall just below the whole number that is meant
+    count = math.floor(fraction * scores.shape[-1] + 1e-9)
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def outliers(scores: Tensor) -> Tensor:
+    """Those of scores `[..., N]` that lie above Q3 + 1.5 (Q3 - Q1), with linear quartiles. Returns
+    bool `[..., N]`.
+    """
+    ordered = scores.sort(-1).values
+
+    def quartile(part: float) -> Tensor:
+        place = part * (scores.shape[-1] - 1)
+        low, high = (ordered[..., at(place)] for at in (math.floor, math.ceil))
+        return torch.lerp(low, high, place - math.floor(place))[..., None]
+
+    first, third = quartile(0.25), quartile(0.75)
+    return scores > third + TUKEY * (third - first)
+
+
+def token_sets(
+    local: Tensor, summary: Tensor, rho: float, spatial: Tensor | None = None, rho_sp: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The sets L and S of the patches of one image (paper, section 3), bool `[N]`.
+
+    local, summary `[N]`: attention from the class token in the first and in the last layer but one
+    of the tower. S: the outliers of `summary`. L: the share `rho` with the largest `local`, without
+    S. spatial `[N]`: see PAINT; the share `rho_sp` of its largest joins L.
+    """
+    chosen = top(local, rho)
+    if spatial is not None:
+        chosen = chosen | top(spatial, rho_sp)
+    strong = outliers(summary)
+    return chosen & ~strong, strong
+
+
+def boosted(scores: Tensor, strength: Tensor) -> Tensor:
+    """z + c |z| (paper, equation of the release): up for all, but negative ones never past 0.
+
+    scores z: attention before the softmax. strength c: broadcastable to it, 0 to 1.
+    """
+    return torch.addcmul(scores, strength, scores.abs())
+
+
+@dataclass(frozen=True)
+class PAINT(Method):
+    """Raises the attention scores of the patches that matter to the vision tower, in the last row.
+
+    alpha, beta: how much, for local and for summary patches (`token_sets`), 0 to 1; 0 changes
+    nothing. rho: share of local patches. layers: where; None for all but the first two. semantics:
+    "paper" (the last row of a prompt and every generated token) or "release" (generated tokens
+    only, which is what the release does whenever its contrast is on, as in all of its runs).
+
+    Its second half, the contrast with a pass without the image, is not part of this version. Where
+    the paper is silent, by our proposal: towers without a class token are read by the mean over
+    their patches, tokens made of several patches by the mean of these; tiles are compared over
+    their whole image; every image, and every frame of a video, has sets of its own.
+
+    Also ours, and off by default: rho_sp, the share of patches that most other patches look at in
+    the first layer ("spatial"; the release's own is a constant), which join the local ones; and
+    sensitivity, a table `[layers, heads]` of how much each head looks at images (such as its mean
+    attention to them over some answers), by which alpha and beta are scaled, 1 at its maximum.
+
+    The defaults are the settings at which captions do not loop; `PAINT.paper()` and
+    `PAINT.release()` are the published ones, at which a third of them do. Raises ValueError on
+    values out of range.
+    """
+
+    name: ClassVar[str] = "paint"
+    edits_prompt_end: ClassVar[bool] = True
+
+    alpha: float = 0.7
+    beta: float = 0.4
+    rho: float = 0.15
+    layers: Sequence[int] | None = None
+    semantics: str = "paper"
+    rho_sp: float = 0.0
+    sensitivity: Sequence[Sequence[float]] | None = None
+
+    @classmethod
+    def paper(cls) -> PAINT:
+        """The paper's best row."""
+        return cls(alpha=0.7, beta=0.4, rho=0.25)
+
+    @classmethod
+    def release(cls) -> PAINT:
+        """The defaults of the release, without its contrast."""
+        return cls(alpha=0.7, beta=0.3, rho=0.25, semantics="release")
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            check_number(f"PAINT {name}", value, 0)
+            if value > 1:
+                raise ValueError(
+                    f"PAINT {name}: found {value!r}, expected at most 1, since beyond it negative "
+                    "scores would change their sign (published values are 0.3 to 0.7)"
+                )
+        check_number("PAINT rho", self.rho, 0, 1)
+        check_number("PAINT rho_sp", self.rho_sp, 0, 1)
+        check_wholes("PAINT layers", self.layers)
+        if self.semantics not in ("paper", "release"):
+            raise ValueError(
+                f'PAINT semantics: found {self.semantics!r}, expected "paper" or "release"'
+            )
+        if self.sensitivity is not None:
+            self._check_table(self.sensitivity)
+
+    def _check_table(self, table: Sequence[Sequence[float]]) -> None:
+        rows = table if isinstance(table, list | tuple) else [None]
+        for row in rows:
+            if not isinstance(row, list | tuple) or len(row) != len(rows[0] or ()):
+                raise ValueError(
+                    f"PAINT sensitivity: found {table!r}, expected a list of a number per head "
+                    "for every layer"
+                )
+            for value in row:
+                check_number("PAINT sensitivity", value, 0)
+        if not any(map(any, table)):
+            raise ValueError("PAINT sensitivity: found no number above 0, expected at least one")
+
+    def fit(self, facts: Facts) -> tuple[Method, list[str]]:
+        facts.check_layers("PAINT layers", self.layers)
+        table = self.sensitivity
+        if table is not None and (len(table), len(table[0])) != (facts.depth, facts.heads):
+            raise ValueError(
+                f"PAINT sensitivity: found {len(table)} layers of {len(table[0])} heads, this "
+                f"model has {facts.depth} of {facts.heads}"
+            )
+        layers = self.layers
+        if layers is None:
+            layers = facts.acting(range(min(2, facts.depth - 1), facts.depth))
+        table = None if table is None else tuple(map(tuple, table))
+        return replace(self, layers=layers, sensitivity=table), []
+
+    def own_layers(self, depth: int) -> list[int]:
+        return list(self.layers or ())
+
+    def tower_reads(self) -> tuple[TowerRead, ...]:
+        return (LOCAL, SUMMARY, SPATIAL) if self.rho_sp else (LOCAL, SUMMARY)
+
+    def begin(self, forward: Forward, memory: Memory) -> None:
+        """Chooses the patches of a prompt; generated tokens are none."""
+        behind = forward.valid.shape[1] - forward.prompt
+        if forward.resumed and not forward.image[:, forward.new].any():
+            behind += forward.prompt  # text that goes on with a prompt read before
+        elif forward.starts:
+            strengths = self._strengths(forward)
+            if BOOST in memory:  # what stood behind may have been cut from the cache
+                memory[BOOST] = memory[BOOST][:, : forward.past]
+                strengths = strengths.to(memory[BOOST].dtype)
+            append(memory, BOOST, strengths, forward.past)
+        if behind:
+            nothing = memory[BOOST].new_zeros(len(forward.valid), behind)
+            append(memory, BOOST, nothing, forward.past + len(forward.valid[0]) - behind)
+
+    def _strengths(self, forward: Forward) -> Tensor:
+        """What the scores of each token of a prompt are raised by, `[B, N]`."""
+        patches = forward.patches
+        if patches is None:
+            return forward.valid[:, : forward.prompt].float().zero_()
+        strengths = torch.zeros_like(patches.image, dtype=patches.scores[LOCAL].dtype)
+        for sample, image in enumerate(patches.image):
+            for number in image[image >= 0].unique():
+                where = image == number
+                read = {of: scores[sample, where] for of, scores in patches.scores.items()}
+                local, summary = token_sets(
+                    read[LOCAL], read[SUMMARY], self.rho, read.get(SPATIAL), self.rho_sp
+                )
+                local, summary = local.to(strengths.dtype), summary.to(strengths.dtype)
+                strengths[sample, where] = self.alpha * local + self.beta * summary
+        return strengths
+
+    def edited(self, forward: Forward) -> Tensor | None:
+        if not (self.alpha or self.beta):
+            return None
+        rows = forward.last & forward.seen[:, None]
+        if forward.open:  # read up to its image, the question follows
+            rows = rows & ~forward.image[:, forward.new]
+        if self.semantics == "release":
+            rows[:, : forward.prompt] = False
+        return rows
+
+    def edit_scores(self, layer: int, scores: Tensor, forward: Forward, memory: Memory) -> Tensor:
+        keys, total = scores.shape[-1], forward.image.shape[1]
+        strength = memory[BOOST][:, total - keys : total].to(scores.device)
+        strength = cast(strength, scores.dtype)[:, None, None]
+        if self.sensitivity is not None:
+            heads = _relative(self.sensitivity, scores.device, scores.dtype)[layer]
+            strength = strength * forward.shard.mine(heads, 0)[:, None, None]
+        return boosted(scores, strength)
