@@ -20,9 +20,6 @@ from eval.errors import EvalError
 from eval.runs.images import pixel_limit
 
 OURS = (Path(vlm_patch.__file__).parent, Path(__file__).parents[1])
-PAUSE = 0.5
-"""Seconds between two looks at what the other processes have done."""
-
 Load: TypeAlias = Callable[[Config], tuple[Any, Any]]
 Provenance: TypeAlias = Mapping[str, Sequence[Any]]
 """What config.yaml keeps of a worker: its `environments`, `patches`, and `notes` (warnings)."""
