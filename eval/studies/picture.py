@@ -22,7 +22,7 @@ LINE = 30
 
 @dataclass(frozen=True)
 class Caption:
-    """What one run said of a scene.
+    """The caption that one run gives a scene.
 
     run: name of the run
     pieces: the text in pieces; True marks an object that is not there
