@@ -7,11 +7,11 @@ import errno
 import sys
 from collections.abc import Sequence
 
-from eval.cli import compare, data, demo, models, modes, questions, run, score, speed, sweep, table
+from eval.cli import compare, data, demo, models, modes, run, score, speed, sweep, table
 from eval.errors import EvalError
 from vlm_patch import PatchError, UnsupportedModelError
 
-COMMANDS = (run, score, data, questions, compare, table, sweep, demo, models, speed, modes)
+COMMANDS = (run, score, data, compare, table, sweep, demo, models, speed, modes)
 ROOM = ": what was written is kept; make room and give the same command again"
 
 
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
+    score.add_commands(commands)
     return top
 
 

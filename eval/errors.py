@@ -1,8 +1,16 @@
-"""The one error of `eval` that is meant for its user: it says what was found, what was expected
-and what to do."""
+"""What is said to the person at the keyboard: the one error that is meant for them, and notices."""
 
 from __future__ import annotations
 
+import sys
+
+from tqdm import tqdm
+
 
 class EvalError(ValueError):
-    """Bad input of an evaluation: a file, a row, a field, a setting."""
+    """Bad input of an evaluation: what was found, what was expected and what to do."""
+
+
+def notice(text: str) -> None:
+    """A line for the person who watches, beside the progress bar."""
+    tqdm.write(text, file=sys.stderr)

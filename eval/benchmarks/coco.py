@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import yaml
 from pycocotools.coco import COCO
@@ -41,6 +41,7 @@ _NAMED = re.compile(
     r"(?:COCO_(?:train|val|test)20[0-9]{2}_([0-9]{12})|([0-9]+))(?:\.[A-Za-z][A-Za-z0-9]*)?"
 )
 
+Rules: TypeAlias = Literal["pattern", "wordnet"]
 # what the words of a caption are read as
 RULES: Mapping[str, Callable[[str], list[str]]] = {
     "pattern": singulars,
@@ -137,7 +138,7 @@ def _merged(words: list[str]) -> list[str]:
 
 
 def image_id(value: int | str) -> int:
-    """The id of an image, given as a whole number or by a file name of one of two forms.
+    """The id of an image, given as an integer or by a file name of one of two forms.
 
     COCO's, as COCO_val2014_000000000009.jpg: a split, a year, twelve digits. Or nothing but
     digits: 9.jpg, 000000000009.jpg, "9". A folder or URL before it and a suffix do not count.
@@ -147,7 +148,7 @@ def image_id(value: int | str) -> int:
     number = id_in_name(value) if isinstance(value, str) else None
     if number is None:
         raise EvalError(
-            f"image id {repr(value)[:100]}: expected a whole number, or a file name that is "
+            f"image id {repr(value)[:100]}: expected an integer, or a file name that is "
             "COCO's (COCO_val2014_000000000009.jpg) or holds nothing but digits (9.jpg). Which "
             "number of another name is the id cannot be known: give it in a field image_id."
         )

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from eval.benchmarks.answers import answer_text, read_answers
+from eval.benchmarks.base import Benchmark
 from eval.benchmarks.intervals import Numbers, measure
 from eval.benchmarks.joining import join
 from eval.benchmarks.judge import Template, judge_of, shipped
@@ -83,10 +84,16 @@ def score_files(
     rules: Path | None = None,
     subset: bool = False,
 ) -> dict[str, Any]:
-    """LLaVA-Bench of an answer file; `data` holds questions, contexts and GPT-4's answers.
+    """LLaVA-Bench (in the wild) answers, marked by a judge beside GPT-4's.
 
-    `rules` is the published `rule.json`; None is a prompt of our own wording. `export` writes the
-    answers in the form that the published judge script takes.
+    answers: JSON lines with question_id and text
+    data (DIR): questions, context and answers_gpt4 .jsonl
+    export: write the answers as the published judge takes them
+    judge (URL): endpoint of the OpenAI chat form (default: off)
+    judge_model (NAME): model to ask there
+    verdicts: file of its replies, appended to; alone: score these
+    rules: rule.json of LLaVA (default: our own wording)
+    subset: leave out answers to questions that are not in the file
     """
     questions = read_rows(data / "questions.jsonl")
     joined = join(questions, read_answers(answers), (data / "questions.jsonl", answers), subset)
@@ -163,3 +170,10 @@ def _exported(question: Row, text: str) -> dict[str, Any]:
     identity = hashlib.sha256(f"{number} {text}".encode()).hexdigest()[:22]
     asked = {"question_id": number, "prompt": question.text("text")}
     return {**asked, "text": text, "answer_id": identity, "model_id": "", "metadata": {}}
+
+
+class LlavaBench(Benchmark):
+    """Scored from files only."""
+
+    name = "llava-bench"
+    score_files = staticmethod(score_files)

@@ -7,17 +7,27 @@ Yes  Yes`. The hallucination subset is existence, count, position and color.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from eval.benchmarks.answers import answer_text, label, read_answers
+from eval.benchmarks.base import (
+    ALL,
+    Benchmark,
+    FolderSettings,
+    Measure,
+    Rows,
+    Sample,
+    Source,
+    pairs,
+)
 from eval.benchmarks.intervals import Numbers, Tally
 from eval.benchmarks.joining import capped
-from eval.benchmarks.parsers import MME_PARSERS, parser_named, reading_flags
+from eval.benchmarks.parsers import MME_PARSERS, ParserName, parser_named, reading_flags
 from eval.benchmarks.rows import read_text
 from eval.errors import EvalError
 
@@ -110,8 +120,12 @@ def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
     }
 
 
-def score_folder(answers: Path, parser: str = "official") -> dict[str, Any]:
-    """MME of a folder of official answer files, `SUBTASK.txt` with four columns, or of a log."""
+def score_files(answers: Path, parser: ParserName = "official") -> dict[str, Any]:
+    """MME answers: hallucination subset, perception, cognition, as far as there are files.
+
+    answers (DIR|FILE): folder of SUBTASK.txt with four columns, or a log of lmms-eval or VLMEvalKit
+    parser: how an answer is read
+    """
     return score(read_log(answers) if answers.is_file() else read_folder(answers), parser=parser)
 
 
@@ -197,3 +211,57 @@ def _columns(where: str, line: str, count: int) -> list[str]:
     if label not in ("yes", "no"):
         raise EvalError(f"{where}: the third column is {columns[2]!r}; expected Yes or No.")
     return [*columns[:2], label, *columns[3:]]
+
+
+@dataclass(frozen=True)
+class MmeSettings(FolderSettings):
+    """Settings of MME (arXiv 2306.13394): SUBTASK.txt with the questions, images in SUBTASK/.
+
+    parser: official (the first four characters) or another of `eval.benchmarks.parsers`
+    """
+
+    parser: ParserName = "official"
+
+
+class Mme(Benchmark):
+    """The questions of every subtask; the facts are the subtask, the pair and the label."""
+
+    name = "mme"
+    settings = MmeSettings
+    measures: ClassVar[Mapping[str, Measure]] = {
+        "score": Measure("score", "points", direction=1, brief=True),
+        "accuracy": Measure("accuracy %", direction=1, right=True),
+        "accuracy_plus": Measure("accuracy_plus %", direction=1),
+        "yes_ratio": Measure("yes_ratio %"),
+        "unreadable": Measure("unreadable %", direction=-1),
+    }
+    score_files = staticmethod(score_files)
+
+    def samples(self, settings: MmeSettings, source: Source) -> Iterator[Sample]:
+        for subtask, questions in read_questions(source.folder).items():
+            for number, question in enumerate(questions):
+                file = question.image
+                image = source.find(f"{subtask}/{file}", f"{subtask}/images/{file}")
+                prompt = settings.prompt.replace("{question}", question.text)
+                facts = {"subtask": subtask, "pair": number // 2, "label": question.label}
+                yield Sample(self.name, ALL, f"{subtask}-{number:04d}", image, prompt, facts)
+
+    def tallies(self, rows: Rows, settings: MmeSettings, folder: Path) -> dict[str, Tally]:
+        """By subtask, and of the subtasks that make up a total."""
+        given, parser = _answers(rows), settings.parser
+        found = {f"subtasks {name}": tally(part, parser=parser) for name, part in given.items()}
+        for total, names in TOTALS.items():
+            if given.keys() >= set(names):
+                found[f"totals {total}"] = tally(*(given[name] for name in names), parser=parser)
+        return found
+
+    def score(self, rows: Rows, settings: MmeSettings, folder: Path) -> dict[str, Any]:
+        return score(_answers(rows), parser=settings.parser)
+
+
+def _answers(rows: Rows) -> dict[str, list[Answer]]:
+    subtasks: dict[str, list[Answer]] = {}
+    for pair in pairs(rows, "subtask", "pair"):
+        answers = [Answer(row["image"], row["label"], row["answer"]) for row in pair]
+        subtasks.setdefault(pair[0]["subtask"], []).extend(answers)
+    return subtasks

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from eval.benchmarks.answers import answer_text, read_answers
+from eval.benchmarks.base import Benchmark
 from eval.benchmarks.intervals import Numbers, measure
 from eval.benchmarks.joining import Joined, join
 from eval.benchmarks.judge import Template, judge_of, shipped
@@ -74,9 +75,16 @@ def score_files(
     template: Path | None = None,
     subset: bool = False,
 ) -> dict[str, Any]:
-    """MMHal-Bench of an answer file: the official form, or any rows that join with `questions`.
+    """MMHal-Bench answers, rated by a judge.
 
-    `export` writes the official form, which is what the published judge script takes.
+    answers: the official form, or rows in the questions' order
+    questions: the official form without answers
+    export: write the answers as the published judge takes them
+    judge (URL): endpoint of the OpenAI chat form (default: off)
+    judge_model (NAME): model to ask there
+    verdicts: file of its replies, appended to; alone: score these
+    template: prompt for the judge (default: our own wording)
+    subset: leave out answers to questions that are not in the file
     """
     rows, joined = _filled(answers, questions, subset)
     if export is not None:
@@ -121,3 +129,10 @@ def _filled(answers: Path, questions: Path | None, subset: bool) -> tuple[list[R
             raise EvalError(f"{row.where}: the answer is empty; every question must be answered.")
     pairs = zip(asked, texts, strict=True)
     return [Row(row.where, {**row.fields, "model_answer": text}) for row, text in pairs], joined
+
+
+class MmHal(Benchmark):
+    """Scored from files only."""
+
+    name = "mmhal"
+    score_files = staticmethod(score_files)

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from eval.benchmarks.answers import answer_text, read_answers
+from eval.benchmarks.base import (
+    ALL,
+    Benchmark,
+    FolderSettings,
+    Measure,
+    Rows,
+    Sample,
+    Source,
+    pairs,
+)
 from eval.benchmarks.intervals import Numbers, Tally
 from eval.benchmarks.joining import join
 from eval.benchmarks.judge import Template, judge_of, shipped
@@ -25,7 +35,8 @@ from eval.benchmarks.rows import Row, read_text
 from eval.errors import EvalError
 
 COLUMNS = ("Index", "Question", "Options", "Correct Answer")
-LABELS = ("published", "corrected")
+Labels: TypeAlias = Literal["published", "corrected"]
+LABELS = get_args(Labels)
 SWAPPED = (99, 100, 279, 280)
 """Questions of two pairs whose labels are the wrong way round; lmms-eval corrects them."""
 
@@ -95,13 +106,21 @@ def score_files(
     judge_model: str | None = None,
     verdicts: Path | None = None,
     template: Path | None = None,
-    labels: str = "published",
+    labels: Labels = "published",
     subset: bool = False,
 ) -> dict[str, Any]:
-    """MMVP of an answer file against `Questions.csv`, with the labels as published or `corrected`.
+    """MMVP answers in pairs, by the option that they name or a judge.
 
-    Without a judge the chosen option is read from the answer (`variant` "letters"); the published
-    script asks a judge.
+    The published script asks a judge; `variant` in the scores says what was done.
+
+    answers: rows with question_id and response
+    questions: Questions.csv
+    judge (URL): endpoint of the OpenAI chat form (default: off)
+    judge_model (NAME): model to ask there
+    verdicts: file of its replies, appended to; alone: score these
+    template: prompt for the judge (default: our own wording)
+    labels: as published, or four of them corrected
+    subset: leave out answers to questions that are not in the file
     """
     asked = read_questions(questions, labels)
     joined = join(_rows(asked, questions), read_answers(answers), (questions, answers), subset)
@@ -177,3 +196,49 @@ def _question(where: str, row: Mapping[str, str | None]) -> Question:
         )
     texts = {letter: options.group(n).strip() for n, letter in enumerate("ab", 1)}
     return Question(int(index), text, texts, label[1])
+
+
+@dataclass(frozen=True)
+class MmvpSettings(FolderSettings):
+    """Settings of MMVP (arXiv 2401.06209): Questions.csv, and the images in "MMVP Images/".
+
+    labels: published, or corrected in four places
+    """
+
+    labels: Labels = "published"
+
+
+class Mmvp(Benchmark):
+    """The questions with their options; the facts are the pair, the options and the label."""
+
+    name = "mmvp"
+    settings = MmvpSettings
+    measures: ClassVar[Mapping[str, Measure]] = {
+        "pair_accuracy": Measure("pair_accuracy %", direction=1, brief=True),
+        "accuracy": Measure("accuracy %", direction=1, right=True),
+        "unreadable": Measure("unreadable %", direction=-1),
+    }
+    score_files = staticmethod(score_files)
+
+    def samples(self, settings: MmvpSettings, source: Source) -> Iterator[Sample]:
+        for question in read_questions(source.folder / "Questions.csv", settings.labels):
+            options = " ".join(f"({letter}) {text}" for letter, text in question.options.items())
+            prompt = settings.prompt.replace("{question}", f"{question.text} {options}")
+            image = source.find(f"MMVP Images/{question.index}.jpg")
+            facts = {"pair": (question.index - 1) // 2, "options": dict(question.options)}
+            facts |= {"label": question.label}
+            yield Sample(self.name, ALL, f"{question.index:03d}", image, prompt, facts)
+
+    def tallies(self, rows: Rows, settings: MmvpSettings, folder: Path) -> dict[str, Tally]:
+        return {"": tally(_marks(rows))}
+
+    def score(self, rows: Rows, settings: MmvpSettings, folder: Path) -> dict[str, Any]:
+        return {**score(_marks(rows)), "variant": "letters", "labels": settings.labels}
+
+
+def _marks(rows: Rows) -> list[bool | None]:
+    right: list[bool | None] = []
+    for row in (row for pair in pairs(rows, "pair") for row in pair):
+        letter = chosen(row["answer"], row["options"])
+        right.append(None if letter is None else letter == row["label"])
+    return right

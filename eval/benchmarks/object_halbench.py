@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from eval.benchmarks import chair
-from eval.benchmarks.coco import Vocabulary
+from eval.benchmarks.base import Benchmark
+from eval.benchmarks.chair.files import read_captions
+from eval.benchmarks.coco import Rules, Vocabulary
 from eval.benchmarks.intervals import Numbers, measure
 from eval.benchmarks.judge import Template, judge_of, shipped
-from eval.benchmarks.scoring import read_captions
 from eval.errors import EvalError
 
 SHORT = 3
@@ -94,16 +95,24 @@ def score_files(
     responses: Path,
     truth: Path,
     synonyms: Path | None = None,
-    rules: str = "pattern",
+    rules: Rules = "pattern",
     judge: str | None = None,
     judge_model: str | None = None,
     verdicts: Path | None = None,
     template: Path | None = None,
 ) -> dict[str, Any]:
-    """Of a response file, against an objects file or a COCO folder.
+    """Object HalBench responses, by rules or a judge: response and mention level.
 
-    `synonyms` is the benchmark's list (`synonyms_refine.txt`); None is the vocabulary that ships.
     With a judge it lists the objects of every response.
+
+    responses: JSON list or JSON lines with image_id and answer
+    truth (OBJECTS.json|COCO_DIR): objects file or COCO folder
+    synonyms: synonyms_refine.txt (default: what ships)
+    rules: how responses are read
+    judge (URL): endpoint of the OpenAI chat form (default: off)
+    judge_model (NAME): model to ask there
+    verdicts: file of its replies, appended to; alone: score these
+    template: prompt for the judge (default: our own wording)
     """
     vocabulary = Vocabulary.load(synonyms, rules)
     pairs, objects, echoes = read_captions(responses, truth, vocabulary)
@@ -137,3 +146,10 @@ def phrases(reply: str) -> list[str] | None:
     except ValueError:
         return None
     return found if all(isinstance(phrase, str) for phrase in found) else None
+
+
+class ObjectHalBench(Benchmark):
+    """Scored from files only."""
+
+    name = "object-halbench"
+    score_files = staticmethod(score_files)

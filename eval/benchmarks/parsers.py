@@ -16,6 +16,9 @@ from typing import Literal, TypeAlias
 
 from eval.errors import EvalError
 
+ParserName: TypeAlias = Literal[
+    "official", "strict", "first_word", "opera", "vlmevalkit", "lmms_eval"
+]
 Reading: TypeAlias = Literal["yes", "no"] | None
 Parser: TypeAlias = Callable[[str], Reading]
 

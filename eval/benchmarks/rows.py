@@ -65,13 +65,13 @@ class Row:
         return value
 
     def number(self, *names: str) -> int:
-        """Like `first`, for a whole number, also where it is written as a string."""
+        """Like `first`, for an integer, also where it is written as a string."""
         value = self.first(*names)
         if isinstance(value, str) and value.isdecimal():
             return int(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise EvalError(
-                f"{self.where}: the field {_either(names)} is {value!r}; expected a whole number."
+                f"{self.where}: the field {_either(names)} is {value!r}; expected an integer."
             )
         return value
 

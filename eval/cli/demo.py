@@ -16,9 +16,10 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--device", help="cpu, cuda ... (default: the accelerator if there is one)")
+    parser.add_argument("--all", action="store_true", help="print every row of the table")
     parser.set_defaults(command=demo)
 
 
 def demo(options: argparse.Namespace) -> None:
     """Run all of it; the study prints the table."""
-    study.demo(options.out, options.device)
+    study.demo(options.out, options.device, options.all)

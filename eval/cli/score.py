@@ -1,201 +1,83 @@
-"""python -m eval score: score a run folder again, or files that were made elsewhere.
+"""python -m eval score, and the commands that a benchmark adds.
 
-For every benchmark that can be scored the table holds its function and its options.
-
-An option `--truth-file` is the function's argument `truth_file`; without it the function's own
-default holds.
+The options of a benchmark's command are the arguments of its function: `truth_file` is
+`--truth-file`, its type and default are the function's, and what it means is a line
+`truth_file (METAVAR): meaning` of the function's docstring. Without it the function's own default
+holds.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from eval.benchmarks import (
-    amber,
-    hallusionbench_files,
-    llava_bench,
-    mme,
-    mmhal,
-    mmvp,
-    object_halbench,
-    scoring,
-)
-from eval.benchmarks.amber_nouns import READERS
-from eval.benchmarks.coco import RULES
-from eval.benchmarks.parsers import AMBER_PARSERS, HALLUSIONBENCH_PARSERS, MME_PARSERS, PARSERS
+from eval.benchmarks.registry import BENCHMARKS
 from eval.cli import Commands
 from eval.reports import table
 from eval.runs import runner
 
+SCORES: Mapping[str, Callable[..., Mapping[str, Any]]] = {
+    name: benchmark.score_files
+    for name, benchmark in BENCHMARKS.items()
+    if benchmark.score_files is not None
+}
+_MEANING = re.compile(r"(\w+)(?: \(([^)]+)\))?: (.+)")
+
 
 @dataclass(frozen=True)
-class Option:
-    """One option of the command line; `settings` go to argparse."""
+class Command:
+    """A function as a command: its options, and the call."""
 
-    flag: str
-    settings: Mapping[str, Any]
+    function: Callable[..., Any]
+    prints: bool = True
 
     @property
-    def argument(self) -> str:
-        return self.flag.removeprefix("--").replace("-", "_")
+    def help(self) -> str:
+        """The first line of the docstring."""
+        return str(inspect.getdoc(self.function)).partition("\n")[0].removesuffix(".")
 
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        for name, settings in self._options():
+            parser.add_argument(f"--{name.replace('_', '-')}", **settings)
+        if self.prints:
+            parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.set_defaults(command=self)
 
-def file(flag: str, meaning: str, required: bool = True, **more: Any) -> Option:
-    return Option(flag, {"type": Path, "help": meaning, "required": required, **more})
-
-
-def choice(flag: str, meaning: str, names: Iterable[str]) -> Option:
-    """The first name is the default; the function itself refuses others than these."""
-    listed = list(dict.fromkeys(names))
-    return Option(flag, {"help": f"{meaning} (default: {listed[0]})", "metavar": "|".join(listed)})
-
-
-@dataclass(frozen=True)
-class Score:
-    """One benchmark: its help, function and options."""
-
-    help: str
-    run: Callable[..., Mapping[str, Any]]
-    options: tuple[Option, ...]
+    def _options(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        lines = str(inspect.getdoc(self.function)).splitlines()
+        matches = [match.groups() for line in lines if (match := _MEANING.fullmatch(line))]
+        meanings = {name: (metavar, meaning) for name, metavar, meaning in matches}
+        hints = typing.get_type_hints(self.function)
+        for name, parameter in inspect.signature(self.function).parameters.items():
+            yield name, _settings(hints[name], parameter.default, *meanings[name])
 
     def __call__(self, options: argparse.Namespace) -> None:
-        values = {option.argument: getattr(options, option.argument) for option in self.options}
-        chosen = {name: value for name, value in values.items() if value is not None}
-        scoring.print_result(self.run(**chosen), options.json)
+        names = inspect.signature(self.function).parameters
+        values = {name: getattr(options, name) for name in names}
+        result = self.function(**{k: v for k, v in values.items() if v is not None})
+        if self.prints:
+            print_result(result, options.json)
 
 
-JUDGE = (
-    Option(
-        "--judge", {"metavar": "URL", "help": "endpoint of the OpenAI chat form (default: off)"}
-    ),
-    Option("--judge-model", {"metavar": "NAME", "help": "model to ask there"}),
-    file("--verdicts", "file of its replies, appended to; alone: score these", required=False),
-)
-TEMPLATE = file("--template", "prompt for the judge (default: our own wording)", required=False)
-EXPORT = file("--export", "write the answers as the published judge takes them", required=False)
-
-SUBSET = Option(
-    "--subset",
-    {
-        "action": "store_const",
-        "const": True,
-        "help": "leave out answers to questions that are not in the file",
-    },
-)
-
-SCORES: Mapping[str, Score] = {
-    "chair": Score(
-        "captions made elsewhere, against COCO objects",
-        scoring.score_chair,
-        (
-            file("--captions", "JSON list or JSON lines"),
-            file("--truth", "objects file or COCO folder", metavar="OBJECTS.json|COCO_DIR"),
-            file("--synonyms", "object vocabulary (default: the one that ships)", required=False),
-            choice("--rules", "how captions, and the captions behind a truth, are read", RULES),
-        ),
-    ),
-    "pope": Score(
-        "yes/no answers made elsewhere, against POPE questions",
-        scoring.score_pope,
-        (
-            file("--answers", "JSON, JSON lines, TSV or XLSX; a log of lmms-eval or VLMEvalKit"),
-            file(
-                "--questions",
-                "official, LLaVA's or the hub's (not needed where a log holds the labels)",
-                required=False,
-            ),
-            choice("--parser", "how an answer is read", PARSERS),
-            SUBSET,
-        ),
-    ),
-    "amber": Score(
-        "AMBER responses (id, response): descriptions, questions or both",
-        amber.score_files,
-        (
-            file("--responses", "JSON list in the official form"),
-            file("--data", "annotations.json, relation.json, safe_words.txt", metavar="DIR"),
-            choice("--nouns", "what counts as a noun; nltk is official", READERS),
-            choice("--similarity", "when two nouns mean the same", ("exact", "spacy")),
-            choice("--parser", "how an answer is read", ("official", *AMBER_PARSERS)),
-        ),
-    ),
-    "mme": Score(
-        "MME answers: hallucination subset, perception, cognition, as far as there are files",
-        mme.score_folder,
-        (
-            file(
-                "--answers",
-                "folder of SUBTASK.txt with four columns, or a log of lmms-eval or VLMEvalKit",
-                metavar="DIR|FILE",
-            ),
-            choice("--parser", "how an answer is read", ("official", *MME_PARSERS)),
-        ),
-    ),
-    "hallusionbench": Score(
-        "HallusionBench answers, by a parser or a judge",
-        hallusionbench_files.score_files,
-        (
-            file("--answers", "rows with model_prediction"),
-            file("--questions", "HallusionBench.json"),
-            choice("--parser", "how an answer is read without a judge", HALLUSIONBENCH_PARSERS),
-            *JUDGE,
-            TEMPLATE,
-            file("--same-template", "prompt that holds two answers together", required=False),
-        ),
-    ),
-    "mmvp": Score(
-        "MMVP answers in pairs, by the option that they name or a judge",
-        mmvp.score_files,
-        (
-            file("--answers", "rows with question_id and response"),
-            file("--questions", "Questions.csv"),
-            choice("--labels", "as published, or four of them corrected", mmvp.LABELS),
-            SUBSET,
-            *JUDGE,
-            TEMPLATE,
-        ),
-    ),
-    "object-halbench": Score(
-        "Object HalBench responses, by rules or a judge: response and mention level",
-        object_halbench.score_files,
-        (
-            file("--responses", "JSON list or JSON lines with image_id and answer"),
-            file("--truth", "objects file or COCO folder", metavar="OBJECTS.json|COCO_DIR"),
-            file("--synonyms", "synonyms_refine.txt (default: what ships)", required=False),
-            choice("--rules", "how responses are read", RULES),
-            *JUDGE,
-            TEMPLATE,
-        ),
-    ),
-    "mmhal": Score(
-        "MMHal-Bench answers, rated by a judge",
-        mmhal.score_files,
-        (
-            file("--answers", "the official form, or rows in the questions' order"),
-            file("--questions", "the official form without answers", required=False),
-            SUBSET,
-            EXPORT,
-            *JUDGE,
-            TEMPLATE,
-        ),
-    ),
-    "llava-bench": Score(
-        "LLaVA-Bench (in the wild) answers, marked by a judge beside GPT-4's",
-        llava_bench.score_files,
-        (
-            file("--answers", "JSON lines with question_id and text"),
-            file("--data", "questions, context and answers_gpt4 .jsonl", metavar="DIR"),
-            SUBSET,
-            EXPORT,
-            *JUDGE,
-            file("--rules", "rule.json of LLaVA (default: our own wording)", required=False),
-        ),
-    ),
-}
+def _settings(hint: Any, default: Any, metavar: str | None, meaning: str) -> dict[str, Any]:
+    """The settings of one option; the function itself refuses names that it does not list."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not NoneType]
+    if hint is bool:
+        return {"action": "store_const", "const": True, "help": meaning}
+    if typing.get_origin(hint) is typing.Literal:
+        return {"metavar": "|".join(kinds), "help": f"{meaning} (default: {default})"}
+    kind = kinds[0] if kinds else hint
+    text = f"{meaning} (default: {default})" if kind is int else meaning
+    needed = default is inspect.Parameter.empty
+    return {"type": kind, "metavar": metavar, "required": needed, "help": text}
 
 
 def add(commands: Commands) -> None:
@@ -226,9 +108,36 @@ def score_run(options: argparse.Namespace) -> None:
 
 def add_scores(kinds: Commands) -> None:
     """Add `score NAME` for every benchmark to the sub-parsers of `score`."""
-    for name, score in SCORES.items():
-        parser = kinds.add_parser(name, help=score.help)
-        for option in score.options:
-            parser.add_argument(option.flag, **option.settings)
-        parser.add_argument("--json", action="store_true", help="print one JSON object")
-        parser.set_defaults(command=score)
+    for name, function in SCORES.items():
+        command = Command(function)
+        command.add_options(kinds.add_parser(name, help=command.help))
+
+
+def add_commands(commands: Commands) -> None:
+    """Add what benchmarks bring along beside scores, such as a maker of questions."""
+    for benchmark in BENCHMARKS.values():
+        for name, function in benchmark.commands.items():
+            command = Command(function, prints=False)
+            command.add_options(commands.add_parser(name, help=command.help))
+
+
+def print_result(result: Mapping[str, Any], as_json: bool = False) -> None:
+    """One JSON object, or a line per number with its 95 % interval."""
+    print(json.dumps(result, indent=2) if as_json else "\n".join(_lines(result)))
+
+
+def _lines(result: Mapping[str, Any], indent: str = "") -> list[str]:
+    intervals = result.get("intervals", {})
+    lines = []
+    for name, value in result.items():
+        if name == "intervals" or value == []:
+            continue
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+        elif isinstance(value, list):
+            lines += [f"{indent}note: {item}" for item in value]
+        else:
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            low_high = "  [{:.4f}, {:.4f}]".format(*intervals[name]) if name in intervals else ""
+            lines.append(f"{indent}{name:<30} {shown}{low_high}")
+    return lines

@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
         "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE", help="may be repeated"
     )
     parser.add_argument("--grid-heads", metavar="layers|heads", help="methods on in one at a time")
-    parser.add_argument("--measure", help="what is tuned (default: f1 of CHAIR, or pope_accuracy)")
+    parser.add_argument("--measure", help="what is tuned (default: the main one of the first task)")
     parser.add_argument("--tune-split", help="default: one half of the images of each split")
     parser.add_argument("--limit", type=int, help="only so many images a split and task")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")

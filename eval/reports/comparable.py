@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from eval.benchmarks import tasks
+from eval.benchmarks.base import Benchmark
+from eval.benchmarks.intervals import Tally
 from eval.errors import EvalError
-from eval.runs import runner
+from eval.runs.config import recorded
 from eval.runs.folder import RunFolder, row_key
 
 Lines: TypeAlias = Mapping[tuple[str, ...], Mapping[str, Any]]
@@ -49,8 +50,17 @@ class Run:
         both = {**self.rows, **self.skipped}
         return {key: row for key, row in both.items() if key[0] == task}
 
+    def tallies(self, benchmark: Benchmark, keys: Sequence[tuple[str, ...]]) -> Mapping[str, Tally]:
+        """What each of these samples adds, by part of the benchmark."""
+        rows = [self.rows[key] for key in keys]
+        return benchmark.tallies(rows, recorded(self.record, benchmark), self.path)
 
-def obstacles(one: Run, two: Run, both: Sequence[str]) -> Iterator[str]:
+    def reader(self, benchmark: Benchmark) -> str:
+        """What reads its responses to the benchmark."""
+        return benchmark.reader(recorded(self.record, benchmark), self.path)
+
+
+def obstacles(one: Run, two: Run, both: Sequence[Benchmark]) -> Iterator[str]:
     """Every difference between the two runs that makes them incomparable."""
     if not both:
         yield "they have no task in common"
@@ -60,15 +70,16 @@ def obstacles(one: Run, two: Run, both: Sequence[str]) -> Iterator[str]:
     if rendering[0][0] == rendering[1][0] and rendering[0] != rendering[1]:
         templates = f"{rendering[0][1]!r} and {rendering[1][1]!r}"
         yield f"the prompts are rendered by chat_template {templates}"
-    for task in both:
+    for benchmark in both:
+        task = benchmark.name
         mine, others = (run.record["settings"][task] for run in (one, two))
         if mine["max_new_tokens"] != others["max_new_tokens"]:
             limits = f"{mine['max_new_tokens']} and {others['max_new_tokens']} tokens"
             yield f"the token limit of {task} is {limits}"
         yield from _other_samples(one.samples(task), two.samples(task), task)
-        scorers = [_scorer(run, task) for run in (one, two)]
-        if scorers[0] != scorers[1]:
-            yield f"{task} is read by {scorers[0]} and by {scorers[1]}"
+        readers = [run.reader(benchmark) for run in (one, two)]
+        if readers[0] != readers[1]:
+            yield f"{task} is read by {readers[0]} and by {readers[1]}"
 
 
 def _other_samples(mine: Lines, others: Lines, task: str) -> Iterator[str]:
@@ -92,16 +103,3 @@ def _other_samples(mine: Lines, others: Lines, task: str) -> Iterator[str]:
 def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
     """The question, and the truth that scores its response."""
     return {key: value for key, value in row.items() if key not in RESPONSE_KEYS}
-
-
-def _scorer(run: Run, task: str) -> str:
-    if task == "chair":
-        vocabulary = runner.vocabulary(run.path, run.record)
-        return f"{vocabulary.rules} rules with {vocabulary.name}"
-    if task == "pope":
-        return f"the {runner.pope_parser(run.record)} parser"
-    settings = run.record["settings"][task]
-    rules = f"{settings.get('nouns', 'one')} rules"
-    if task not in tasks.PARSERS_BEFORE:
-        return rules
-    return f"{rules} with the {tasks.parser_of(task, settings)} parser"

@@ -9,30 +9,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import chair, pope, tasks
+from eval.benchmarks import registry
+from eval.benchmarks.base import ALL, Benchmark, Measure
 from eval.benchmarks.intervals import Numbers, Tally, paired
 from eval.errors import EvalError
 from eval.reports import table
 from eval.reports.comparable import Run, obstacles
-from eval.runs import runner
-from eval.runs.config import TASKS
-
-# measure: the direction that lowers CHAIR for free, and its description
-FREE_GAINS = {
-    "recall": (-1, "recall went down"),
-    "cover": (-1, "fewer true words are covered"),
-    "mean_tokens": (-1, "captions got shorter"),
-    "mean_words": (-1, "descriptions got shorter"),
-    "looping_share": (1, "more captions repeat themselves"),
-    "no_object_share": (1, "more captions name nothing"),
-}
-CHAIR = {("chair", ""): ("chair_s", "chair_i"), ("amber", "generative"): ("chair", "hal")}
-ACCURACY = ("accuracy", "a_acc")
-"""The share of right answers, beside which McNemar's test stands."""
+from eval.runs.folder import RunFolder
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
@@ -42,34 +29,21 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     samples that both answered. Raises EvalError with the reason where two runs cannot be compared.
     """
     one, two = Run.read(before), Run.read(after)
-    both = [task for task in TASKS if one.samples(task) and two.samples(task)]
+    every = _benchmarks(one.record, two.record)
+    both = [b for b in every if one.samples(b.name) and two.samples(b.name)]
     if reasons := list(obstacles(one, two, both)):
         raise EvalError(f"{before} and {after} cannot be compared: {'; '.join(reasons)}")
     result: dict[str, Any] = {"before": str(before), "after": str(after)}
     shared = sorted(one.rows.keys() & two.rows.keys())
     result["unpaired"] = len(one.rows.keys() ^ two.rows.keys())
-    for task, split in itertools.product(both, one.record["data"]["images"]):
-        keys = [key for key in shared if key[:2] == (task, split)]
+    for benchmark, split in itertools.product(both, one.record["data"]["images"]):
+        keys = [key for key in shared if key[:2] == (benchmark.name, split)]
         if not keys:
             continue
-        first, second = (_tallies(run, task, [run.rows[key] for key in keys]) for run in (one, two))
+        first, second = (run.tallies(benchmark, keys) for run in (one, two))
         changes = {part: _change(first[part], second[part]) for part in first}
-        result.setdefault(task, {})[split] = changes.get("", changes)
-    return result | {"warnings": list(_warnings(result))}
-
-
-def _tallies(run: Run, task: str, rows: tasks.Rows) -> dict[str, Tally]:
-    """The counts of each sample, by part of the task; "" where the task has no parts."""
-    if task == "chair":
-        truth = {int(row["image_id"]): row["truth"] for row in rows}
-        captions = [(int(row["image_id"]), str(row["answer"])) for row in rows]
-        words = runner.vocabulary(run.path, run.record)
-        return {"": Tally(chair.counts_by_caption(captions, truth, words), chair.ratios)}
-    if task == "pope":
-        parser = runner.pope_parser(run.record)
-        strategies = pope.by_strategy(rows)
-        return {part: pope.tally(*columns, parser) for part, columns in strategies.items()}
-    return tasks.TASKS[task].tallies(rows, run.path, run.record["settings"][task])
+        result.setdefault(benchmark.name, {})[split] = changes.get("", changes)
+    return result | {"warnings": list(_warnings(result, both))}
 
 
 def _change(before: Tally, after: Tally) -> dict[str, Any]:
@@ -98,22 +72,24 @@ def mcnemar(before: Numbers, after: Numbers) -> dict[str, Any]:
     return {"turned_right": better, "turned_wrong": worse, "p": min(1.0, 2 * tail / 2**changed)}
 
 
-def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
-    """Warnings where CHAIR fell together with a measure that lowers it for free."""
-    for task, split, part, measures in _parts(result):
-        watched = CHAIR.get((task, part), ())
-        fallen = [key for key in watched if measures[key]["difference"] < 0]
-        paid = [
-            name
-            for key, (sign, name) in FREE_GAINS.items()
-            if key in measures and sign * measures[key]["interval"][sign < 0] > 0
-        ]
+def _warnings(result: Mapping[str, Any], benchmarks: Sequence[Benchmark]) -> Iterator[str]:
+    """Warnings where a measure fell together with what lowers it for free."""
+    for benchmark, split, _, part in _parts(result, benchmarks):
+        measures = [(m, part[key]) for key, m in benchmark.measures.items() if key in part]
+        fallen = [m for m, change in measures if m.free and change["difference"] < 0]
+        paid = [m.cost for m, change in measures if m.cost and _got_worse(m, change)]
         if fallen and paid:
-            cure = ", so look at it at the first 40, 60 and 100 words" if task == "chair" else ""
+            name, cure = fallen[0].free, fallen[0].cure
             yield (
-                f"{split if task == 'chair' else task}: CHAIR fell while {' and '.join(paid)}; "
-                f"captions that say less lower CHAIR for free{cure}"
+                f"{benchmark.name if split == ALL else split}: {name} fell while "
+                f"{' and '.join(paid)}; captions that say less lower {name} for free{cure}"
             )
+
+
+def _got_worse(measure: Measure, change: Mapping[str, Any]) -> bool:
+    """For certain: the whole interval lies on the worse side; a length is worse when shorter."""
+    low, high = change["interval"]
+    return bool(low > 0 if measure.direction < 0 else high < 0)
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -134,29 +110,28 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _cells(result: Mapping[str, Any]) -> Iterator[list[str]]:
-    for task, split, part, measures in _parts(result):
-        for key, label in _rows(task, part, measures):
-            test = _test_cell(measures) if key in ACCURACY else ""
-            yield [split, label, *_numbers(key, measures[key]), test]
+    records = [RunFolder(Path(result[key])).record() for key in ("before", "after")]
+    for benchmark, split, part, changes in _parts(result, _benchmarks(*records)):
+        for key, measure in benchmark.measures.items():
+            if key in changes:
+                test = _test_cell(changes) if measure.right and "mcnemar" in changes else ""
+                label = benchmark.label(part, key)
+                yield [split, label, *_numbers(measure, changes[key]), test]
 
 
-def _parts(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
-    """(task, split, part, measures); the part is "" where a task has none."""
-    for task in TASKS:
-        for split, parts in result.get(task, {}).items():
-            for part, measures in ({"": parts} if "n" in parts else parts).items():
-                yield task, split, part, measures
+def _benchmarks(*records: Mapping[str, Any]) -> list[Benchmark]:
+    """The benchmarks of any of these runs."""
+    return [*registry.asked(task for r in records for task in r["settings"]["tasks"]).values()]
 
 
-def _rows(task: str, part: str, measures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The measures that are shown, with their names."""
-    if task == "chair":
-        yield from table.CHAIR_ROWS.items()
-    elif task == "pope":
-        yield from ((key, f"POPE {part}, {label}") for key, label in table.POPE_ROWS.items())
-    else:
-        for key in (key for key in measures if key not in ("n", "mcnemar")):
-            yield key, table.label(f"{task} {part}".strip(), key)
+def _parts(
+    result: Mapping[str, Any], benchmarks: Sequence[Benchmark]
+) -> Iterator[tuple[Benchmark, str, str, Mapping[str, Any]]]:
+    """(benchmark, split, part, changes); the part is "" where a benchmark has none."""
+    for benchmark in benchmarks:
+        for split, parts in result.get(benchmark.name, {}).items():
+            for part, changes in ({"": parts} if "n" in parts else parts).items():
+                yield benchmark, split, part, changes
 
 
 def _test_cell(measures: Mapping[str, Any]) -> str:
@@ -164,8 +139,8 @@ def _test_cell(measures: Mapping[str, Any]) -> str:
     return f"+{test['turned_right']} -{test['turned_wrong']}, p = {test['p']:.3g}"
 
 
-def _numbers(key: str, change: Mapping[str, Any]) -> list[str]:
-    unit = table.unit(key)
+def _numbers(measure: Measure, change: Mapping[str, Any]) -> list[str]:
+    unit = measure.times
     low, high = (unit * bound for bound in change["interval"])
     star = " *" if low > 0 or high < 0 else ""
     values = [f"{unit * change[name]:.1f}" for name in ("before", "after")]

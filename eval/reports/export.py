@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eval.errors import EvalError
 from eval.reports import table
-from eval.runs.schema import unknown
+from eval.schema import unknown
 
 SPECIAL = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",

@@ -1,4 +1,4 @@
-"""The picture of runs: CHAIR_S against recall, and POPE by strategy, each with its intervals.
+"""The picture of runs: of each benchmark one measure by part, or two against each other.
 
 Needs matplotlib, which nothing else here does: `pip install -e ".[plot]"`.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from eval.benchmarks import alarm
+from eval.benchmarks.base import Benchmark
 from eval.errors import EvalError
 from eval.reports import table
 from eval.reports.table import Column, Row, Value
@@ -20,30 +20,32 @@ MARKERS = "osD^vPX"
 FAINT = "#6e6e73"
 NOTE = "Bars: 95 % bootstrap intervals over images. Hollow: the degeneration alarm rings."
 
-Rows: TypeAlias = Mapping[tuple[str, str], Row]
+Rows: TypeAlias = Mapping[tuple[str, str, str, str], Row]
+"""By split, benchmark, part and measure."""
 
 
 def plot(folders: Sequence[Path], path: Path) -> None:
-    """Write the picture of these run folders, two panels a split, in the format of `path`."""
+    """Write the picture of these run folders, a row of panels a split, in the format of `path`."""
     columns = table.read(folders)
-    rows = {(row.split, row.key): row for row in table.rows(columns)}
-    drawn = [split for split in table.splits(columns) if any(key[0] == split for key in rows)]
+    rows = {(r.split, r.benchmark.name, r.part, r.measure): r for r in table.rows(columns)}
+    panels = [b for b in table.benchmarks(columns) if b.plot and any(k[1] == b.name for k in rows)]
+    names = {panel.name for panel in panels}
+    drawn = [s for s in table.splits(columns) if any(k[0] == s and k[1] in names for k in rows)]
     if not drawn:
-        raise EvalError("nothing to plot: the runs hold no scores")
-    figure = _matplotlib().Figure(
-        figsize=(12, 4.4 * len(drawn) + 0.8), dpi=150, layout="constrained"
-    )
-    grid = figure.subplots(len(drawn), 2, squeeze=False)
-    for (left, right), split in zip(grid, drawn, strict=True):
-        _chair(left, columns, rows, split)
-        _pope(right, columns, rows, split)
-        for axes in (left, right):
+        raise EvalError("nothing to plot: the runs hold no scores of a benchmark that is drawn")
+    size = (6 * len(panels), 4.4 * len(drawn) + 0.8)
+    figure = _matplotlib().Figure(figsize=size, dpi=150, layout="constrained")
+    grid = figure.subplots(len(drawn), len(panels), squeeze=False)
+    for line, split in zip(grid, drawn, strict=True):
+        for axes, benchmark in zip(line, panels, strict=True):
+            draw = _against if len(benchmark.plot) == 2 else _by_part
+            draw(axes, columns, rows, split, benchmark)
             axes.grid(color="#e5e5ea", linewidth=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
     handles = [_points(grid[0, 0], index, [], []) for index in range(len(columns))]
-    names = [column.name for column in columns]
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    labels = [column.name for column in columns]
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.supxlabel(NOTE, fontsize=9, color=FAINT)
     try:
         figure.savefig(path)
@@ -59,40 +61,57 @@ def _matplotlib() -> Any:
     return figure
 
 
-def _chair(axes: Any, columns: Sequence[Column], rows: Rows, split: str) -> None:
-    """Invention against coverage: a run with shorter captions moves down and to the left."""
-    axes.set_title(f"{split}: CHAIR_S against recall", loc="left", fontsize=11)
-    if (split, "chair_s") not in rows:
-        _empty(axes, "no captions")
+def _against(
+    axes: Any, columns: Sequence[Column], rows: Rows, split: str, benchmark: Benchmark
+) -> None:
+    """One measure against another, such as invention against coverage: shorter responses move
+    down and to the left."""
+    across, up = benchmark.plot
+    names = [benchmark.label("", key).removesuffix(" %") for key in (up, across)]
+    axes.set_title(f"{split}: {names[0]} against {names[1]}", loc="left", fontsize=11)
+    pair = [rows.get((split, benchmark.name, "", key)) for key in (across, up)]
+    if pair[0] is None or pair[1] is None:
+        _empty(axes, "no responses")
         return
-    axes.set_xlabel("recall %  (more is better →)")
-    axes.set_ylabel("CHAIR_S %  (← less is better)")
-    recall, invented = rows[split, "recall"].values, rows[split, "chair_s"].values
-    for index, (x, y) in enumerate(zip(recall, invented, strict=True)):
+    axes.set_xlabel(_axis(benchmark, across))
+    axes.set_ylabel(_axis(benchmark, up))
+    for index, (x, y) in enumerate(zip(pair[0].values, pair[1].values, strict=True)):
         if x is not None and y is not None:
-            rings = alarm.ringing(columns[index].metrics["chair"][split])
+            rings = benchmark.alarms(columns[index].scores(benchmark, split) or {})
             _points(axes, index, [(100 * x.value, x)], [(100 * y.value, y)], hollow=bool(rings))
 
 
-def _pope(axes: Any, columns: Sequence[Column], rows: Rows, split: str) -> None:
-    """Accuracy by strategy, the runs side by side within each."""
-    axes.set_title(f"{split}: POPE accuracy", loc="left", fontsize=11)
-    names = table.strategies(columns, split)
-    if not names:
-        _empty(axes, "no POPE questions")
+def _by_part(
+    axes: Any, columns: Sequence[Column], rows: Rows, split: str, benchmark: Benchmark
+) -> None:
+    """One measure by part, the runs side by side within each."""
+    (key,) = benchmark.plot
+    here = (split, benchmark.name, key)
+    by_part = {r.part: r for r in rows.values() if (r.split, r.benchmark.name, r.measure) == here}
+    label = benchmark.label("", key).removesuffix(" %").replace(",", "")
+    axes.set_title(f"{split}: {label}", loc="left", fontsize=11)
+    if not by_part:
+        _empty(axes, "no responses")
         return
-    axes.set_ylabel("accuracy %  (more is better →)")
-    axes.set_xticks(range(len(names)), names)
-    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylabel(_axis(benchmark, key))
+    axes.set_xticks(range(len(by_part)), [*by_part])
+    axes.set_xlim(-0.5, len(by_part) - 0.5)
     axes.grid(visible=False, axis="x")
     step = min(0.12, 0.7 / len(columns))
     for index in range(len(columns)):
         shift = (index - (len(columns) - 1) / 2) * step
-        values = [rows[split, f"pope_{name}_accuracy"].values[index] for name in names]
+        values = [row.values[index] for row in by_part.values()]
         points = [(n + shift, value) for n, value in enumerate(values) if value is not None]
         _points(
             axes, index, [(x, None) for x, _ in points], [(100 * v.value, v) for _, v in points]
         )
+
+
+def _axis(benchmark: Benchmark, key: str) -> str:
+    """What an axis shows, and which way is better."""
+    measure = benchmark.measures[key]
+    better = "(← less is better)" if measure.direction < 0 else "(more is better →)"
+    return f"{measure.label}  {better}"
 
 
 def _empty(axes: Any, text: str) -> None:

@@ -1,38 +1,23 @@
 """Runs side by side: the measures that are compared, and the notes that a reader needs.
 
-CHAIR never stands alone: recall, length, repetition and silence are the rows below it, since
-shorter, looping or empty captions lower CHAIR for free.
+Which measures there are, what they are called and what is to be said of them is each benchmark's
+own matter.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import alarm, tasks
-from eval.benchmarks.chair import LENGTHS
-from eval.errors import EvalError
+from eval.benchmarks import registry
+from eval.benchmarks.base import Benchmark, Measure, Scores
+from eval.errors import EvalError, notice
 from eval.runs.folder import RunFolder
-from eval.runs.samples import notice
 
-CHAIR_ROWS = {
-    "chair_s": "CHAIR_S %",
-    "chair_i": "CHAIR_I %",
-    "chair_i_distinct": "CHAIR_I %, each object once",
-    **{f"chair_s_at_{n}": f"CHAIR_S %, first {n} words" for n in LENGTHS},
-    **{f"chair_i_at_{n}": f"CHAIR_I %, first {n} words" for n in LENGTHS},
-    "recall": "recall %",
-    "precision": "precision %",
-    "f1": "F1 %",
-    "mean_tokens": "length in tokens",
-    "distinct_4gram_share": "distinct 4-grams %",
-    "looping_share": "looping %",
-    "no_object_share": "naming no object %",
-}
-POPE_ROWS = {"accuracy": "accuracy %", "f1": "F1 %", "yes_ratio": "answered yes %"}
 ALARM = "degeneration alarm"
 
 
@@ -51,9 +36,22 @@ class Row:
     """One measure of all runs; None where a run does not have it."""
 
     split: str
-    key: str
-    label: str
+    benchmark: Benchmark
+    part: str
+    measure: str
     values: Sequence[Value | None]
+
+    @property
+    def key(self) -> str:
+        return self.benchmark.key(self.part, self.measure)
+
+    @property
+    def label(self) -> str:
+        return self.benchmark.label(self.part, self.measure)
+
+    @property
+    def cells(self) -> list[str]:
+        return [cell(self.benchmark.measures[self.measure], value) for value in self.values]
 
 
 @dataclass(frozen=True)
@@ -67,57 +65,64 @@ class Column:
     record: Mapping[str, Any]
     metrics: Mapping[str, Any]
 
+    @cached_property
+    def benchmarks(self) -> Mapping[str, Benchmark]:
+        return registry.asked(self.record["settings"]["tasks"])
 
-def markdown(folders: Sequence[Path]) -> str:
-    """The table of these run folders with notes below it."""
+    def scores(self, benchmark: Benchmark, split: str) -> Scores | None:
+        """The scores of one split; None where it was not scored."""
+        scores: Scores | None = self.metrics.get(benchmark.name, {}).get(split)
+        return scores
+
+
+def benchmarks(columns: Sequence[Column]) -> list[Benchmark]:
+    """Those that any of the runs requested, in the order of the registry."""
+    tasks = (task for column in columns for task in column.record["settings"]["tasks"])
+    return [*registry.asked(tasks).values()]
+
+
+def markdown(folders: Sequence[Path], keys: Collection[str] | None = None) -> str:
+    """The table of these run folders with notes below it.
+
+    `keys`: of the rows only these, without the line of the alarms, which stand below too.
+    """
     columns = read(folders)
     header = ["split", "measure", *(column.name for column in columns)]
     below = "".join(f"\n- {note}" for note in notes(columns))
-    return f"{heading(columns)}\n\n{layout(header, lines(columns))}\n{below}\n"
+    return f"{heading(columns)}\n\n{layout(header, lines(columns, keys))}\n{below}\n"
 
 
-def lines(columns: Sequence[Column]) -> list[list[str]]:
-    """The cells of the table, one row of numbers a line, each split headed by its alarms."""
+def lines(columns: Sequence[Column], keys: Collection[str] | None = None) -> list[list[str]]:
+    """The cells of the table, a line a row, each benchmark with alarms headed by them."""
+    if keys is not None:
+        return [[row.split, row.label, *row.cells] for row in rows(columns) if row.key in keys]
     lines: list[list[str]] = []
-    shown: set[str] = set()
+    headed: set[tuple[str, str]] = set()
     for row in rows(columns):
-        if row.key in CHAIR_ROWS and row.split not in shown:
-            lines.append(
-                [
-                    row.split,
-                    ALARM,
-                    *(
-                        alarm_cell(column.metrics.get("chair", {}).get(row.split))
-                        for column in columns
-                    ),
-                ]
-            )
-            shown.add(row.split)
-        lines.append([row.split, row.label, *(cell(row.key, value) for value in row.values)])
+        key = (row.split, row.benchmark.name)
+        if key not in headed:
+            headed.add(key)
+            alarms = [
+                alarm_cell(row.benchmark, c.scores(row.benchmark, row.split)) for c in columns
+            ]
+            if any(cell != "-" for cell in alarms):
+                lines.append([row.split, ALARM, *alarms])
+        lines.append([row.split, row.label, *row.cells])
     return lines
 
 
-def alarm_cell(score: Mapping[str, Any] | None) -> str:
-    """The alarms of a split whose captions were scored."""
-    return "-" if score is None else ", ".join(alarm.ringing(score)).upper() or "no"
+def alarm_cell(benchmark: Benchmark, scores: Scores | None) -> str:
+    """The alarms of a split; "-" where it has none that could ring."""
+    ringing = None if scores is None else benchmark.alarms(scores)
+    return "-" if ringing is None else ", ".join(ringing).upper() or "no"
 
 
-def cell(key: str, value: Value | None) -> str:
-    """A value with its interval: shares in percent, lengths as they are."""
+def cell(measure: Measure, value: Value | None) -> str:
+    """A value with its interval: shares in percent, all else as it is."""
     if value is None:
         return "-"
-    times = unit(key)
+    times = measure.times
     return f"{times * value.value:.1f} [{times * value.low:.1f}, {times * value.high:.1f}]"
-
-
-def unit(key: str) -> int:
-    """The factor by which a measure is shown: shares are shown in percent."""
-    return 1 if key.endswith(("mean_tokens", "mean_words", " score")) or key == "score" else 100
-
-
-def label(name: str, key: str) -> str:
-    """The name, in a table, of a measure of one part of a benchmark."""
-    return f"{name}, {key}" + (" %" if unit(key) == 100 else "")
 
 
 def read(folders: Sequence[Path]) -> list[Column]:
@@ -146,54 +151,38 @@ def _column(name: str, folder: RunFolder) -> Column:
         raise EvalError(
             f"{folder.path} has no readable metrics.json: python -m eval score {folder.path}"
         ) from None
-    for score in metrics.get("chair", {}).values():
-        if not {*CHAIR_ROWS, "alarms"} <= score.keys():
-            raise EvalError(
-                f"{folder.metrics} was written by an older version and lacks measures: "
-                f"python -m eval score {folder.path}"
-            )
-    return Column(name, record, metrics)
+    column = Column(name, record, metrics)
+    for benchmark in column.benchmarks.values():
+        for scores in metrics.get(benchmark.name, {}).values():
+            if not {*benchmark.required} <= scores.keys():
+                raise EvalError(
+                    f"{folder.metrics} was written by an older version and lacks measures: "
+                    f"python -m eval score {folder.path}"
+                )
+    return column
 
 
 def rows(columns: Sequence[Column]) -> Iterator[Row]:
-    """One row a split and measure that at least one run has."""
+    """One row a split, benchmark, part and measure that at least one run has."""
     for split in splits(columns):
-        scores = [column.metrics.get("chair", {}).get(split) for column in columns]
-        if any(scores):
-            for key, label in CHAIR_ROWS.items():
-                yield Row(split, key, label, [value(score, key) for score in scores])
-        for strategy in strategies(columns, split):
-            scores = [
-                column.metrics.get("pope", {}).get(split, {}).get(strategy) for column in columns
+        for benchmark in benchmarks(columns):
+            by_column = [
+                benchmark.parts(column.scores(benchmark, split) or {}) for column in columns
             ]
-            for key, label in POPE_ROWS.items():
-                name, shown = f"pope_{strategy}_{key}", f"POPE {strategy}, {label}"
-                yield Row(split, name, shown, [value(score, key) for score in scores])
-    yield from _other_rows(columns)
+            for part in dict.fromkeys(part for parts in by_column for part in parts):
+                scores = [parts.get(part) for parts in by_column]
+                for key in benchmark.measures:
+                    values = [value(each, key) for each in scores]
+                    if any(values):
+                        yield Row(split, benchmark, part, key, values)
 
 
-def _other_rows(columns: Sequence[Column]) -> Iterator[Row]:
-    """One row a measure with an interval of every other benchmark."""
-    by_column = [dict(_other_scores(column)) for column in columns]
-    for name in dict.fromkeys(name for scores in by_column for name in scores):
-        scores = [each.get(name) for each in by_column]
-        keys = [key for score in scores if score for key in score["intervals"]]
-        for key in dict.fromkeys(keys):
-            values = [value(score, key) for score in scores]
-            yield Row(tasks.SPLIT, f"{name} {key}", label(name, key), values)
-
-
-def _other_scores(column: Column) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for task in tasks.TASKS:
-        yield from tasks.measures(column.metrics.get(task, {}).get(tasks.SPLIT, {}), task)
-
-
-def value(score: Mapping[str, Any] | None, key: str) -> Value | None:
-    """A measure of one scored split; None where it was not scored."""
-    if score is None:
+def value(scores: Scores | None, key: str) -> Value | None:
+    """A measure of one part of a split; None where it was not scored."""
+    if scores is None or key not in scores["intervals"]:
         return None
-    low, high = score["intervals"][key]
-    return Value(score[key], low, high, score["n"])
+    low, high = scores["intervals"][key]
+    return Value(scores[key], low, high, scores["n"])
 
 
 def splits(columns: Sequence[Column]) -> list[str]:
@@ -203,24 +192,21 @@ def splits(columns: Sequence[Column]) -> list[str]:
     )
 
 
-def strategies(columns: Sequence[Column], split: str) -> list[str]:
-    """The POPE strategies that were scored on a split, in the order of the configurations."""
-    requested = [column.record["settings"]["pope"]["strategies"] for column in columns]
-    scored = [column.metrics.get("pope", {}).get(split, {}) for column in columns]
-    pairs = zip(requested, scored, strict=True)
-    return list(dict.fromkeys(name for names, scores in pairs for name in names if name in scores))
-
-
 def heading(columns: Sequence[Column]) -> str:
     """What the table shows, and which way is better."""
     models, data = (
         ", ".join(dict.fromkeys(str(column.record["settings"][key]) for column in columns))
         for key in ("model", "data")
     )
-    return (
-        f"Model {models}, data {data}. In brackets 95 % bootstrap intervals. Lower is better for "
-        f"CHAIR, higher for recall, distinct 4-grams, accuracy and F1."
+    text = f"Model {models}, data {data}. In brackets 95 % bootstrap intervals."
+    shown = [m for b in benchmarks(columns) for m in b.measures.values() if m.brief]
+    lower, higher = (
+        ", ".join(dict.fromkeys(m.label.removesuffix(" %") for m in shown if m.direction == way))
+        for way in (-1, 1)
     )
+    sentences = [f"lower is better for {lower}"] if lower else []
+    sentences += [f"higher is better for {higher}"] if higher else []
+    return " ".join([text, *(f"{part[0].upper()}{part[1:]}." for part in sentences)])
 
 
 def notes(columns: Sequence[Column]) -> Iterator[str]:
@@ -240,15 +226,9 @@ def notes(columns: Sequence[Column]) -> Iterator[str]:
 
 
 def _size(column: Column, split: str) -> str:
-    captions = column.metrics.get("chair", {}).get(split)
-    questions = column.metrics.get("pope", {}).get(split, {})
-    parts = [f"{captions['counts']['captions']} captions"] if captions else []
-    parts += [
-        f"{count} questions a POPE strategy"
-        for count in dict.fromkeys(score["questions"] for score in questions.values())
-    ]
-    others = [task for task in tasks.TASKS if split in column.metrics.get(task, {})]
-    return ", ".join([*parts, *others]) or "nothing answered"
+    scored = ((b, column.scores(b, split)) for b in column.benchmarks.values())
+    sizes = [benchmark.size(scores) for benchmark, scores in scored if scores]
+    return ", ".join(filter(None, sizes)) or "nothing answered"
 
 
 def _column_notes(column: Column) -> Iterator[str]:
@@ -262,19 +242,9 @@ def _column_notes(column: Column) -> Iterator[str]:
         yield "answers made by different versions, see config.yaml"
     if len(column.record["patches"]) > 1:
         yield "the patch described itself differently when the run was resumed, see config.yaml"
-    for split, score in column.metrics.get("chair", {}).items():
-        yield from (f"{split}, {text}" for text in [*score["alarms"], *score["flags"]])
-        if (cut := 1 - score["ended_share"]) > 0:
-            yield f"{split}: {100 * cut:.1f} % of the captions were cut by the token limit"
-    for name, score in _other_scores(column):
-        yield from (f"{name}, {flag}" for flag in score.get("flags", ()))
-    for split, scores in column.metrics.get("pope", {}).items():
-        for strategy, score in scores.items():
-            yield from (f"{split}, POPE {strategy}, {flag}" for flag in score["flags"])
-            if (share := score["unreadable"]) > 0:
-                yield f"{split}, POPE {strategy}: {100 * share:.1f} % of answers are unreadable"
-            if score["parser"] != "official":
-                yield f"{split}, POPE {strategy}: answers are read by the {score['parser']} parser"
+    for benchmark in column.benchmarks.values():
+        for split, scores in column.metrics.get(benchmark.name, {}).items():
+            yield from benchmark.notes(split, scores)
 
 
 def layout(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -41,8 +41,8 @@ class Batch:
 def divide(samples: Sequence[Sample], config: Config) -> list[Batch]:
     """All samples in batches, task by task, those of like length together.
 
-    Equal prompts on one image (POPE's three strategies share the objects that are there) are asked
-    once, and the answer goes to all of them.
+    Equal prompts on one image (yes/no questions that several splits share) are asked once, and the
+    answer goes to all of them.
     """
     same: dict[tuple[str, Path, str], list[Sample]] = {}
     for sample in samples:
@@ -51,8 +51,8 @@ def divide(samples: Sequence[Sample], config: Config) -> list[Batch]:
     groups = [tuple(group) for group in same.values()]
     groups.sort(key=lambda group: _length(group[0], pixels))
     batches = []
-    for task in config.tasks:
-        of_task = [group for group in groups if group[0].task == task]
+    for benchmark in config.benchmarks:
+        of_task = [group for group in groups if group[0].task == benchmark.name]
         for start in range(0, len(of_task), config.batch_size):
             batches.append(Batch(tuple(of_task[start : start + config.batch_size])))
     return batches
@@ -104,7 +104,7 @@ class BatchRunner:
     def _readable(self, samples: Sequence[Sample]) -> list[Answer | BrokenImageError]:
         """The answers, with the error in the place of each sample whose image is broken."""
         broken: dict[tuple[str, ...], BrokenImageError] = {}
-        limit = getattr(self.config, samples[0].task).max_new_tokens
+        limit = self.config.sections[samples[0].task].max_new_tokens
         while left := [sample for sample in samples if sample.key not in broken]:
             try:
                 said = iter(generate.ask(self.model, self.processor, left, limit))

@@ -21,158 +21,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
+from eval.benchmarks import registry
+from eval.benchmarks.base import Benchmark
+from eval.benchmarks.rows import read_text
 from eval.errors import EvalError
 from eval.runs.images import MAX_PIXELS
-from eval.benchmarks.mmvp import LABELS
-from eval.benchmarks.parsers import AMBER_PARSERS, HALLUSIONBENCH_PARSERS, MME_PARSERS, PARSERS
-from eval.benchmarks.pope import STRATEGIES
-from eval.benchmarks.rows import read_text
-from eval.runs.schema import check, check_names, check_positive, check_section, describe, unknown
+from eval.schema import check, check_names, check_positive, check_section, describe, unknown
 from vlm_patch.methods.registry import METHODS as LIBRARY
 
 METHODS: Mapping[str, Any] = LIBRARY
-PARTS = ("tune", "report")
-BROKEN_IMAGES = ("skip", "error")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class ChairTask:
-    """CHAIR (arXiv 1809.02156): captions whose objects are looked up in the annotations.
-
-    `images`: how many images of each split to caption, a file that lists image ids, or null for
-    all. `rules` and `synonyms` choose the scorer's rule set and object vocabulary (null: the
-    vocabulary that ships).
-    """
-
-    prompt: str = "Please describe this image in detail."
-    max_new_tokens: int = 512
-    images: int | str | None = None
-    rules: str = "pattern"
-    synonyms: str | None = None
-
-    def __post_init__(self) -> None:
-        check_positive("chair", self, "max_new_tokens", "images")
-
-
-@dataclass(frozen=True)
-class PopeTask:
-    """POPE (arXiv 2305.10355): balanced questions "Is there a X in the image?", three strategies.
-
-    `questions`: path of the official question files with {strategy} in it. Null builds them from
-    the annotations with the run's seed, for `images` images of each split, `per_image` objects that
-    are there and as many that are not. `prompt` holds {question}. `parser` reads the answers:
-    official (all that it cannot read is a yes), strict (that is neither, and wrong) or another of
-    `eval.benchmarks.parsers`.
-    """
-
-    prompt: str = "{question}"
-    max_new_tokens: int = 10
-    images: int = 500
-    per_image: int = 3
-    strategies: tuple[str, ...] = (*STRATEGIES,)
-    questions: str | None = None
-    parser: str = "official"
-
-    def __post_init__(self) -> None:
-        check_positive("pope", self, "max_new_tokens", "images", "per_image")
-        check_names("pope.strategies", self.strategies, STRATEGIES)
-        check_names("pope.parser", (self.parser,), PARSERS)
-        if "{question}" not in self.prompt:
-            raise EvalError(f"pope.prompt is {self.prompt!r}: it must hold {{question}}")
-        if self.questions is not None and "{strategy}" not in self.questions:
-            raise EvalError(
-                f"pope.questions is {self.questions!r}: it must hold {{strategy}}, "
-                f"as in coco_pope_{{strategy}}.json"
-            )
-
-
-@dataclass(frozen=True)
-class FolderTask:
-    """A benchmark that lies in a folder of its own (`python -m eval data NAME`, and its images).
-
-    `prompt` holds {question}, which stands for the benchmark's own wording.
-    """
-
-    data: str | None = None
-    prompt: str = "{question}"
-    max_new_tokens: int = 16
-
-    def __post_init__(self) -> None:
-        check_positive(type(self).__name__.removesuffix("Task").lower(), self, "max_new_tokens")
-        if "{question}" not in self.prompt:
-            raise EvalError(f"prompt {self.prompt!r}: it must hold {{question}}")
-
-
-@dataclass(frozen=True)
-class AmberTask(FolderTask):
-    """AMBER (arXiv 2311.07397): `parts` generative and discriminative; `nouns` nltk (official) or
-    approximate, see `eval.benchmarks.amber_nouns`; `parser` official ("Yes" or "No" to the letter) or another
-    of `eval.benchmarks.parsers`."""
-
-    max_new_tokens: int = 512
-    parts: tuple[str, ...] = ("generative", "discriminative")
-    nouns: str = "nltk"
-    parser: str = "official"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names("amber.parts", self.parts, ("generative", "discriminative"))
-        check_names("amber.nouns", (self.nouns,), ("nltk", "approximate"))
-        check_names("amber.parser", (self.parser,), AMBER_PARSERS)
-
-
-@dataclass(frozen=True)
-class MmeTask(FolderTask):
-    """MME (arXiv 2306.13394): SUBTASK.txt with the questions, and the images in SUBTASK/; `parser`
-    official (the first four characters) or another of `eval.benchmarks.parsers`."""
-
-    parser: str = "official"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names("mme.parser", (self.parser,), MME_PARSERS)
-
-
-@dataclass(frozen=True)
-class MmvpTask(FolderTask):
-    """MMVP (arXiv 2401.06209): Questions.csv, and the images in "MMVP Images/"; `labels` published,
-    or corrected in four places."""
-
-    labels: str = "published"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names("mmvp.labels", (self.labels,), LABELS)
-
-
-@dataclass(frozen=True)
-class HallusionBenchTask(FolderTask):
-    """HallusionBench (arXiv 2310.14566): HallusionBench.json, and the figures by category.
-
-    `parser`: a name of `eval.benchmarks.parsers`. The published reading is a judge's, which a run has not:
-    `eval score hallusionbench --judge`.
-    """
-
-    max_new_tokens: int = 128
-    parser: str = "strict"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names("hallusionbench.parser", (self.parser,), HALLUSIONBENCH_PARSERS)
-
-
-OWN_FOLDER: Mapping[str, Any] = {
-    "amber": AmberTask,
-    "mme": MmeTask,
-    "mmvp": MmvpTask,
-    "hallusionbench": HallusionBenchTask,
-}
-TASKS: Mapping[str, Any] = {"chair": ChairTask, "pope": PopeTask, **OWN_FOLDER}
 
 
 @dataclass(frozen=True)
@@ -184,7 +45,7 @@ class Config:
     `quantization` places the model, it goes to `device` as a whole. `chat_template` is Jinja that
     renders prompts, for a model whose processor has none. `part`: of all images only the
     half to tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each
-    split and task. `broken_images: error` stops at an image that cannot be read
+    split and task. `sections` holds the settings of each benchmark. `broken_images: error` stops at an image that cannot be read
     rather than list it as skipped; one of more than `max_pixels` is not read. `layers` and `heads`
     go to `wrap`.
     """
@@ -192,7 +53,7 @@ class Config:
     model: str = "pocket"
     revision: str | None = None
     trust_remote_code: bool = False
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str | None = None
     device_map: str | Mapping[str, Any] | None = None
     tp_plan: str | Mapping[str, Any] | None = None
@@ -201,39 +62,27 @@ class Config:
     chat_template: str | None = None
     data: str = "pocket"
     splits: tuple[str, ...] = ()
-    part: str | None = None
-    tasks: tuple[str, ...] = ("chair", "pope")
+    part: Literal["tune", "report"] | None = None
+    tasks: tuple[str, ...] = registry.DEFAULT
     limit: int | None = None
     batch_size: int = 8
     seed: int = 0
-    broken_images: str = "skip"
+    broken_images: Literal["skip", "error"] = "skip"
     max_pixels: int = MAX_PIXELS
     methods: tuple[str, ...] = ()
     layers: Any = None
     heads: Any = None
-    chair: ChairTask = field(default_factory=ChairTask)
-    pope: PopeTask = field(default_factory=PopeTask)
-    amber: AmberTask = field(default_factory=AmberTask)
-    mme: MmeTask = field(default_factory=MmeTask)
-    mmvp: MmvpTask = field(default_factory=MmvpTask)
-    hallusionbench: HallusionBenchTask = field(default_factory=HallusionBenchTask)
+    sections: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_positive("", self, "limit", "batch_size", "max_pixels")
-        check_names("tasks", self.tasks, TASKS)
+        own = [task for task in self.tasks if ":" in task]
+        check_names("tasks", self.tasks, [*registry.TASKS, *own])
         check_names("methods", self.methods, METHODS)
-        check_names("dtype", (self.dtype,), DTYPES)
         if not self.tasks:
-            raise EvalError(f"tasks is empty: name at least one of {', '.join(TASKS)}")
-        for name in (task for task in self.tasks if task in OWN_FOLDER):
-            if getattr(self, name).data is None:
-                raise EvalError(
-                    f"{name}.data: name the folder of {name}, for example --set {name}.data=DIR; "
-                    f"python -m eval data {name} --to DIR fetches it or says how to get it"
-                )
-        check_names("part", (self.part,) if self.part else (), PARTS)
-        check_names("broken_images", (self.broken_images,), BROKEN_IMAGES)
+            raise EvalError(f"tasks is empty: name at least one of {', '.join(registry.TASKS)}")
+        self._check_sections()
         placing = [key for key in ("device", "device_map", "tp_plan") if getattr(self, key)]
         if len(placing) > 1:
             raise EvalError(f"{' and '.join(placing)} are both set: keep one")
@@ -249,6 +98,30 @@ class Config:
             )
         self.build_methods()
 
+    def _check_sections(self) -> None:
+        """Fill in the sections that are not given, and check what all of them have in common."""
+        known = registry.known(self.tasks)
+        filled = {name: benchmark.settings() for name, benchmark in known.items()}
+        object.__setattr__(self, "sections", filled | dict(self.sections))
+        for name, section in self.sections.items():
+            check_positive(name, section, "max_new_tokens", "images")
+        for name in (benchmark.name for benchmark in self.benchmarks):
+            if getattr(self.sections[name], "data", "") is None:
+                raise EvalError(
+                    f"{name}.data: name the folder of {name}, for example --set {name}.data=DIR; "
+                    f"python -m eval data {name} --to DIR fetches it or says how to get it"
+                )
+
+    @property
+    def benchmarks(self) -> list[Benchmark]:
+        """What is asked, in the order given."""
+        return [registry.named(task) for task in self.tasks]
+
+    def scoring_files(self) -> list[Path]:
+        """What the run keeps a copy of, so that its folder can be scored alone."""
+        asked = self.benchmarks
+        return [file for b in asked for file in b.scoring_files(self.sections[b.name])]
+
     def build_methods(self) -> list[Any]:
         """The methods in the order given, each with its options."""
         return [_build(name, self.options.get(name, {})) for name in self.methods]
@@ -256,8 +129,8 @@ class Config:
     def settings(self) -> dict[str, Any]:
         """The resolved settings as plain YAML values; `from_settings` reads them back."""
         values = dataclasses.asdict(self)
-        sections: Mapping[str, Any] = values.pop("options")
-        plain: dict[str, Any] = _plain({**values, **sections})
+        sections, options = values.pop("sections"), values.pop("options")
+        plain: dict[str, Any] = _plain({**values, **sections, **options})
         return plain
 
 
@@ -272,19 +145,32 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 def from_settings(settings: Mapping[str, Any]) -> Config:
     """A Config from plain values; EvalError for an unknown key or a value of the wrong type."""
     hints = typing.get_type_hints(Config)
-    del hints["options"]
+    del hints["options"], hints["sections"]
     values: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     options: dict[str, Mapping[str, Any]] = {}
+    tasks = check("tasks", settings.get("tasks", registry.DEFAULT), hints["tasks"])
+    known = registry.known(tasks)
     for key, value in settings.items():
         if key in METHODS:
             options[key] = check_section(key, value, METHODS[key])
-        elif key in TASKS:
-            values[key] = TASKS[key](**check_section(key, value, TASKS[key]))
+        elif key in known:
+            schema = known[key].settings
+            sections[key] = schema(**check_section(key, value, schema))
         elif key in hints:
             values[key] = check(key, value, hints[key])
         else:
-            raise EvalError(unknown("setting", key, [*hints, *METHODS]))
-    return Config(**values, options=options)
+            raise EvalError(unknown("setting", key, [*hints, *known, *METHODS]))
+    return Config(**values, sections=sections, options=options)
+
+
+def recorded(record: Mapping[str, Any], benchmark: Benchmark) -> Any:
+    """The settings of a benchmark as a run recorded them, perhaps before some of them existed."""
+    section = record["settings"].get(benchmark.name) or {}
+    names = {f.name for f in dataclasses.fields(benchmark.settings)}
+    given = {key: value for key, value in section.items() if key in names}
+    checked = check_section(benchmark.name, {**benchmark.before, **given}, benchmark.settings)
+    return benchmark.settings(**checked)
 
 
 def _read(path: Path) -> dict[str, Any]:

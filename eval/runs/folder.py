@@ -19,7 +19,6 @@ import yaml
 from filelock import FileLock, Timeout
 
 from eval.runs import jsonl
-from eval.benchmarks.amber_nouns import LEXICON
 from eval.runs.batches import Found
 from eval.runs.samples import Sample, notice
 from eval.errors import EvalError
@@ -98,8 +97,10 @@ class RunFolder:
         finally:
             lock.release()
 
-    def open(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def open(self, record: Mapping[str, Any], files: Sequence[Path] = ()) -> dict[str, Any]:
         """Start the run that `record` describes or go on with it; returns the record to keep.
+
+        `files` are what scoring needs: the folder keeps copies.
 
         EvalError if the folder holds answers of another run.
         """
@@ -107,7 +108,7 @@ class RunFolder:
             found = self.record()
             _check_same(self.path, found, record)
             return found
-        for file in _for_scoring(record["settings"]):
+        for file in files:
             shutil.copyfile(file, self.path / file.name)
         self.write_record(record)
         return dict(record)
@@ -202,15 +203,6 @@ def _key(sample: Sample) -> dict[str, str]:
 def _ours(name: str) -> bool:
     """Files that are there before config.yaml is."""
     return name in ("scenes", LOCK) or name.startswith("config.yaml.")
-
-
-def _for_scoring(settings: Mapping[str, Any]) -> list[Path]:
-    """Word lists that scoring needs, which a run keeps a copy of."""
-    synonyms = settings["chair"]["synonyms"]
-    kept = [] if synonyms is None else [Path(synonyms)]
-    if "amber" in settings["tasks"]:
-        kept += [Path(settings["amber"]["data"]) / name for name in LEXICON]
-    return kept
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -139,7 +139,7 @@ def _eight_bits(path: Path, image: Image.Image, upright: Image.Image) -> Image.I
     if not (low >= 0 and high <= white):  # also for NaN
         raise UnreadableImageError(
             f"{path} holds values of {low:g} to {high:g}; which of them is white is not known. "
-            f"Expected floats of 0 to 1 or whole numbers of 0 to 65535: scale it and save it anew"
+            f"Expected floats of 0 to 1 or integers of 0 to 65535: scale it and save it anew"
         )
     if low < high < white / NEARLY_BLACK:
         raise UnreadableImageError(

@@ -13,11 +13,11 @@ from typing import Any
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from eval.runs import workers, batches, samples as dataset, generate, splitting
-from eval.benchmarks import chair, echo, pope, tasks
+from eval.benchmarks import registry
+from eval.runs import batches, generate, splitting, workers
+from eval.runs import samples as dataset
+from eval.runs.config import Config, recorded
 from eval.runs.workers import Engine, Load
-from eval.benchmarks.coco import Vocabulary
-from eval.runs.config import Config
 from eval.runs.samples import Sample, notice
 from eval.runs.provenance import environment
 from eval.errors import EvalError
@@ -42,10 +42,10 @@ def run(
     """
     folder, main = RunFolder(out), splitting.processes().is_main_process
     if samples is None:
-        samples = tasks.samples(config, scenes or out / "scenes")
+        samples = dataset.samples(config, scenes or out / "scenes")
     with folder.locked() if main else nullcontext(), pixel_limit(config.max_pixels):
         if main:
-            record = folder.open(describe(config, samples))
+            record = folder.open(describe(config, samples), config.scoring_files())
             _check_environment(out, record, environment(config))
             folder.merge(samples)
         splitting.processes().wait_for_everyone()
@@ -155,48 +155,10 @@ def score(out: Path) -> dict[str, Any]:
         "skipped": len(skipped),
         "samples": record["data"]["samples"],
     }
-    for task, split in sorted({(row["task"], row["split"]) for row in rows}):
-        part = [row for row in rows if (row["task"], row["split"]) == (task, split)]
-        metrics.setdefault(task, {})[split] = _scored(out, record, task, part)
+    asked = registry.asked(record["settings"]["tasks"])
+    for name, split in sorted({(row["task"], row["split"]) for row in rows}):
+        part = [row for row in rows if (row["task"], row["split"]) == (name, split)]
+        found = asked[name].score(part, recorded(record, asked[name]), out)
+        metrics.setdefault(name, {})[split] = found
     folder.write_metrics(metrics)
     return metrics
-
-
-def _scored(
-    out: Path, record: Mapping[str, Any], task: str, rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    if task in tasks.TASKS:
-        return tasks.TASKS[task].score(rows, out, record["settings"][task])
-    return _chair(out, record, rows) if task == "chair" else _pope(record, rows)
-
-
-def _chair(
-    out: Path, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """CHAIR of one split, and the share of captions that ended before the token limit."""
-    captions = [(int(row["image_id"]), str(row["answer"])) for row in rows]
-    truth = {int(row["image_id"]): row["truth"] for row in rows}
-    ended = sum(bool(row["ended"]) for row in rows) / len(rows)
-    found = chair.score(captions, truth, vocabulary(out, record))
-    found["flags"] += echo.flags([(str(row["answer"]), str(row.get("prompt", ""))) for row in rows])
-    return {**found, "ended_share": ended}
-
-
-def vocabulary(out: Path, record: Mapping[str, Any]) -> Vocabulary:
-    """The object words that the run in a folder is scored with; a list of one's own lies there."""
-    task = record["settings"]["chair"]
-    synonyms = None if task["synonyms"] is None else out / Path(task["synonyms"]).name
-    return Vocabulary.load(synonyms, task["rules"])
-
-
-def _pope(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """POPE of one split by strategy; questions about one image stand or fall together."""
-    return {
-        strategy: pope.score(*given, parser=pope_parser(record))
-        for strategy, given in pope.by_strategy(rows).items()
-    }
-
-
-def pope_parser(record: Mapping[str, Any]) -> str:
-    """The name of the rule by which the answers of a run are read."""
-    return str(record["settings"]["pope"].get("parser", "official"))

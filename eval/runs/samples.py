@@ -8,68 +8,55 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from eval import pocket
-from eval.benchmarks.coco import Vocabulary, id_in_name, image_id_in, image_path, read_truth
-from eval.runs.config import Config
+from eval.benchmarks.base import ALL, Benchmark, Source
+from eval.benchmarks.base import Sample as Sample
+from eval.benchmarks.coco import image_id_in, image_path
+from eval.benchmarks.rows import read_json
 from eval.errors import EvalError
+from eval.errors import notice as notice
 from eval.pocket import world
-from eval.benchmarks.pope import STRATEGIES, Question, Strategy, build_questions, read_questions
-from eval.benchmarks.rows import read_json, read_text
+from eval.runs.config import Config
 
 POCKET_SPLITS = ("test", "break")
 POCKET_SCENES = 200
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One question to the model. `facts` are what scoring needs of it (truth, label, strategy)."""
-
-    task: str
-    split: str
-    id: str
-    image: Path
-    prompt: str
-    facts: Mapping[str, Any]
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.task, self.split, self.id
-
-    @property
-    def name(self) -> str:
-        return f"sample {self.task} {self.split} {self.id}"
-
-
-@dataclass(frozen=True)
-class Source:
-    """One split: where its images are, and the objects of each image."""
-
-    split: str
-    folder: Path
-    images: Mapping[int, Path]
-    truth: Mapping[int, Sequence[str]]
-
-
 def samples(config: Config, scenes: Path) -> list[Sample]:
-    """Samples of COCO or the pocket world in order; pocket scenes are drawn below `scenes`."""
-    synonyms = None if config.chair.synonyms is None else Path(config.chair.synonyms)
-    vocabulary = Vocabulary.load(synonyms, config.chair.rules)
-    makers = {"chair": _chair, "pope": _pope}
+    """The samples of a run in order: of COCO or the pocket world, then of folders of their own.
+
+    Pocket scenes are drawn below `scenes`.
+    """
+    asked = [(b, getattr(config.sections[b.name], "data", None)) for b in config.benchmarks]
+    shared = [benchmark for benchmark, folder in asked if folder is None]
     found: list[Sample] = []
-    for split in _splits(config):
-        source = _source(config, split, scenes, vocabulary)
-        for task in (task for task in config.tasks if task in makers):
-            found += makers[task](config, source)
-    return [s for s in found if config.part is None or part(s.image) == config.part]
+    for split in _splits(config) if shared else ():
+        source = _source(config, split, scenes)
+        for benchmark in shared:
+            found += _kept(config, benchmark, source)
+    for benchmark, folder in asked:
+        if folder is not None:
+            about = config.sections, config.seed, config.limit
+            found += _kept(config, benchmark, Source(ALL, Path(folder), {}, *about))
+    return found
+
+
+def _kept(config: Config, benchmark: Benchmark, source: Source) -> list[Sample]:
+    """Of one split only the first `limit` images, and of those the half that is asked for."""
+    asked = list(benchmark.samples(config.sections[benchmark.name], source))
+    images = list(dict.fromkeys(sample.image for sample in asked))[: config.limit]
+    wanted = {image for image in images if config.part in (None, part(image))}
+    if missing := sorted(image for image in wanted if not image.is_file()):
+        name = benchmark.name
+        raise EvalError(
+            f"{missing[0]}: no such image ({len(missing)} of the {len(wanted)} images that {name} "
+            f"needs are missing). python -m eval data {name} --to DIR says where they come from."
+        )
+    return [sample for sample in asked if sample.image in wanted]
 
 
 def part(image: Path) -> str:
@@ -130,7 +117,7 @@ def _annotations(data: str) -> list[Path]:
     return files
 
 
-def _source(config: Config, split: str, scenes: Path, vocabulary: Vocabulary) -> Source:
+def _source(config: Config, split: str, scenes: Path) -> Source:
     folder = Path(config.data)
     if config.data == "pocket":
         folder = scenes / split
@@ -144,7 +131,7 @@ def _source(config: Config, split: str, scenes: Path, vocabulary: Vocabulary) ->
         raise EvalError(
             f"{folder}: no image of {split} found, for example {records[min(records)]['file_name']}"
         )
-    return Source(split, folder, images, read_truth(folder, vocabulary, images))
+    return Source(split, folder, images, config.sections, config.seed, config.limit)
 
 
 def _records(file: Path) -> dict[int, Mapping[str, Any]]:
@@ -159,10 +146,14 @@ def _records(file: Path) -> dict[int, Mapping[str, Any]]:
 
 
 def _scene_count(config: Config) -> int:
-    scenes = POCKET_SCENES if config.chair.images is None else config.chair.images
-    if isinstance(scenes, str):
-        raise EvalError("chair.images: the pocket world is drawn, expected a number of scenes")
-    return max(scenes, config.pope.images)
+    """As many scenes as any benchmark may want."""
+    counts = []
+    for name, section in config.sections.items():
+        images = getattr(section, "images", 1)
+        if isinstance(images, str):
+            raise EvalError(f"{name}.images: the pocket world is drawn, expected a number of scenes")
+        counts.append(POCKET_SCENES if images is None else images)
+    return max(counts)
 
 
 def _path(folder: Path, record: Mapping[str, Any]) -> Path | None:
@@ -172,110 +163,5 @@ def _path(folder: Path, record: Mapping[str, Any]) -> Path | None:
         return None
 
 
-def _chair(config: Config, source: Source) -> list[Sample]:
-    """One caption an image; the facts are the image's id and its true objects."""
-    return [
-        Sample(
-            "chair",
-            source.split,
-            str(number),
-            source.images[number],
-            config.chair.prompt,
-            {"image_id": number, "truth": list(source.truth[number])},
-        )
-        for number in _chosen(config, source)
-    ]
-
-
-def _chosen(config: Config, source: Source) -> list[int]:
-    """The ids of the images to caption: listed in a file, or drawn with the run's seed."""
-    if isinstance(config.chair.images, str):
-        path = config.chair.images
-        listed = [image_id_in(path, line) for line in read_text(Path(path)).split()]
-        for place, number in enumerate(listed):
-            if number in listed[:place]:
-                raise EvalError(f"{path} lists image {number} twice: delete one of the two")
-            if number not in source.images:
-                raise EvalError(
-                    f"{path} lists image {number}, which {source.folder} lacks "
-                    f"(as a file or in instances_{source.split}.json)"
-                )
-        return listed[: config.limit]
-    ids = _shuffled(source.images, config.seed)
-    wanted = config.chair.images and min(config.chair.images, config.limit or config.chair.images)
-    if wanted is not None and wanted > len(ids):
-        raise EvalError(
-            f"chair.images asks for {wanted} images of {source.split}, but {source.folder} has "
-            f"{len(ids)}; put the images there, or --set chair.images={len(ids)}"
-        )
-    return ids[: wanted or config.limit]
-
-
-def _shuffled(ids: Iterable[int], seed: int) -> list[int]:
-    """The ids in the seed's own order; the first few stay the same when more are taken."""
-    order = sorted(ids)
-    random.Random(seed).shuffle(order)
-    return order
-
-
-def _pope(config: Config, source: Source) -> list[Sample]:
-    """The questions of every strategy; the facts are its name, the number and the true answer."""
-    names = _by_name(source)
-    return [
-        Sample(
-            "pope",
-            source.split,
-            f"{strategy}-{question.question_id}",
-            _question_image(source, question, names),
-            config.pope.prompt.replace("{question}", question.text),
-            {"strategy": strategy, "question_id": question.question_id, "label": question.label},
-        )
-        for strategy in STRATEGIES
-        if strategy in config.pope.strategies
-        for question in _questions(config, source, strategy)
-    ]
-
-
-def _questions(config: Config, source: Source, strategy: Strategy) -> list[Question]:
-    """The questions of one strategy, of the first `limit` images only where the run has a limit."""
-    if config.pope.questions is not None:
-        questions = read_questions(Path(config.pope.questions.replace("{strategy}", strategy)))
-    else:
-        numbers = {path: number for number, path in source.images.items()}
-        objects = {name: source.truth[numbers[path]] for name, path in _by_name(source).items()}
-        task = config.pope
-        questions = build_questions(objects, strategy, task.images, task.per_image, config.seed)
-    images = list(dict.fromkeys(question.image for question in questions))[: config.limit]
-    return [question for question in questions if question.image in set(images)]
-
-
-def _by_name(source: Source) -> dict[str, Path]:
-    """The images in the order of their ids by file name, which is how questions name them."""
-    names: dict[str, Path] = {}
-    for path in (source.images[number] for number in sorted(source.images)):
-        if path.name in names:
-            raise EvalError(
-                f"{names[path.name]} and {path} have one file name, and by that POPE's questions "
-                f"name images: rename one of them, or leave pope out of the tasks"
-            )
-        names[path.name] = path
-    return names
-
-
-def _question_image(source: Source, question: Question, names: Mapping[str, Path]) -> Path:
-    """The image with the question's file name, else with the id that this name states."""
-    if question.image in names:
-        return names[question.image]
-    number = id_in_name(question.image)
-    if number is not None and number in source.images:
-        return source.images[number]
-    return image_path(source.folder, {"file_name": question.image})
-
-
 def _sha256(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def notice(text: str) -> None:
-    """A line for the person who watches, beside the progress bar."""
-    tqdm.write(text, file=sys.stderr)

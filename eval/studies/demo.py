@@ -1,7 +1,7 @@
 """python -m eval demo: the pocket model as it is, with VAR, GIFT or VHR, and with all three.
 
-Leaves a run folder for each, `table.md`, and `scenes.png`, which shows a few scenes with the
-captions.
+Leaves a run folder for each, `table.md` with every measure, and `scenes.png`, which shows a few
+scenes with their captions. What is printed is at most twelve rows of the table.
 """
 
 from __future__ import annotations
@@ -9,22 +9,28 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from eval.benchmarks import chair
 from eval.benchmarks.coco import Vocabulary
+from eval.benchmarks.pope import STRATEGIES
 from eval.reports import table
 from eval.runs import config, generate, runner
 from eval.runs.folder import RunFolder, row_key
 from eval.runs.samples import POCKET_SPLITS
 from eval.studies import picture
+from eval.studies.picture import Caption, Scene
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pocket"
 RUNS = ("baseline", "var", "gift", "vhr", "all")
-SHOWN = 2
+PRINTED = (
+    *("chair_s", "recall", "mean_tokens"),
+    *(f"pope_{strategy}_accuracy" for strategy in STRATEGIES),
+)
+"""The rows of each of the two splits that are printed; the alarm is printed where it rings."""
+SCENES = 2
 CHOICE = (
-    f"The first {SHOWN} scenes of each split where the captions differ and one invents an object."
+    f"The first {SCENES} scenes of each split where the captions differ and one invents an object."
 )
 CAVEAT = (
     "The pocket model is a small model made for this project. These numbers show that the "
@@ -32,58 +38,28 @@ CAVEAT = (
 )
 
 
-@dataclass(frozen=True)
-class Caption:
-    """The caption that one run gives a scene.
+def demo(out: Path, device: str | None = None, every_row: bool = False) -> None:
+    """Run (or resume) everything; write the table and the scenes, and print them.
 
-    pieces: its text in order; True marks the name of an object that is not in the scene.
-    """
-
-    run: str
-    pieces: list[tuple[str, bool]]
-    score: chair.CaptionScore
-
-    @property
-    def text(self) -> str:
-        """The caption with invented objects between stars."""
-        return "".join(f"*{text}*" if invented else text for text, invented in self.pieces)
-
-    @property
-    def summary(self) -> str:
-        invented = ", ".join(dict.fromkeys(name for _, name in self.score.hallucinated))
-        counts = self.score.counts
-        return (
-            f"invented: {invented or 'nothing'}; named {counts.gt_objects_recalled} of the "
-            f"{counts.gt_objects} objects that are there"
-        )
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One scene of the picture: its file, its objects, and the captions to compare."""
-
-    split: str
-    image: Path
-    truth: list[str]
-    captions: list[Caption]
-
-
-def demo(out: Path, device: str | None = None) -> None:
-    """Run (or resume) everything; print and write the table and the scenes.
-
-    device: None for the accelerator of this machine, or the CPU.
+    device: None for the accelerator of this machine, or the CPU. every_row: print the whole table.
     """
     chosen = [] if device is None else [f"device={device}"]
     configs = {name: config.load(CONFIGS / f"{name}.yaml", chosen) for name in RUNS}
     load = functools.cache(lambda: generate.load_model(configs["baseline"]))
     for name in RUNS:
         runner.run(configs[name], out / name, out / "scenes", lambda _: load())
-    text = f"{table.markdown([out / name for name in RUNS])}{_changes(out)}\n{CAVEAT}\n"
-    (out / "table.md").write_text(text, encoding="utf-8")
+    whole, short = (_table(out, keys) for keys in (None, PRINTED))
+    (out / "table.md").write_text(whole, encoding="utf-8")
     scenes = sorted(_scenes(out), key=lambda scene: POCKET_SPLITS.index(scene.split))
     picture.draw(scenes, CHOICE, CAVEAT, out / "scenes.png")
-    print(f"\n{text}\n{_as_text(scenes)}\n")
-    print(f"{out} holds table.md, scenes.png and a folder for each run.")
+    print(f"\n{whole if every_row else short}\n{_as_text(scenes)}\n")
+    rest = "" if every_row else " with every measure (also printed with --all)"
+    print(f"{out} holds table.md{rest}, scenes.png and a folder for each run.")
+
+
+def _table(out: Path, keys: Collection[str] | None) -> str:
+    text = table.markdown([out / name for name in RUNS], keys)
+    return f"{text}{_changes(out)}\n{CAVEAT}\n"
 
 
 def _changes(out: Path) -> str:
@@ -104,13 +80,13 @@ def _scenes(out: Path) -> Iterator[Scene]:
     taken = dict.fromkeys(POCKET_SPLITS, 0)
     for row in RunFolder(out / RUNS[0]).rows():
         split, other = row["split"], patched[row_key(row)]
-        if row["task"] != "chair" or taken[split] == SHOWN or row["answer"] == other:
+        if row["task"] != "chair" or taken[split] == SCENES or row["answer"] == other:
             continue
         captions = [
             caption("stock", row["answer"], row["truth"], vocabulary),
             caption("VAR + GIFT + VHR", other, row["truth"], vocabulary),
         ]
-        if any(shown.score.hallucinated for shown in captions):
+        if any(invented for shown in captions for _, invented in shown.pieces):
             taken[split] += 1
             image = out / "scenes" / split / "images" / row["image"]
             yield Scene(split, image, row["truth"], captions)
@@ -123,7 +99,17 @@ def caption(run: str, text: str, truth: Collection[str], vocabulary: Vocabulary)
     for span in _invented(text, score, truth, vocabulary):
         pieces += [(text[start : span[0]], False), (text[span[0] : span[1]], True)]
         start = span[1]
-    return Caption(run, [piece for piece in [*pieces, (text[start:], False)] if piece[0]], score)
+    pieces = [piece for piece in [*pieces, (text[start:], False)] if piece[0]]
+    return Caption(run, pieces, _summary(score))
+
+
+def _summary(score: chair.CaptionScore) -> str:
+    invented = ", ".join(dict.fromkeys(name for _, name in score.hallucinated))
+    counts = score.counts
+    return (
+        f"invented: {invented or 'nothing'}; named {counts.gt_objects_recalled} of the "
+        f"{counts.gt_objects} objects that are there"
+    )
 
 
 def _invented(

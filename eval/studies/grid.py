@@ -12,7 +12,7 @@ import yaml
 
 from eval.errors import EvalError
 from eval.runs.config import METHODS
-from eval.runs.schema import check_names
+from eval.schema import check_names
 
 HEADS = ("layers", "heads")
 # beside the sections of the methods: whatever else would change the prompts or the model

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
 from eval.runs.images import read_image
-
-if TYPE_CHECKING:
-    from eval.studies.demo import Caption, Scene
 
 WIDTH, MARGIN, GAP = 1400, 40, 24
 SIDE = 300
@@ -20,6 +18,35 @@ PAPER, INK, FAINT, RED, RULE = "#ffffff", "#1d1d1f", "#6e6e73", "#d70015", "#d2d
 TITLE, TEXT, SMALL = (ImageFont.load_default(size) for size in (30, 21, 16))
 Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
 LINE = 30
+
+
+@dataclass(frozen=True)
+class Caption:
+    """The caption that one run gives a scene.
+
+    run: name of the run
+    pieces: the text in pieces; True marks an object that is not there
+    summary: what was invented and what was named, in words
+    """
+
+    run: str
+    pieces: Sequence[tuple[str, bool]]
+    summary: str
+
+    @property
+    def text(self) -> str:
+        """The caption with invented objects between stars."""
+        return "".join(f"*{text}*" if invented else text for text, invented in self.pieces)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene of the picture: its split, its file, its objects, and the captions to compare."""
+
+    split: str
+    image: Path
+    truth: Sequence[str]
+    captions: Sequence[Caption]
 
 
 def draw(scenes: Sequence[Scene], choice: str, caveat: str, path: Path) -> None:

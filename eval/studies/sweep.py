@@ -7,7 +7,7 @@ best point by one named measure is then run once on images that no point has see
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,20 @@ from typing import Any
 import numpy as np
 import yaml
 
-from eval.benchmarks import alarm, tasks
-from eval.benchmarks.pope import STRATEGIES
+from eval.benchmarks import registry
+from eval.benchmarks.base import Benchmark
 from eval.errors import EvalError
 from eval.reports import compare, table
 from eval.runs import config, generate, jsonl, runner, workers
+from eval.runs import samples as dataset
 from eval.runs.config import Config
 from eval.runs.folder import FREE
 from eval.runs.samples import Sample
-from eval.runs.schema import check_names
 from eval.runs.workers import Load
+from eval.schema import check_names
 from eval.studies import grid
 from eval.studies.grid import Point
 
-# which way is better
-MEASURES = {
-    **{"f1": 1, "recall": 1, "chair_s": -1, "chair_i": -1, "chair_i_distinct": -1},
-    **{"pope_accuracy": 1, "pope_f1": 1},
-}
-SHOWN = ("chair_s", "chair_i", "recall", "f1", "mean_tokens")
 PLAN = "sweep.yaml"
 
 
@@ -43,7 +38,7 @@ STOCK = Point("stock", None)
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried, and the measure that decides. `measure` None: CHAIR's F1, or POPE's accuracy.
+    """What is tried, and the measure that decides. `measure` None: the main one of the first task.
 
     `tune_split`: the split to tune on, the others are reported. None: the images of each split are
     divided in two halves by their names, the same halves in every sweep.
@@ -73,8 +68,9 @@ def sweep(request: Sweep, out: Path, load: Load = generate.load_model) -> dict[s
     Refused if the folder holds another sweep whose held-out images have been scored.
     """
     base = request.config()
-    measure = request.measure or ("f1" if "chair" in base.tasks else "pope_accuracy")
-    check_names("--measure", (measure,), MEASURES)
+    known = measures(base)
+    measure = request.measure or _main(base)
+    check_names("--measure", (measure,), known)
     tune, report = _samples(request, out / "scenes")
     loaded = functools.cache(lambda: load(base))
     points = grid.points(request.grids, _spots(base, request.grid_heads, loaded))
@@ -88,8 +84,8 @@ def sweep(request: Sweep, out: Path, load: Load = generate.load_model) -> dict[s
         )
         for point in [STOCK, *points]
     }
-    best = _best({point: tried[point.name] for point in points}, measure)
-    jsonl.replace(out / "table.md", _table(tried, best.name, measure))
+    best = _best({point: tried[point.name] for point in points}, base, measure)
+    jsonl.replace(out / "table.md", _table(tried, base, best.name, measure))
     plan["chosen"] = best.name
     jsonl.replace(out / PLAN, yaml.safe_dump(plan, sort_keys=False))
     for point in (STOCK, best):
@@ -106,12 +102,12 @@ def _samples(request: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
             f"--tune-split {request.tune_split} leaves no split to report: name more, "
             f"as in --set splits=[{request.tune_split},test]"
         )
-    both = [tasks.samples(request.config(held_out=part), scenes) for part in (False, True)]
+    both = [dataset.samples(request.config(held_out=part), scenes) for part in (False, True)]
     tune, report = ({sample.image.name for sample in part} for part in both)
     if not tune or not report:
         raise EvalError(
             f"{len(tune)} images to tune on and {len(report)} to report: a sweep needs both, "
-            f"take more images (chair.images, pope.images, --limit)"
+            f"take more images (the setting images of a task, --limit)"
         )
     if shared := tune & report:
         raise EvalError(
@@ -151,56 +147,91 @@ def _plan(
     return plan
 
 
-def _best(tried: Mapping[Point, Mapping[str, Any]], measure: str) -> Point:
-    """The best point by the measure, the first of equals; none whose captions degenerate."""
-    healthy = {point: metrics for point, metrics in tried.items() if not _rings(metrics)}
+def _benchmarks(base: Config) -> list[Benchmark]:
+    return [*registry.asked(base.tasks).values()]
+
+
+def measures(base: Config) -> dict[str, tuple[Benchmark, str]]:
+    """What can be tuned: the measures of the run's benchmarks that have a better side."""
+    return {
+        benchmark.key("", key).replace(" ", "_"): (benchmark, key)
+        for benchmark in _benchmarks(base)
+        for key, measure in benchmark.measures.items()
+        if measure.direction
+    }
+
+
+def _main(base: Config) -> str:
+    first = _benchmarks(base)[0]
+    return first.key("", first.main or next(iter(first.measures))).replace(" ", "_")
+
+
+def _best(tried: Mapping[Point, Mapping[str, Any]], base: Config, measure: str) -> Point:
+    """The best point by the measure, the first of equals; none whose responses degenerate."""
+    healthy = {point: metrics for point, metrics in tried.items() if not _rings(metrics, base)}
     if not healthy:
         raise EvalError("the degeneration alarm rings at every point of the grid: none is chosen")
-    return max(healthy, key=lambda point: MEASURES[measure] * score(healthy[point], measure))
+    benchmark, key = measures(base)[measure]
+    direction = benchmark.measures[key].direction
+    return max(healthy, key=lambda point: direction * score(healthy[point], benchmark, key))
 
 
-def _rings(metrics: Mapping[str, Any]) -> bool:
-    return any(alarm.ringing(split) for split in metrics.get("chair", {}).values())
-
-
-def score(metrics: Mapping[str, Any], measure: str) -> float:
-    """The mean of a measure over the splits of a run, for POPE over the strategies too."""
-    if measure.startswith("pope_"):
-        parts = [part for split in metrics.get("pope", {}).values() for part in split.values()]
-    else:
-        parts = [*metrics.get("chair", {}).values()]
-    if not parts:
-        raise EvalError(f"--measure {measure}: the run has no such task; tasks names what is run")
-    return float(np.mean([part[measure.removeprefix("pope_")] for part in parts]))
-
-
-def _table(tried: Mapping[str, Mapping[str, Any]], best: str, measure: str) -> str:
-    """One line a point and split; the point that was chosen is marked."""
-    rows = [
-        [f"**{name}**" if name == best else name, *cells]
-        for name, metrics in tried.items()
-        for cells in _cells(metrics)
-    ]
-    header = ["point", "split", *(table.CHAIR_ROWS[key] for key in SHOWN), table.ALARM]
-    header += [f"POPE {strategy}, accuracy %" for strategy in STRATEGIES]
-    used = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
-    rows = [[row[index] for index in used] for row in rows]
-    return (
-        f"Tuning images only. In brackets 95 % bootstrap intervals. Chosen by {measure}, "
-        f"{'more' if MEASURES[measure] > 0 else 'less'} is better: {best}.\n\n"
-        f"{table.layout([header[index] for index in used], rows)}\n"
+def _rings(metrics: Mapping[str, Any], base: Config) -> bool:
+    return any(
+        benchmark.alarms(scores)
+        for benchmark in _benchmarks(base)
+        for scores in metrics.get(benchmark.name, {}).values()
     )
 
 
-def _cells(metrics: Mapping[str, Any]) -> Iterator[list[str]]:
-    chair, pope = metrics.get("chair", {}), metrics.get("pope", {})
-    for split in dict.fromkeys([*chair, *pope]):
-        cells = [table.cell(key, table.value(chair.get(split), key)) for key in SHOWN]
-        cells.append(table.alarm_cell(chair.get(split)))
-        for strategy in STRATEGIES:
-            accuracy = table.value(pope.get(split, {}).get(strategy), "accuracy")
-            cells.append(table.cell("accuracy", accuracy))
-        yield [split, *cells]
+def score(metrics: Mapping[str, Any], benchmark: Benchmark, key: str) -> float:
+    """The mean of a measure over the splits of a run, and over the parts that have it."""
+    splits = metrics.get(benchmark.name, {}).values()
+    parts = [part for split in splits for part in benchmark.parts(split).values() if key in part]
+    if not parts:
+        raise EvalError(f"--measure {key}: the run has no {key} of {benchmark.name}")
+    return float(np.mean([part[key] for part in parts]))
+
+
+def _table(tried: Mapping[str, Mapping[str, Any]], base: Config, best: str, measure: str) -> str:
+    """One line a point and split; the point that was chosen is marked."""
+    by_row = {
+        (name, split): _cells(metrics, base, split)
+        for name, metrics in tried.items()
+        for split in _splits(metrics, base)
+    }
+    used = [*dict.fromkeys(head for cells in by_row.values() for head in cells)]
+    rows = [
+        [f"**{name}**" if name == best else name, split, *(cells.get(head, "-") for head in used)]
+        for (name, split), cells in by_row.items()
+    ]
+    benchmark, key = measures(base)[measure]
+    better = "more" if benchmark.measures[key].direction > 0 else "less"
+    return (
+        f"Tuning images only. In brackets 95 % bootstrap intervals. Chosen by {measure}, "
+        f"{better} is better: {best}.\n\n{table.layout(['point', 'split', *used], rows)}\n"
+    )
+
+
+def _splits(metrics: Mapping[str, Any], base: Config) -> list[str]:
+    return [*dict.fromkeys(split for b in _benchmarks(base) for split in metrics.get(b.name, {}))]
+
+
+def _cells(metrics: Mapping[str, Any], base: Config, split: str) -> dict[str, str]:
+    """The brief measures of one split and the alarm, by what heads their columns."""
+    cells: dict[str, str] = {}
+    for benchmark in _benchmarks(base):
+        scores = metrics.get(benchmark.name, {}).get(split)
+        if scores is None:
+            continue
+        for part, measured in benchmark.parts(scores).items():
+            for key, measure in benchmark.measures.items():
+                if measure.brief and key in measured["intervals"]:
+                    cell = table.cell(measure, table.value(measured, key))
+                    cells[benchmark.label(part, key)] = cell
+        if (alarm := table.alarm_cell(benchmark, scores)) != "-":
+            cells[table.ALARM] = alarm
+    return cells
 
 
 def markdown(result: Mapping[str, Any], out: Path) -> str:

@@ -8,23 +8,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 from eval.errors import EvalError
 from eval.reports.table import layout
 from eval.support import pages
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came out for one way and method; max_error None: refused, and the note says why."""
-
-    mode: str
-    method: str
-    max_error: float | None
-    ok: bool
-    note: str
+from eval.support.ways import MODES, SIDES, Row, measure
 
 
 def modes(as_json: bool, out: Path | None, docs: bool = False) -> None:
@@ -47,11 +40,6 @@ def modes(as_json: bool, out: Path | None, docs: bool = False) -> None:
 
 def measured() -> list[Row]:
     """A row for every way and method; some lines of progress go to stderr."""
-    import torch
-    from tqdm import tqdm
-
-    from eval.support.ways import MODES, SIDES, measure  # live with the tests, as their reference
-
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     known = [name for name, mode in MODES.items() if mode.known]

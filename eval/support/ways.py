@@ -22,7 +22,6 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 import vlm_patch
 from eval.support import tiny
 from eval.support.agreement import answer_logits, generated, ours, planted, reference
-from eval.support.modes import Row
 from eval.support.reference import Sample, Turn, capture, logits, trace
 from eval.support.simulated_device import spread
 from eval.support.tensor_parallel import errors
@@ -43,6 +42,17 @@ Names: TypeAlias = Sequence[str]
 STEPS = 6
 # a placeholder that is generated makes the stock model look for its image where nothing is cached
 PLAIN = {"do_sample": False, "suppress_tokens": [tiny.IMAGE, tiny.VIDEO, tiny.EOS]}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out for one way and method; max_error None: refused, and the note says why."""
+
+    mode: str
+    method: str
+    max_error: float | None
+    ok: bool
+    note: str
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import pytest
 from lmms_eval.models import get_model
 
 from eval import pocket
+from eval.benchmarks.pope.benchmark import PopeSettings
 from eval.runs import generate
 from eval.runs import samples as dataset
-from eval.runs.config import Config, PopeTask
+from eval.runs.config import Config
 from eval.runs.samples import Sample
 from tests.support import instructblip
 from vlm_patch import GIFT, VHR, wrap
@@ -41,7 +42,9 @@ def config() -> Config:
     return Config(
         tasks=("pope",),
         splits=("test",),
-        pope=PopeTask(images=8, per_image=2, max_new_tokens=4, strategies=("popular",)),
+        sections={
+            "pope": PopeSettings(images=8, per_image=2, max_new_tokens=4, strategies=("popular",))
+        },
         dtype="float32",
         device="cpu",
     )

@@ -11,8 +11,9 @@ import nltk
 import pytest
 
 from eval.benchmarks import wordnet
-from eval.benchmarks.amber import Item, judge, read_items, score, score_files
-from eval.benchmarks.amber_nouns import (
+from eval.benchmarks.amber import Item, judge, score
+from eval.benchmarks.amber.files import read_items, score_files
+from eval.benchmarks.amber.nouns import (
     Lexicon,
     approximate,
     lemma,

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from eval.benchmarks import alarm
-from eval.benchmarks.chair import judge, score
+from eval.benchmarks.chair import alarm, judge, score
+from eval.benchmarks.chair.files import score_files as score_chair
 from eval.benchmarks.coco import Vocabulary, read_truth
-from eval.benchmarks.scoring import score_chair
 from eval.errors import EvalError
 from tests.support.shared_data import SHARED, shared
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from eval.benchmarks import scoring
+from eval.benchmarks.chair import files
 from eval.benchmarks.coco import SHIPPED, Vocabulary, id_in_name, image_id, image_path, read_truth
 from eval.errors import EvalError
 from tests.support.shared_data import SHARED, shared
@@ -176,7 +176,7 @@ def test_image_ids(value: int | str) -> None:
 def test_what_is_no_image_id(value: Any) -> None:
     """No number is picked out of a name that may hold several."""
     assert not isinstance(value, str) or id_in_name(value) is None
-    with pytest.raises(EvalError, match=r"expected a whole number, or a file name .* image_id"):
+    with pytest.raises(EvalError, match=r"expected an integer, or a file name .* image_id"):
         image_id(value)
 
 
@@ -188,9 +188,9 @@ def test_a_name_without_an_id_is_shown_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(
         EvalError, match=r"captions.jsonl, line 1: image id 'img139_resized_336.jpg'"
     ):
-        scoring.score_chair(captions, objects)
+        files.score_files(captions, objects)
     captions.write_text(json.dumps({"image_id": 139, **row}) + "\n")
-    assert scoring.score_chair(captions, objects)["chair_s"] == 0
+    assert files.score_files(captions, objects)["chair_s"] == 0
     objects.write_text('{"img139_resized_336.jpg": ["cat"]}')
     with pytest.raises(EvalError, match=r"objects.json: image id 'img139_resized_336.jpg'"):
         read_truth(objects, Vocabulary.load())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from eval.benchmarks.hallusionbench import Question, repeated, score, verdict, verdict_of
-from eval.benchmarks.hallusionbench_diagnosis import (
+from eval.benchmarks.hallusionbench.diagnosis import (
     LANGUAGE,
     MIXED,
     RIGHT,
@@ -16,7 +16,7 @@ from eval.benchmarks.hallusionbench_diagnosis import (
     WRONG,
     diagnose,
 )
-from eval.benchmarks.hallusionbench_files import score_files
+from eval.benchmarks.hallusionbench.files import score_files
 from eval.errors import EvalError
 from tests.support.local_server import Chat
 from tests.support.shared_data import SHARED, shared

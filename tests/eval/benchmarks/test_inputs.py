@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from eval.benchmarks import amber, chair, echo, hallusionbench_files, mme, mmhal
+from eval.benchmarks import chair, echo, mme, mmhal
+from eval.benchmarks.amber import files as amber_files
+from eval.benchmarks.chair.files import score_files as score_chair
 from eval.benchmarks.coco import Vocabulary
-from eval.benchmarks.scoring import score_chair, score_pope
+from eval.benchmarks.hallusionbench import files as hallusionbench_files
+from eval.benchmarks.pope.files import score_files as score_pope
 from eval.errors import EvalError
 
 A, B = "COCO_val2014_000000000139.jpg", "COCO_val2014_000000000285.jpg"
@@ -345,19 +348,19 @@ SAVED = [
 def test_logs_of_mme(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     path = tmp_path / "mme.json"
     path.write_text(json.dumps(rows))
-    part = mme.score_folder(path)["subtasks"]["existence"]
+    part = mme.score_files(path)["subtasks"]["existence"]
     assert (part["score"], part["unreadable"]) == (50.0, 0.5)
     assert part["flags"] == ["1 of 2 answers are neither yes nor no to the official parser"]
     path.write_text(json.dumps(rows[:1]))
     with pytest.raises(EvalError, match=r"two answers an image; found .*a\.\w+ \(1\)"):
-        mme.score_folder(path)
+        mme.score_files(path)
 
 
 def test_the_parser_of_mme_is_chosen_by_name(tmp_path: Path) -> None:
     """The official one looks at four characters: " [Yes" is none, and "Note" is a no."""
     lines = ["a.jpg\tIs it?\tYes\tThe answer is yes", "a.jpg\tIs it?\tNo\tNote that it is: yes"]
     (tmp_path / "count.txt").write_text("\n".join(lines))
-    found = [mme.score_folder(tmp_path, name) for name in ("official", "strict")]
+    found = [mme.score_files(tmp_path, name) for name in ("official", "strict")]
     assert [part["subtasks"]["count"]["accuracy"] for part in found] == [0.5, 0.5]
     flags = found[0]["subtasks"]["count"]["flags"]
     assert flags == [
@@ -366,7 +369,7 @@ def test_the_parser_of_mme_is_chosen_by_name(tmp_path: Path) -> None:
     ]
     assert (found[1]["parser"], found[1]["subtasks"]["count"]["flags"]) == ("strict", [])
     with pytest.raises(EvalError, match="parser 'mine': expected one of official, strict"):
-        mme.score_folder(tmp_path, "mine")
+        mme.score_files(tmp_path, "mine")
 
 
 FIGURE = {
@@ -407,7 +410,7 @@ def amber_data(tmp_path: Path) -> Path:
 def amber_scored(data: Path, said: list[tuple[Any, str]], **options: Any) -> dict[str, Any]:
     path = data / "r.json"
     path.write_text(json.dumps([{"id": n, "response": text} for n, text in said]))
-    return amber.score_files(path, data, "approximate", **options)
+    return amber_files.score_files(path, data, "approximate", **options)
 
 
 def test_the_parser_of_amber_is_chosen_by_name(amber_data: Path) -> None:

@@ -11,7 +11,7 @@ from eval.benchmarks.mme import (
     Answer,
     read_folder,
     score,
-    score_folder,
+    score_files,
     tally,
 )
 from eval.benchmarks.parsers import mme_official
@@ -109,7 +109,7 @@ def test_a_folder_without_answers(tmp_path: Path) -> None:
 @shared
 def test_the_published_scores_to_the_last_digit(model: str) -> None:
     expected = json.loads((SHARED / "reference_scores.json").read_text())["mme"][model]
-    result = score_folder(MME / model)
+    result = score_files(MME / model)
     assert set(result["subtasks"]) == set(HALLUCINATION)
     for name, part in result["subtasks"].items():
         assert part["accuracy"] == expected[name]["acc"]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from eval.benchmarks.chair.files import score_files as score_chair
 from eval.benchmarks.coco import Vocabulary
 from eval.benchmarks.object_halbench import phrases, score, score_files
-from eval.benchmarks.scoring import score_chair
 from eval.errors import EvalError
 from tests.support.local_server import Chat
 from tests.support.shared_data import SHARED, shared

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from eval.benchmarks.scoring import print_result, score_chair, score_pope
+from eval.benchmarks.chair.files import score_files as score_chair
+from eval.benchmarks.pope.files import score_files as score_pope
+from eval.cli.score import print_result
 from eval.errors import EvalError
 from tests.support.shared_data import SHARED, shared
 

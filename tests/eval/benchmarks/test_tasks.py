@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from eval.benchmarks import mme, tasks
-from eval.benchmarks.amber_nouns import LEXICON
+from eval.benchmarks import mme
+from eval.benchmarks.amber.nouns import LEXICON
+from eval.benchmarks.mme import Mme, MmeSettings
 from eval.errors import EvalError
 from eval.reports import compare, table
-from eval.runs import runner
+from eval.runs import runner, samples
 from eval.runs.folder import RunFolder
 from tests.eval.conftest import Settings
 
@@ -79,7 +80,7 @@ ALL = ("amber", "mme", "mmvp", "hallusionbench")
 
 
 def test_what_is_asked(settings: Settings, folder: Path, tmp_path: Path) -> None:
-    found = tasks.samples(settings(**sections(folder, *ALL)), tmp_path)
+    found = samples.samples(settings(**sections(folder, *ALL)), tmp_path)
     assert [(s.task, s.id, s.image.name) for s in found] == [
         ("amber", "1", "AMBER_1.jpg"),
         ("amber", "2", "AMBER_2.jpg"),
@@ -100,11 +101,11 @@ def test_what_is_asked(settings: Settings, folder: Path, tmp_path: Path) -> None
     ]
     changed = sections(folder, "mme")
     changed["mme"]["prompt"] = "{question} One word."
-    assert tasks.samples(settings(**changed), tmp_path)[0].prompt == "Is it? One word."
+    assert samples.samples(settings(**changed), tmp_path)[0].prompt == "Is it? One word."
     (folder / "image" / "AMBER_2.jpg").unlink()
-    limited = tasks.samples(settings(**sections(folder, "amber"), limit=1), tmp_path)
+    limited = samples.samples(settings(**sections(folder, "amber"), limit=1), tmp_path)
     assert [sample.id for sample in limited] == ["1", "3"]
-    both = tasks.samples(settings(**sections(folder, "chair", "mme") | {"chair": {}}), tmp_path)
+    both = samples.samples(settings(**sections(folder, "chair", "mme") | {"chair": {}}), tmp_path)
     assert {sample.task for sample in both} == {"chair", "mme"}
 
 
@@ -240,11 +241,11 @@ def test_the_totals_of_mme_pool_their_subtasks() -> None:
         for name, second in said.items()
         for label, answer in (("yes", "Yes"), ("no", second))
     ]
-    found = tasks.TASKS["mme"].tallies(rows, Path(), {})
+    found = Mme().tallies(rows, MmeSettings(), Path())
     assert [*found] == [*(f"subtasks {name}" for name in mme.HALLUCINATION), "totals hallucination"]
     total = found["totals hallucination"].report()
     assert (total["accuracy"], total["accuracy_plus"], total["n"]) == (7 / 8, 3 / 4, 4)
-    scored = tasks.TASKS["mme"].score(rows, Path(), {})
+    scored = Mme().score(rows, MmeSettings(), Path())
     assert total["score"] == scored["totals"]["hallucination"] == 650.0
 
 
@@ -328,7 +329,7 @@ def test_a_missing_file_is_named(
 ) -> None:
     (folder / file).unlink()
     with pytest.raises(EvalError, match=message):
-        tasks.samples(settings(**sections(folder, name)), tmp_path)
+        samples.samples(settings(**sections(folder, name)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -365,11 +366,12 @@ def test_official_is_the_default_and_other_parsers_do_not_compare(
 ) -> None:
     given = sections(folder, "mme")
     one = settings(**given)
-    assert (one.amber.parser, one.mme.parser, one.hallusionbench.parser) == (
+    parsers = [one.sections[name].parser for name in ("amber", "mme", "hallusionbench")]
+    assert parsers == [
         "official",
         "official",
         "strict",
-    )
+    ]
     runner.run(one, tmp_path / "one")
     given["mme"]["parser"] = "strict"
     runner.run(settings(**given), tmp_path / "two")

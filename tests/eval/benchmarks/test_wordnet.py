@@ -18,8 +18,8 @@ import pytest
 
 from eval.benchmarks import english, wordnet
 from eval.benchmarks.chair import judge, score
+from eval.benchmarks.chair.files import score_files as score_chair
 from eval.benchmarks.coco import Vocabulary, read_truth
-from eval.benchmarks.scoring import score_chair
 from eval.errors import EvalError
 from tests.eval.benchmarks.test_chair import CAPTION_FILES, CHAIR
 from tests.support.shared_data import SHARED, shared

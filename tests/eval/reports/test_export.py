@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from eval.__main__ import main
+from eval.benchmarks.registry import TASKS
 from eval.errors import EvalError
 from eval.reports import export, plot, table
 from tests.eval.reports.test_table import chair, folder, pope
@@ -24,7 +25,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 def test_csv_holds_every_number_as_metrics_json_does(runs: list[Path]) -> None:
     rows = list(csv.DictReader(io.StringIO(export.write(runs, "csv"))))
-    assert len(rows) == 2 * len(table.CHAIR_ROWS) + len(table.POPE_ROWS)
+    assert len(rows) == 2 * len(TASKS["chair"].measures) + len(TASKS["pope"].measures)
     first = rows[0]
     assert first == {
         **{"run": "stock_1", "split": "test", "measure": "chair_s"},

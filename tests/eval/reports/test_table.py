@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 
-from eval.benchmarks import alarm
+from eval.benchmarks.chair import alarm
+from eval.benchmarks.registry import BENCHMARKS
 from eval.errors import EvalError
 from eval.reports import table
 from eval.runs.config import from_settings
 from eval.runs.folder import RunFolder
 
-CHAIR = dict.fromkeys(table.CHAIR_ROWS, 0.5)
-POPE = dict.fromkeys(table.POPE_ROWS, 0.75)
+CHAIR = dict.fromkeys(BENCHMARKS["chair"].measures, 0.5)
+POPE = dict.fromkeys(BENCHMARKS["pope"].measures, 0.75)
 
 
 def chair(**values: float) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_no_chair_number_stands_without_recall_length_repetition_and_silence() -> None:
     beside = {"recall", "mean_tokens", "distinct_4gram_share", "looping_share", "no_object_share"}
-    assert beside < {*table.CHAIR_ROWS}
+    assert beside < {*BENCHMARKS["chair"].measures}
 
 
 def test_the_alarm_stands_in_the_table_and_says_why(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval.runs.config import ChairTask, Config, PopeTask, from_settings, load
+from eval.benchmarks.chair.benchmark import ChairSettings
+from eval.benchmarks.pope.benchmark import PopeSettings
+from eval.runs.config import Config, from_settings, load
 from eval.errors import EvalError
 from vlm_patch import GIFT, VAR, VHR
 
@@ -22,8 +24,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
     assert [type(method) for method in made.build_methods()] == [GIFT]
     assert made.options == {"gift": {"alpha": 2.0, "beta": 0.5}}
     assert (made.batch_size, made.seed, made.splits) == (3, 0, ("test",))
-    assert made.chair == ChairTask(max_new_tokens=64)
-    assert made.pope == PopeTask()
+    assert made.sections["chair"] == ChairSettings(max_new_tokens=64)
+    assert made.sections["pope"] == PopeSettings()
 
 
 def test_without_a_file_the_defaults_are_the_stock_pocket_model() -> None:
@@ -70,11 +72,11 @@ def test_numbers_written_as_yaml_text_are_numbers() -> None:
         (["tasks=[chiar]"], "unknown name in tasks: chiar; did you mean chair?"),
         (["tasks=[]"], "tasks is empty: name at least one of chair, pope"),
         (["dtype=float8"], "unknown name in dtype: float8; did you mean float"),
-        (["batch_size=two"], r"batch_size: expected a whole number, found 'two' \(text\)"),
-        (["batch_size=true"], r"batch_size: expected a whole number, found True"),
-        (["batch_size=0"], "batch_size: expected a whole number of at least 1, found 0"),
-        (["limit=-1"], "limit: expected a whole number of at least 1, found -1"),
-        (["chair.images=0"], "chair.images: expected a whole number of at least 1, found 0"),
+        (["batch_size=two"], r"batch_size: expected an integer, found 'two' \(text\)"),
+        (["batch_size=true"], r"batch_size: expected an integer, found True"),
+        (["batch_size=0"], "batch_size: expected an integer of at least 1, found 0"),
+        (["limit=-1"], "limit: expected an integer of at least 1, found -1"),
+        (["chair.images=0"], "chair.images: expected an integer of at least 1, found 0"),
         (["methods=gift"], r"methods: expected a list of names, found 'gift' \(text\)"),
         (["methods=[gift]", "gift.alpha=much"], r"gift.alpha: expected a number or nothing \(null"),
         (["methods=[var]", "var.move_fraction=2"], "section var: VAR move_fraction"),

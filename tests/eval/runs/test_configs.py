@@ -161,10 +161,10 @@ def test_the_protocol_is_in_the_config(folder: str) -> None:
     made = load(CONFIGS / folder / "baseline.yaml")
     assert made.model == MODELS[folder].hub
     assert (made.tasks, made.splits) == (("chair", "pope"), ("val2014",))
-    assert made.chair.prompt == "Please describe this image in detail."
-    assert (made.chair.max_new_tokens, made.chair.images) == (512, 500)
-    assert (made.pope.prompt, made.pope.max_new_tokens) == ("{question}", 10)
-    assert (made.pope.images, made.pope.per_image, len(made.pope.strategies)) == (500, 3, 3)
+    assert made.sections["chair"].prompt == "Please describe this image in detail."
+    assert (made.sections["chair"].max_new_tokens, made.sections["chair"].images) == (512, 500)
+    assert (made.sections["pope"].prompt, made.sections["pope"].max_new_tokens) == ("{question}", 10)
+    assert (made.sections["pope"].images, made.sections["pope"].per_image, len(made.sections["pope"].strategies)) == (500, 3, 3)
 
 
 @pytest.mark.parametrize("path", LARGE, ids=name)

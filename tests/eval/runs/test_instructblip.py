@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.runs import config, generate, runner
-from eval.benchmarks import tasks
+from eval.runs import config, generate, runner, samples
 from eval.runs.config import Config
 from eval.errors import EvalError
 from eval.runs.folder import RunFolder
@@ -65,7 +64,7 @@ def test_the_prompt_is_the_image_and_the_bare_question(
     shipped: Callable[..., Config], tmp_path: Path
 ) -> None:
     wanted = shipped("baseline")
-    asked = tasks.samples(wanted, tmp_path)
+    asked = samples.samples(wanted, tmp_path)
     model, processor = generate.load_model(wanted)
     words = ("Is there a dog?", "Is there a dog in the image?")
     pair = [replace(asked[0], prompt=prompt) for prompt in words]

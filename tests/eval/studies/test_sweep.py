@@ -173,16 +173,18 @@ def test_halves_are_fixed_by_the_name_of_an_image(tmp_path: Path) -> None:
 
 def metrics(chair_s: float, **more: float) -> dict[str, Any]:
     healthy = {"no_object_share": 0.0, "looping_share": 0.0, "chair_i": chair_s / 2}
-    return {"chair": {"test": {"chair_s": chair_s, **healthy, **more}}}
+    return {"chair": {"test": {"chair_s": chair_s, **healthy, **more, "intervals": {}}}}
 
 
 def test_a_point_that_degenerates_is_not_chosen() -> None:
     a, b, c = (Point(name, ()) for name in "abc")
     tried = {a: metrics(0.4), b: metrics(0.01, no_object_share=0.84), c: metrics(0.3)}
-    assert sweep._best(tried, "chair_s") == c
-    assert sweep._best({a: metrics(0.4), c: metrics(0.4)}, "chair_s") == a, "the first of equals"
+    base = Config()
+    assert sweep._best(tried, base, "chair_s") == c
+    same = {a: metrics(0.4), c: metrics(0.4)}
+    assert sweep._best(same, base, "chair_s") == a, "the first of equals"
     with pytest.raises(EvalError, match="rings at every point"):
-        sweep._best({b: tried[b]}, "chair_s")
+        sweep._best({b: tried[b]}, base, "chair_s")
 
 
 @pytest.mark.parametrize("name", ["baseline", "gift", "all"])
@@ -200,13 +202,22 @@ def test_the_alarm_does_not_ring_for_the_pocket_model(
 
 def test_measures_are_means_over_splits_and_strategies() -> None:
     found: dict[str, Any] = {
-        "chair": {"test": {"f1": 0.5}, "break": {"f1": 0.7}},
-        "pope": {"test": {"random": {"accuracy": 0.9}, "popular": {"accuracy": 0.8}}},
+        "chair": {"test": {"f1": 0.5, "intervals": {}}, "break": {"f1": 0.7, "intervals": {}}},
+        "pope": {
+            "test": {
+                "random": {"accuracy": 0.9, "intervals": {}},
+                "popular": {"accuracy": 0.8, "intervals": {}},
+            }
+        },
     }
-    assert sweep.score(found, "f1") == pytest.approx(0.6)
-    assert sweep.score(found, "pope_accuracy") == pytest.approx(0.85)
-    with pytest.raises(EvalError, match="--measure f1: the run has no such task"):
-        sweep.score({"pope": found["pope"]}, "f1")
+    known = sweep.measures(Config())
+    assert {"f1", "recall", "chair_s", "chair_i", "chair_i_distinct"} < {*known}
+    assert {"pope_accuracy", "pope_f1"} < {*known}
+    assert "mean_tokens" not in known, "no length is better than another"
+    assert sweep.score(found, *known["f1"]) == pytest.approx(0.6)
+    assert sweep.score(found, *known["pope_accuracy"]) == pytest.approx(0.85)
+    with pytest.raises(EvalError, match="--measure f1: the run has no f1 of chair"):
+        sweep.score({"pope": found["pope"]}, *known["f1"])
 
 
 def test_the_grid_is_every_combination() -> None:

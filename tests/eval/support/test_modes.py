@@ -9,11 +9,12 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 import vlm_patch
 from eval.support import pages, tiny
 from eval.support.agreement import NO_PROCESSOR, generated, ours, planted
-from eval.support.modes import Row, markdown
+from eval.support.modes import markdown
 from eval.support.ways import (
     CLOSE,
     MODES,
     SIDES,
+    Row,
     drafting,
     generate,
     half_right,

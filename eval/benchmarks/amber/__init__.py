@@ -11,19 +11,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from eval.benchmarks import amber_nouns, echo
-from eval.benchmarks.amber_nouns import Lexicon, Similar
-from eval.benchmarks.answers import answer_text, read_answers
+from eval.benchmarks.amber import nouns as words
+from eval.benchmarks.amber.nouns import Lexicon, Similar
 from eval.benchmarks.intervals import Numbers, Tally, grouped, ratio
 from eval.benchmarks.joining import capped
 from eval.benchmarks.parsers import AMBER_PARSERS, parser_named, reading_flags
-from eval.benchmarks.rows import Row, read_rows
 from eval.errors import EvalError
 
 GENERATIVE = "generative"
@@ -39,7 +36,7 @@ DIMENSIONS: Mapping[str, tuple[str, ...]] = {
     "action": ("discriminative-attribute-action",),
     "relation": ("discriminative-relation", "relation"),
 }
-_TYPES = {GENERATIVE, *(kind for kinds in DIMENSIONS.values() for kind in kinds)}
+TYPES = {GENERATIVE, *(kind for kinds in DIMENSIONS.values() for kind in kinds)}
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def score(
     """AMBER's measures of (id, response) pairs, as shares in [0, 1] with 95 % intervals.
 
     `nouns` names how descriptions are read, `similarity` when two nouns mean the same (see
-    `amber_nouns`), and `parser`, one of AMBER_PARSERS, how answers are read. Only the parts that
+    `amber.nouns`), and `parser`, one of AMBER_PARSERS, how answers are read. Only the parts that
     there are responses for are reported. `official` holds the percentages as the script prints
     them. `EvalError` if an id is unknown or answered twice.
     """
@@ -184,7 +181,7 @@ def _generative(
     nouns: str,
     similarity: str,
 ) -> Tally:
-    read, similar = amber_nouns.reader(nouns), amber_nouns.similarity(similarity)
+    read, similar = words.reader(nouns), words.similarity(similarity)
     judged = [judge(read(text, lexicon), item, lexicon, similar) for item, text in described]
     columns = {f.name: np.array([getattr(c, f.name) for c in judged]) for f in fields(Counts)}
     columns["words"] = np.array([len(text.split()) for _, text in described])
@@ -300,70 +297,3 @@ def _printed(part: Mapping[str, Any], dimension: str) -> dict[str, float]:
     # the script keeps from dividing by zero so
     bottom = precision + recall + (0.001 if dimension == "existence" else 0.0001)
     return {**percent, "F1": round(100 * float(ratio(2 * precision * recall, bottom)), 1)}
-
-
-def score_files(
-    responses: Path,
-    data: Path,
-    nouns: str = "nltk",
-    similarity: str = "exact",
-    parser: str = "official",
-) -> dict[str, Any]:
-    """AMBER of a response file in the official form; `data` holds the benchmark's own files.
-
-    Which image a question is about stands in `query_all.json`; without it each is drawn alone.
-    """
-    items = read_items(data / "annotations.json")
-    prompts: dict[int, str] = {}
-    if (queries := data / "query_all.json").is_file():
-        asked = {_id(row): row for row in read_rows(queries)}
-        prompts = {n: row.text("query") for n, row in asked.items()}
-        images = {n: row.text("image") for n, row in asked.items()}
-        items = {n: replace(item, image=images.get(n, "")) for n, item in items.items()}
-    given = [(row, _id(row), answer_text(row)) for row in read_answers(responses)]
-    unknown = [(row, number) for row, number, _ in given if number not in items]
-    if unknown:
-        ids = capped([str(number) for _, number in unknown])
-        raise EvalError(f"{unknown[0][0].where}: id {ids} is not in {data / 'annotations.json'}.")
-    pairs = [(number, text) for _, number, text in given]
-    lexicon = amber_nouns.read_lexicon(data)
-    found = score(pairs, items, lexicon, nouns, similarity, parser=parser)
-    captions = [(text, prompts.get(n, "")) for n, text in pairs if items[n].type == GENERATIVE]
-    if GENERATIVE in found:
-        found[GENERATIVE]["flags"] = echo.flags(captions)
-    return {**found, "flags": _unanswered(pairs, items)}
-
-
-def _unanswered(responses: Sequence[tuple[int, str]], items: Mapping[int, Item]) -> list[str]:
-    """How many ids of the parts that are scored have no response."""
-    answered = {number for number, _ in responses}
-    flags = []
-    for name, described in (("descriptions", True), ("questions", False)):
-        wanted = [n for n, item in items.items() if (item.type == GENERATIVE) == described]
-        missing = [str(number) for number in wanted if number not in answered]
-        if 0 < len(missing) < len(wanted):
-            flags.append(
-                f"{len(missing)} of {len(wanted)} {name} have no response: id {capped(missing)}"
-            )
-    return flags
-
-
-def read_items(path: Path) -> dict[int, Item]:
-    """`annotations.json`, by id."""
-    return {_id(row): _item(row) for row in read_rows(path)}
-
-
-def _item(row: Row) -> Item:
-    kind = row.text("type")
-    if kind not in _TYPES:
-        raise EvalError(f"{row.where}: type {kind!r}; expected one of {', '.join(sorted(_TYPES))}.")
-    if kind == GENERATIVE:
-        return Item(kind, row.texts("truth"), row.texts("hallu"))
-    answer = row.text("truth")
-    if answer not in ("yes", "no"):
-        raise EvalError(f"{row.where}: the field 'truth' is {answer!r}; expected 'yes' or 'no'.")
-    return Item(kind, (), answer=answer)
-
-
-def _id(row: Row) -> int:
-    return row.number("id")

@@ -225,20 +225,6 @@ def counts_by_question(
     return {name: np.asarray(column, dtype=np.float64) for name, column in counts.items()}
 
 
-def by_strategy(
-    rows: Sequence[Mapping[str, Any]],
-) -> dict[str, tuple[list[str], list[str], list[str]]]:
-    """Answers, labels and images of a run's answers, by the strategy of their questions."""
-    parts: dict[str, list[Mapping[str, Any]]] = {name: [] for name in STRATEGIES}
-    for row in rows:
-        parts[row["strategy"]].append(row)
-    return {
-        name: ([r["answer"] for r in part], [r["label"] for r in part], [r["image"] for r in part])
-        for name, part in parts.items()
-        if part
-    }
-
-
 def tally(
     answers: Sequence[str],
     labels: Sequence[str],

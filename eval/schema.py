@@ -13,7 +13,7 @@ from eval.errors import EvalError
 
 WORDS: Mapping[type, str] = {
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     str: "text",
     type(None): "nothing (null)",
@@ -40,8 +40,14 @@ def check_section(name: str, section: Any, schema: type) -> dict[str, Any]:
 def check(key: str, value: Any, hint: Any) -> Any:
     """`value` as the type `hint` says: lists and numbers written as text (1e-3) are converted.
 
-    Types that are not plain pass as they are; whoever owns them checks them.
+    Names are checked where the type lists them. Types that are not plain pass as they are; whoever
+    owns them checks them.
     """
+    if names := _names(hint):
+        found = check(key, value, _unnamed(hint))
+        if found is not None:
+            check_names(key, found if isinstance(found, tuple) else (found,), names)
+        return found
     kinds = _kinds(hint)
     if kinds is None:
         return tuple(value) if isinstance(value, list) else value
@@ -56,6 +62,21 @@ def check(key: str, value: Any, hint: Any) -> Any:
             pass
     expected = " or ".join(WORDS[kind] for kind in kinds)
     raise EvalError(f"{key}: expected {expected}, found {describe(value)}")
+
+
+def _names(hint: Any) -> tuple[str, ...]:
+    """The names that a Literal lists, also where it is one of several types or fills a tuple."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return parts
+    return tuple(name for part in parts for name in _names(part))
+
+
+def _unnamed(hint: Any) -> Any:
+    """The type without its names: a list of texts, or a text."""
+    if typing.get_origin(hint) is tuple:
+        return tuple[str, ...]
+    return str | None if type(None) in typing.get_args(hint) else str
 
 
 def _kinds(hint: Any) -> tuple[type, ...] | None:
@@ -94,7 +115,7 @@ def check_names(key: str, names: Sequence[str], known: Iterable[str]) -> None:
 def check_positive(section: str, owner: Any, *keys: str) -> None:
     """Counts must be at least 1 where they are given."""
     for key in keys:
-        value = getattr(owner, key)
+        value = getattr(owner, key, None)
         if isinstance(value, int) and value < 1:
             name = f"{section}.{key}" if section else key
-            raise EvalError(f"{name}: expected a whole number of at least 1, found {value}")
+            raise EvalError(f"{name}: expected an integer of at least 1, found {value}")

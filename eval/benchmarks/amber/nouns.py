@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from eval.benchmarks import wordnet
 from eval.benchmarks.english import cased_tokens
 from eval.benchmarks.rows import read_json, read_text
 from eval.errors import EvalError
 
+Nouns: TypeAlias = Literal["nltk", "approximate"]
+Similarity: TypeAlias = Literal["exact", "spacy"]
 LEXICON = ("relation.json", "safe_words.txt")
 SPACY_MODEL = "en_core_web_lg"
 # noun endings as WordNet takes them off; the shortest form that is a known word is the lemma

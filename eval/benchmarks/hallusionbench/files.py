@@ -9,9 +9,10 @@ from typing import Any
 
 from eval.benchmarks.answers import answer_text, read_answers
 from eval.benchmarks.hallusionbench import Key, Question, score, score_parsed, verdict_of
-from eval.benchmarks.hallusionbench_diagnosis import diagnose
+from eval.benchmarks.hallusionbench.diagnosis import diagnose
 from eval.benchmarks.joining import capped
 from eval.benchmarks.judge import Judge, Template, judge_of, shipped
+from eval.benchmarks.parsers import ParserName
 from eval.benchmarks.rows import Row, read_rows
 from eval.errors import EvalError
 
@@ -19,17 +20,26 @@ from eval.errors import EvalError
 def score_files(
     answers: Path,
     questions: Path,
-    parser: str = "strict",
+    parser: ParserName = "strict",
     judge: str | None = None,
     judge_model: str | None = None,
     verdicts: Path | None = None,
     template: Path | None = None,
     same_template: Path | None = None,
 ) -> dict[str, Any]:
-    """HallusionBench of a file with `model_prediction` against `HallusionBench.json`.
+    """HallusionBench answers, by a parser or a judge.
 
-    Without a judge an answer is read by the parser. Only answered questions count: 951 of the 1129
-    have an image, and many evaluations ask no others, so the two kinds of run do not compare.
+    Only answered questions count: 951 of the 1129 have an image, and many evaluations ask no
+    others, so the two kinds of run do not compare.
+
+    answers: rows with model_prediction
+    questions: HallusionBench.json
+    parser: how an answer is read without a judge
+    judge (URL): endpoint of the OpenAI chat form (default: off)
+    judge_model (NAME): model to ask there
+    verdicts: file of its replies, appended to; alone: score these
+    template: prompt for the judge (default: our own wording)
+    same_template: prompt that holds two answers together
     """
     known = {question.key: question for question in read_questions(questions)}
     rows = read_answers(answers)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.benchmarks import alarm
+from eval.benchmarks.chair import alarm
 from eval.benchmarks.coco import Vocabulary
 from eval.benchmarks.intervals import Numbers, measure
 from eval.errors import EvalError

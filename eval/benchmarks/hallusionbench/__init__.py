@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from eval.benchmarks.hallusionbench_diagnosis import KINDS, RIGHT, UNCLEAR, WRONG, diagnose
+from eval.benchmarks.hallusionbench.diagnosis import KINDS, RIGHT, UNCLEAR, WRONG, diagnose
 from eval.benchmarks.intervals import Numbers, Tally
 from eval.benchmarks.parsers import HALLUSIONBENCH_PARSERS, parser_named, reading_flags
 from eval.errors import EvalError
@@ -89,7 +89,7 @@ def score(
     `*_q_acc` takes the same question on several figures for one. `yes_bias` is the share of yes
     among the answers less that among the labels, `false_yes` the share of wrong answers whose label
     is no. An unclear answer is wrong, but to a question without an image it is right. The kinds of
-    failure (see `hallusionbench_diagnosis`) are shares of those that can be told: the first form
+    failure (see `hallusionbench.diagnosis`) are shares of those that can be told: the first form
     of the question must have been answered too. `same` holds the questions whose answer repeats it.
     """
     found = tally(questions, verdicts, same).report(seed)
