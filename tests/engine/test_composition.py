@@ -457,10 +457,11 @@ def test_8_a_second_turn_reads_a_new_map_and_no_new_heads() -> None:
     question = {"input_ids": torch.tensor([[60, 70, 71, 72]])}
     with vlm_patch.wrap(model, *ours(["gift-inside", "vhr"])), passes_of(model) as passes:
         cache = prefill(model, batch).past_key_values
+        prefill(model, {"input_ids": torch.tensor([[61]])}, past_key_values=cache)
         del passes[:]
         prefill(model, question, past_key_values=cache)
         assert passes == [(1, 4), (1, 1)]
-        assert cache.get_seq_length() == 29
+        assert cache.get_seq_length() == 30
 
 
 def test_8_the_new_question_is_found_behind_the_answer() -> None:
