@@ -84,7 +84,7 @@ def benchmarks(columns: Sequence[Column]) -> list[Benchmark]:
 def markdown(folders: Sequence[Path], keys: Collection[str] | None = None) -> str:
     """The table of these run folders with notes below it.
 
-    `keys`: of the rows only these, without the line of the alarms, which stand below too.
+    `keys`: of the rows only these; ALARM is the line of the alarms.
     """
     columns = read(folders)
     header = ["split", "measure", *(column.name for column in columns)]
@@ -94,8 +94,6 @@ def markdown(folders: Sequence[Path], keys: Collection[str] | None = None) -> st
 
 def lines(columns: Sequence[Column], keys: Collection[str] | None = None) -> list[list[str]]:
     """The cells of the table, a line a row, each benchmark with alarms headed by them."""
-    if keys is not None:
-        return [[row.split, row.label, *row.cells] for row in rows(columns) if row.key in keys]
     lines: list[list[str]] = []
     headed: set[tuple[str, str]] = set()
     for row in rows(columns):
@@ -105,9 +103,10 @@ def lines(columns: Sequence[Column], keys: Collection[str] | None = None) -> lis
             alarms = [
                 alarm_cell(row.benchmark, c.scores(row.benchmark, row.split)) for c in columns
             ]
-            if any(cell != "-" for cell in alarms):
+            if {*alarms} != {"-"} and (keys is None or ALARM in keys):
                 lines.append([row.split, ALARM, *alarms])
-        lines.append([row.split, row.label, *row.cells])
+        if keys is None or row.key in keys:
+            lines.append([row.split, row.label, *row.cells])
     return lines
 
 

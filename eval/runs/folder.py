@@ -19,10 +19,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 from eval.runs import jsonl
+from eval.errors import EvalError, notice
 from eval.runs.batches import Found
-from eval.runs.samples import Sample, notice
-from eval.errors import EvalError
 from eval.runs.generate import Answer
+from eval.runs.samples import Sample
 
 KEY = ("task", "split", "id")
 LOCK = ".lock"

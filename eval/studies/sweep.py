@@ -189,7 +189,9 @@ def score(metrics: Mapping[str, Any], benchmark: Benchmark, key: str) -> float:
     splits = metrics.get(benchmark.name, {}).values()
     parts = [part for split in splits for part in benchmark.parts(split).values() if key in part]
     if not parts:
-        raise EvalError(f"--measure {key}: the run has no {key} of {benchmark.name}")
+        raise EvalError(
+            f"--measure {key}: the run has no {key} of {benchmark.name}: choose another"
+        )
     return float(np.mean([part[key] for part in parts]))
 
 

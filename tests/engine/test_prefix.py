@@ -198,7 +198,8 @@ def test_vhr_is_refused_with_the_reason() -> None:
     assert str(caught.value) == (
         "vhr chooses its heads by the last row of the prompt and makes them louder in all rows "
         "before it, of which 19 are cached already: give the whole prompt, with its image, without "
-        'a cache, or generate inside `with patch.disabled("vhr"):`'
+        'a cache, or generate inside `with patch.disabled("vhr"):` (before a new turn, feed the '
+        "answer token by token)"
     )
 
 

@@ -179,7 +179,7 @@ class VHR(Method):
                 "vhr chooses its heads by the last row of the prompt and makes them louder in all "
                 f"rows before it, of which {forward.past} are cached already: give the whole "
                 "prompt, with its image, without a cache, or generate inside "
-                '`with patch.disabled("vhr"):`'
+                '`with patch.disabled("vhr"):` (before a new turn, feed the answer token by token)'
             )
         if not forward.ends:
             raise PatchError(

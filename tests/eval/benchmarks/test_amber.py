@@ -266,7 +266,7 @@ def test_bad_responses(given: list[tuple[int, str]], message: str) -> None:
     ("row", "message"),
     [
         ({"type": "relation", "truth": "no"}, "entry 1: no field 'id'"),
-        ({"id": "x", "type": "relation", "truth": "no"}, "field 'id' is 'x'; expected a whole"),
+        ({"id": "x", "type": "relation", "truth": "no"}, "field 'id' is 'x'; expected an integer"),
         ({"id": 1, "type": "poem", "truth": "no"}, "entry 1: type 'poem'; expected one of discr"),
         ({"id": 1, "type": "relation", "truth": "maybe"}, "'truth' is 'maybe'; expected 'yes'"),
         ({"id": 1, "type": "generative", "truth": "sky"}, "'truth' is 'sky'; expected strings"),

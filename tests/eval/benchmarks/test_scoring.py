@@ -74,7 +74,10 @@ def test_a_single_json_line(tmp_path: Path, truth: Path) -> None:
         ),
         ('[{"caption": "a", "id": 1}]', "entry 1: no field 'image_id' or .*; found caption, id"),
         ('{"image_id": 1, "caption": null}', "line 1: the field 'caption' is NoneType"),
-        ('{"image_id": "cat.jpg", "caption": "a"}', "line 1: image id 'cat.jpg': expected a whole"),
+        (
+            '{"image_id": "cat.jpg", "caption": "a"}',
+            "line 1: image id 'cat.jpg': expected an integer",
+        ),
         ("[3]", "entry 1: expected a JSON object, found int"),
         (
             '{"image_id": 1, "caption": "a"}\n{"image_id": 99, "caption": "a"}',
