@@ -243,8 +243,8 @@ def test_without_triton_torch_does_it(interpreter: None, monkeypatch: pytest.Mon
 def test_the_cpu_never_imports_triton() -> None:
     code = (
         "import sys, vlm_patch\n"
-        "from tests.compare import planted, ours, generate\n"
-        "from tests import tiny\n"
+        "from eval.support.agreement import planted, ours, generate\n"
+        "from eval.support import tiny\n"
         "model = planted('llava')\n"
         "with vlm_patch.wrap(model, *ours(['var'])):\n"
         "    generate(model, tiny.inputs(model, tiny.ONE_IMAGE), steps=2)\n"
