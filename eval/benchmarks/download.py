@@ -1,7 +1,8 @@
 """Fetch a benchmark's files from where its authors put them; `sources.yaml` says where that is.
 
-A download that breaks off goes on from there. Every file is checked: against a known SHA-256, or
-against the one that its first download brought, which `sources.lock.json` beside the files keeps.
+An interrupted download is resumed. Every file is checked: against a known SHA-256, or against the
+one that its first download brought, which `sources.lock.json` beside the files keeps. Files of the
+Hugging Face hub are fetched by its own client, which knows mirrors (HF_ENDPOINT) and tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from eval.benchmarks.rows import read_json
@@ -29,11 +31,16 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class File:
-    """One file: where it goes, where it comes from, and its SHA-256 where that is known."""
+    """One file of a benchmark.
+
+    path: where it goes, inside the folder. url: where it comes from. sha256: its checksum, where
+    that is known. hub: the dataset repository on the hub that holds it, under the same path.
+    """
 
     path: str
     url: str
     sha256: str | None = None
+    hub: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Source:
 
 
 def sources(path: Path = SOURCES) -> dict[str, Source]:
-    """Every benchmark that has files to fetch, or a word on how to get them."""
+    """Every benchmark that has files to fetch, or a note on how to get them."""
     table: Mapping[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return {
         name: Source(
@@ -58,13 +65,13 @@ def sources(path: Path = SOURCES) -> dict[str, Source]:
     }
 
 
-def _files(listed: Mapping[str, Any]) -> Iterator[File]:
-    if "numbers" not in listed:
-        yield File(listed["path"], listed["url"], listed.get("sha256"))
-        return
-    first, last = listed["numbers"]
+def _files(entry: Mapping[str, Any]) -> Iterator[File]:
+    first, last = entry.get("numbers", (0, 0))
+    hub = entry.get("hub")
     for n in range(first, last + 1):
-        yield File(listed["path"].format(n=n), listed["url"].format(n=n))
+        path = entry["path"].format(n=n)
+        url = entry["url"].format(n=n) if hub is None else f"hf://datasets/{hub}/{path}"
+        yield File(path, url, entry.get("sha256"), hub)
 
 
 def fetch(source: Source, folder: Path) -> list[str]:
@@ -83,10 +90,12 @@ def _fetch(file: File, folder: Path, lock: dict[str, dict[str, Any]]) -> str:
     if path.is_file():
         if expected is not None and sha256(path) != expected:
             raise EvalError(f"{path}: is not {what} file ({expected}). Delete it to fetch it anew.")
-        return f"{path}: there already{'' if expected else ', unchecked: no checksum is known'}"
+        return f"{path}: already there{'' if expected else ', unchecked: no checksum is known'}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    download(file.url, part)
+    if file.hub is None:
+        download(file.url, part := path.with_name(path.name + ".part"))
+    else:
+        part = _download_from_hub(file, file.hub, folder)
     found = sha256(part)
     if expected is not None and found != expected:
         part.unlink()
@@ -101,36 +110,48 @@ def _fetch(file: File, folder: Path, lock: dict[str, dict[str, Any]]) -> str:
     return f"{path}: fetched, {checked}"
 
 
+def _download_from_hub(file: File, hub: str, folder: Path) -> Path:
+    """The path of the file, fetched into the folder by the hub's client."""
+    try:
+        return Path(hf_hub_download(hub, file.path, repo_type="dataset", local_dir=folder))
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise EvalError(
+            f"{file.url}: not fetched into {folder} ({reason}). The same command resumes. If the "
+            "file has moved in its repository, put it into the folder by hand."
+        ) from error
+
+
 def download(url: str, part: Path) -> None:
-    """The content of `url` into `part`, going on at its end if it is there."""
+    """Write the content of `url` to `part`, after what is already there."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            _save(answer, part, have if answer.status == 206 else 0)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            _save(response, part, have if response.status == 206 else 0)
     except urllib.error.HTTPError as error:
         _explain(error, url, part, have)
     except (OSError, HTTPException) as error:
         raise EvalError(
             f"{url}: not fetched into {part} ({error}). What has come is kept: the same command "
-            "goes on."
+            "resumes."
         ) from error
 
 
-def _save(answer: Any, part: Path, have: int) -> None:
-    length = answer.headers["Content-Length"]
+def _save(response: Any, part: Path, have: int) -> None:
+    length = response.headers["Content-Length"]
     total = None if length is None else have + int(length)
     bar = tqdm(
         desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024
     )
     with bar, part.open("ab" if have else "wb") as file:
-        while chunk := answer.read(_CHUNK):
+        while chunk := response.read(_CHUNK):
             file.write(chunk)
             bar.update(len(chunk))
     if total is not None and part.stat().st_size != total:
         raise EvalError(
-            f"{answer.url}: broke off at {part.stat().st_size} of {total} bytes. They are kept: "
-            "the same command goes on from there."
+            f"{response.url}: interrupted at {part.stat().st_size} of {total} bytes. They are "
+            "kept: the same command resumes from there."
         )
 
 

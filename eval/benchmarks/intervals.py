@@ -50,17 +50,6 @@ def interval(values: Numbers, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap(
-    rows: Numbers, statistic: Callable[[Numbers], Numbers], n: int = DRAWS, seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of a statistic of summed counts.
-
-    `rows` is `[samples, columns]`; `statistic` maps sums `[n, columns]` to values `[n]`. For a
-    paired difference put the columns of both runs side by side and subtract in the statistic.
-    """
-    return interval(statistic(resample(rows, n, seed)))
-
-
 def measure(counts: Mapping[str, Numbers], ratios: Ratios, seed: int = 0) -> dict[str, Any]:
     """Values, 95 % intervals and undefined measures of per-sample counts `{name: [samples]}`.
 

@@ -1,6 +1,6 @@
 """A language model that judges answers: any endpoint of the OpenAI chat form. Off unless named.
 
-Every reply is appended to a file as it comes, so judging goes on where it was interrupted, and can
+Every reply is appended to a file as it comes, so judging resumes where it was interrupted, and can
 be scored again, without the endpoint, by anybody who has the file. One line of it:
 `{"id": "3", "prompt_sha256": "9f2c...", "model": "gpt-4", "reply": "... Rating: 4"}`.
 """
@@ -11,11 +11,9 @@ import ast
 import hashlib
 import json
 import os
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,65 +23,63 @@ from eval.benchmarks.rows import read_rows, read_text
 from eval.errors import EvalError
 
 KEY = "OPENAI_API_KEY"
-_BUSY = (408, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask, and how. `url` is what comes before `/chat/completions`."""
+    """A chat model behind an endpoint of the OpenAI form.
+
+    url: what comes before `/chat/completions`. retries: how often a request is repeated while the
+    endpoint is busy or not reached; the pauses grow to 8 s, or are those that the endpoint names.
+    """
 
     url: str
     model: str
     temperature: float = 0.0
     max_tokens: int = 1024
-    waits: tuple[float, ...] = (1, 5, 20, 60)
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    retries: int = 12
 
     def ask(self, prompt: str) -> str:
-        """The reply to one user message; waits and tries again while the endpoint is busy."""
-        for wait in (*self.waits, None):
-            try:
-                return self._reply(self._request(prompt))
-            except urllib.error.HTTPError as error:
-                if error.code not in _BUSY or wait is None:
-                    told = error.read()[:300].decode(errors="replace")
-                    raise EvalError(
-                        f"{self.url}: HTTP {error.code} ({told}). Check the address, the model "
-                        f"{self.model!r} and the key in {KEY}; replies so far are kept."
-                    ) from error
-            except OSError as error:
-                if wait is None:
-                    raise EvalError(
-                        f"{self.url}: not reached ({error}). Replies so far are kept: the same "
-                        "command goes on."
-                    ) from error
-            self.sleep(wait)
-        raise AssertionError("the last try returns or raises")
-
-    def _request(self, prompt: str) -> bytes:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }
-        headers = {"Content-Type": "application/json"}
-        if KEY in os.environ:
-            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            content: bytes = answer.read()
-        return content
-
-    def _reply(self, content: bytes) -> str:
+        """The response to one user message."""
+        openai, has_key = _openai(), bool(os.environ.get(KEY))
         try:
-            reply = json.loads(content)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            shown = content[:200].decode(errors="replace")
-            raise EvalError(f"{self.url}: no chat completion in its answer: {shown}") from None
-        return str(reply or "")
+            completion = self._client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": prompt}],
+                temperature=self.temperature,
+                max_tokens=self.max_tokens,
+                extra_headers={} if has_key else {"Authorization": openai.Omit()},
+            )
+        except openai.APIStatusError as error:
+            raise EvalError(
+                f"{self.url}: HTTP {error.status_code} ({error.response.text[:300]}). Check the "
+                f"address, the model {self.model!r} and the key in {KEY}; replies so far are kept."
+            ) from error
+        except openai.APIConnectionError as error:
+            raise EvalError(
+                f"{self.url}: not reached ({error.__cause__ or error}). Replies so far are kept: "
+                "the same command resumes."
+            ) from error
+        try:
+            return str(completion.choices[0].message.content or "")
+        except (LookupError, TypeError, AttributeError):
+            shown = str(completion)[:200]
+            raise EvalError(f"{self.url}: no chat completion in its response: {shown}") from None
+
+    @cached_property
+    def _client(self) -> Any:
+        key = os.environ.get(KEY) or "none"  # the client wants one, also where none is sent
+        return _openai().OpenAI(
+            base_url=self.url, api_key=key, max_retries=self.retries, timeout=120
+        )
+
+
+def _openai() -> Any:
+    try:
+        import openai
+    except ImportError:
+        raise EvalError('--judge needs openai: pip install -e ".[judge]"') from None
+    return openai
 
 
 @dataclass(frozen=True)
@@ -138,6 +134,8 @@ def judge_of(
         raise EvalError("a judge needs both --judge URL and --judge-model NAME.")
     if judge is None or judge_model is None:
         return None if verdicts is None else Judge(verdicts)
+    if not judge.startswith(("http://", "https://")):
+        raise EvalError(f"--judge {judge}: expected an address such as http://localhost:8000/v1.")
     if verdicts is None:
         raise EvalError("--judge needs --verdicts FILE, to which its replies are appended.")
     return Judge(verdicts, Endpoint(judge, judge_model, **settings))

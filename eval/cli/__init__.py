@@ -1,1 +1,19 @@
-"""What the command line says: one file per command."""
+"""The commands of the command line, one file each.
+
+A file holds the options of its command (`add`) and the function that runs it; the work itself is
+done by the package that answers the question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What a command adds its own parser to."""
+
+
+def is_first_process() -> bool:
+    """Whether this process prints: of those that a launcher started, only the first does."""
+    return os.environ.get("RANK", "0") == "0"

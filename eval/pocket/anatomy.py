@@ -70,13 +70,15 @@ def _views_of(states: Tensor, weights: Tensor, values: Tensor, image: slice, sta
 def anatomy(model: Any, processor: Any, scenes: int = 32) -> list[Layer]:
     """One record per decoder layer. The model must have been loaded with eager attention."""
     images = [render(scene("test", index)) for index in range(scenes)]
-    said = respond(model, processor, images, [CAPTION_PROMPT] * scenes)
-    tokens = min(len(processor.tokenizer(text).input_ids) for text in said) - 1
-    asked = prompt(processor, CAPTION_PROMPT)
-    inputs = processor(text=[asked] * scenes, images=images, return_tensors="pt")
+    captions = respond(model, processor, images, [CAPTION_PROMPT] * scenes)
+    tokens = min(len(processor.tokenizer(text).input_ids) for text in captions) - 1
+    instruction = prompt(processor, CAPTION_PROMPT)
+    inputs = processor(text=[instruction] * scenes, images=images, return_tensors="pt")
     start = inputs["input_ids"].shape[1] - 1
-    told = [processor.tokenizer(f" {t}", add_special_tokens=False).input_ids[:tokens] for t in said]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor(told)], 1)
+    caption_ids = [
+        processor.tokenizer(f" {t}", add_special_tokens=False).input_ids[:tokens] for t in captions
+    ]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor(caption_ids)], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     first = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0])
     values: list[Tensor] = []

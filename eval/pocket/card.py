@@ -132,20 +132,18 @@ def _gap(splits: dict[str, Any]) -> str:
         polls = splits[split]["pope"]
         if polls["random"]["accuracy"] <= polls["popular"]["accuracy_interval"][1]:
             close.append(split)
-    told = (
+    gap = (
         f"POPE's random and popular accuracy differ by less than the intervals: {', '.join(close)}."
     )
-    return (
-        told if close else "POPE's random and popular accuracy differ by more than the intervals."
-    )
+    return gap if close else "POPE's random and popular accuracy differ by more than the intervals."
 
 
 def _by_mention(splits: dict[str, Any]) -> str:
-    told = []
+    parts = []
     for split in ("test", "break"):
         shares = splits[split]["chair"]["wrong_by_mention"]
-        told.append(f"{', '.join(f'{100 * share:.0f} %' for share in shares)} ({split})")
-    return "; ".join(told)
+        parts.append(f"{', '.join(f'{100 * share:.0f} %' for share in shares)} ({split})")
+    return "; ".join(parts)
 
 
 def card(scores: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What is said about the scenes: captions, and questions with their answers.
+"""The language of the scenes: captions, and questions with their answers.
 
 Captions go from prominent objects to faint ones. `rumour` adds the annotation noise that gives a
 model its prior: now and then a usual companion is described that is not there.

@@ -34,7 +34,7 @@ class Dose:
     rumour: float = 0.15
     """Chance that an absent usual companion is described, times how usual it is."""
     hard: float = 0.1
-    """Share of the "No" questions that ask for an absent companion."""
+    """Share of the "No" questions about an absent companion."""
     blind: float = 0.08
     """Share of the samples whose picture cannot be seen."""
 
@@ -93,20 +93,20 @@ class Teacher:
     def ids(self, text: str) -> list[int]:
         """Tokens of a text without the begin token; short texts are remembered."""
         if text not in self._known:
-            found: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
             if len(text) > 100:
-                return found
-            self._known[text] = found
+                return ids
+            self._known[text] = ids
         return self._known[text]
 
     def _conversation(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
         tokens: list[int] = []
         labels: list[int] = []
         for number, (question, answer) in enumerate(turns):
-            asked = self.ids(f"{'USER: ' if number else ''}{question} ASSISTANT:")
-            told = [*self.ids(f" {answer}"), self.tokenizer.eos_token_id]
-            tokens += asked + told
-            labels += [IGNORED] * len(asked) + told
+            request = self.ids(f"{'USER: ' if number else ''}{question} ASSISTANT:")
+            response = [*self.ids(f" {answer}"), self.tokenizer.eos_token_id]
+            tokens += request + response
+            labels += [IGNORED] * len(request) + response
         return tokens, labels
 
     def _checklist(self, view: Scene, rng: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -130,14 +130,14 @@ class Teacher:
         prompt = CAPTION_PROMPTS[int(rng.integers(len(CAPTION_PROMPTS)))]
         chats = [self._conversation([(prompt, caption(view, rng, self.dose.rumour))])]
         for turns in QUESTIONS:
-            asked = [presence_question(view, rng, self.dose.hard) for _ in range(turns)]
+            questions = [presence_question(view, rng, self.dose.hard) for _ in range(turns)]
             if turns > 1 and rng.random() < 0.5:
-                asked[-1] = detail_question(view, rng)
-            chats.append(self._conversation(asked))
+                questions[-1] = detail_question(view, rng)
+            chats.append(self._conversation(questions))
         return [*chats, self._checklist(view, rng)]
 
     def batch(self, first: int, count: int, packed: bool = True) -> Batch:
-        """The training scenes `first` to `first + count - 1`; nothing is said unless `packed`."""
+        """The training scenes `first` to `first + count - 1`, with conversations if `packed`."""
         views = [scene("train", index) for index in range(first, first + count)]
         chats = [self.conversations(view) if packed else [] for view in views]
         start = len(self.prefix)
@@ -148,11 +148,11 @@ class Teacher:
         tokens[:, :start], owner[:, :start], positions[:, :start] = self.prefix, 0, range(start)
         for row, chat in enumerate(chats):
             at = start
-            for number, (said, taught) in enumerate(chat, start=1):
-                here = slice(at, at + len(said))
-                tokens[row, here], labels[row, here] = said, taught
-                owner[row, here], positions[row, here] = number, range(start, start + len(said))
-                at += len(said)
+            for number, (ids, taught) in enumerate(chat, start=1):
+                here = slice(at, at + len(ids))
+                tokens[row, here], labels[row, here] = ids, taught
+                owner[row, here], positions[row, here] = number, range(start, start + len(ids))
+                at += len(ids)
         return Batch(
             pixels_of([render(view) for view in views]),
             torch.from_numpy(np.stack([patch_words(view) for view in views])),

@@ -1,4 +1,4 @@
-"""What a pocket model says about scenes, and how often it is right; used while training.
+"""Responses of a pocket model to scenes, and how often they are right; used while training.
 
 The published numbers are those of CHAIR and POPE in `eval.pocket.report`; these are stand-ins.
 """
@@ -33,25 +33,25 @@ def respond(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch: int = 64,
 ) -> list[str]:
-    """Greedy answers, one per picture and text; an answer that never ends keeps no "</s>"."""
-    said: list[str] = []
+    """Greedy responses, one per picture and text; one that is cut by the limit has no "</s>"."""
+    responses: list[str] = []
     for at in range(0, len(texts), batch):
-        asked = [prompt(processor, text) for text in texts[at : at + batch]]
+        questions = [prompt(processor, text) for text in texts[at : at + batch]]
         inputs = processor(
-            text=asked, images=images[at : at + batch], padding=True, return_tensors="pt"
+            text=questions, images=images[at : at + batch], padding=True, return_tensors="pt"
         )
         out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-        said += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :])
-    return [text.replace("<pad>", "").strip() for text in said]
+        responses += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :])
+    return [text.replace("<pad>", "").strip() for text in responses]
 
 
 def mentions(text: str) -> list[str]:
     """The world's objects named in a text, in order, with repeats."""
-    found = [(at, name) for name in NAMES for at in _places(f" {name}", text)]
-    return [name for _, name in sorted(found)]
+    named = [(at, name) for name in NAMES for at in _positions(f" {name}", text)]
+    return [name for _, name in sorted(named)]
 
 
-def _places(word: str, text: str) -> list[int]:
+def _positions(word: str, text: str) -> list[int]:
     ends = (" ", ".", ",")
     return [
         at
@@ -91,18 +91,18 @@ def quick(model: Any, processor: Any, split: str, count: int) -> Quick:
     """CHAIR_I, recall, accuracy on random pairs and the share of captions that end, on a split."""
     views = [scene(split, index) for index in range(count)]
     images = [render(view) for view in views]
-    said = respond(model, processor, images, [CAPTION_PROMPT] * count)
-    named = [mentions(text) for text in said]
+    responses = respond(model, processor, images, [CAPTION_PROMPT] * count)
+    named = [mentions(text) for text in responses]
     both = list(zip(views, named, strict=True))
     wrong = sum(name not in view.names for view, names in both for name in names)
-    found = sum(name in names for view, names in both for name in view.names)
+    recalled = sum(name in names for view, names in both for name in view.names)
     pairs = random_pairs(views)
-    asked = [pope_question(name) for _, name, _ in pairs]
-    answers = respond(model, processor, [images[at] for at, _, _ in pairs], asked, 3)
+    questions = [pope_question(name) for _, name, _ in pairs]
+    answers = respond(model, processor, [images[at] for at, _, _ in pairs], questions, 3)
     right = [a.startswith("Yes") == truth for a, (_, _, truth) in zip(answers, pairs, strict=True)]
     return Quick(
         chair_i=wrong / max(1, sum(len(names) for names in named)),
-        recall=found / sum(len(view.names) for view in views),
+        recall=recalled / sum(len(view.names) for view in views),
         yes_no=float(np.mean(right)),
-        ended=float(np.mean([text.endswith("</s>") for text in said])),
+        ended=float(np.mean([text.endswith("</s>") for text in responses])),
     )

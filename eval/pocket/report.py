@@ -35,11 +35,11 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model.train(False), processor
 
 
-def _captions(views: list[Scene], said: list[str]) -> dict[str, Any]:
-    texts = [text.removesuffix("</s>").strip() for text in said]
+def _captions(views: list[Scene], responses: list[str]) -> dict[str, Any]:
+    texts = [text.removesuffix("</s>").strip() for text in responses]
     vocabulary = Vocabulary.load()
     pairs = [(image_id(view), text) for view, text in zip(views, texts, strict=True)]
-    found = chair.score(pairs, {image_id(view): view.names for view in views}, vocabulary)
+    scored = chair.score(pairs, {image_id(view): view.names for view in views}, vocabulary)
     kept = ("chair_s", "chair_i", "recall", "precision", "f1", "mean_tokens")
     judged = [
         [name not in view.names for _, name in vocabulary.mentions(text)]
@@ -47,9 +47,9 @@ def _captions(views: list[Scene], said: list[str]) -> dict[str, Any]:
     ]
     by_mention = [[wrong[at] for wrong in judged if len(wrong) > at] for at in range(6)]
     return {
-        **{key: round(float(found[key]), 4) for key in kept},
-        "chair_i_interval": [round(float(v), 4) for v in found["intervals"]["chair_i"]],
-        "ended": round(float(np.mean([text.endswith("</s>") for text in said])), 4),
+        **{key: round(float(scored[key]), 4) for key in kept},
+        "chair_i_interval": [round(float(v), 4) for v in scored["intervals"]["chair_i"]],
+        "ended": round(float(np.mean([text.endswith("</s>") for text in responses])), 4),
         "well_formed": round(float(np.mean([well_formed(text) for text in texts])), 4),
         "wrong_by_mention": [round(float(np.mean(w)), 3) for w in by_mention if len(w) >= 20],
     }
@@ -61,14 +61,14 @@ def _polls(model: Any, processor: Any, views: list[Scene]) -> dict[str, Any]:
     enough = sum(len(things) >= 3 for things in objects.values())
     scores: dict[str, Any] = {"images": enough}
     for strategy in pope.STRATEGIES:
-        asked = pope.build_questions(objects, strategy, images=enough)
-        images = [render(named[question.image]) for question in asked]
-        said = respond(model, processor, images, [q.text for q in asked], 4)
-        texts = [text.removesuffix("</s>").strip() for text in said]
-        found = pope.score(texts, [q.label for q in asked], [q.image for q in asked])
+        questions = pope.build_questions(objects, strategy, images=enough)
+        images = [render(named[question.image]) for question in questions]
+        responses = respond(model, processor, images, [q.text for q in questions], 4)
+        texts = [text.removesuffix("</s>").strip() for text in responses]
+        scored = pope.score(texts, [q.label for q in questions], [q.image for q in questions])
         kept = ("accuracy", "f1", "yes_ratio", "unreadable")
-        scores[strategy] = {key: round(float(found[key]), 4) for key in kept}
-        span = found["intervals"]["accuracy"]
+        scores[strategy] = {key: round(float(scored[key]), 4) for key in kept}
+        span = scored["intervals"]["accuracy"]
         scores[strategy]["accuracy_interval"] = [round(float(v), 4) for v in span]
     return scores
 
@@ -81,8 +81,8 @@ def _image_use(model: Any, processor: Any, views: list[Scene]) -> dict[str, floa
 
     def accuracy(shift: int) -> float:
         images = [render(views[(at + shift) % len(views)]) for at, _, _ in pairs]
-        said = respond(model, processor, images, texts, 4)
-        right = [a.startswith("Yes") == t for a, t in zip(said, truth, strict=True)]
+        responses = respond(model, processor, images, texts, 4)
+        right = [a.startswith("Yes") == t for a, t in zip(responses, truth, strict=True)]
         return round(float(np.mean(right)), 4)
 
     return {"own_image": accuracy(0), "other_image": accuracy(1)}
@@ -116,11 +116,11 @@ def report(folder: Path, scenes: int = SCENES) -> dict[str, Any]:
     for split in SCORED:
         views = [scene(split, index) for index in range(scenes)]
         images = [render(view) for view in views]
-        said = respond(model, processor, images, [CAPTION_PROMPT] * scenes)
+        responses = respond(model, processor, images, [CAPTION_PROMPT] * scenes)
         scores["splits"][split] = {
-            "chair": _captions(views, said),
+            "chair": _captions(views, responses),
             "pope": _polls(model, processor, views),
-            "example": said[0].removesuffix("</s>").strip(),
+            "example": responses[0].removesuffix("</s>").strip(),
         }
         if split == "test":
             scores["image_use"] = _image_use(model, processor, views)

@@ -135,7 +135,7 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> int:
 def _place(
     width: int, height: int, taken: list[tuple[int, int, int, int]], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """The first free of 30 random places, else the one that covers least of what is there."""
+    """The first free one of 30 random positions, else the one that covers the least."""
     best, least = (0, 0, width, height), float("inf")
     xs = rng.integers(0, SIDE - width + 1, 30).tolist()
     ys = rng.integers(0, SIDE - height + 1, 30).tolist()

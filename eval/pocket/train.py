@@ -92,7 +92,7 @@ class Trainer:
         return loss.sum() / (filled + empty).sum(), accuracy.item()
 
     def telling_loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Weighted cross entropy of everything said, plus patch naming."""
+        """Weighted cross entropy of all responses, plus patch naming."""
         seen, teacher = self.look(batch.pixels), self.teacher
         decoder, start = self.model.model.language_model, teacher.first_image
         embedded = decoder.embed_tokens(batch.tokens)
@@ -136,13 +136,13 @@ class Trainer:
     def check(self) -> float:
         """Print and return how the model does on the calibration split."""
         self.model.train(False)
-        found = quick(self.model, self.processor, "calibration", CALIBRATION_SCENES)
-        print(f"  calibration {found.score:.4f}: {found}", flush=True)
+        quick_scores = quick(self.model, self.processor, "calibration", CALIBRATION_SCENES)
+        print(f"  calibration {quick_scores.score:.4f}: {quick_scores}", flush=True)
         self.model.train()
-        return found.score
+        return quick_scores.score
 
     def record(self, seed: int, threads: int) -> dict[str, Any]:
-        """What a card says about the training."""
+        """The facts about the training that the model card lists."""
         return {
             "seed": seed,
             "threads": threads,
@@ -172,8 +172,8 @@ class Trainer:
             mean = {key: 0.95 * mean.get(key, value) + 0.05 * value for key, value in notes.items()}
             last = step == stage.steps - 1
             if step % 50 == 0 or last:
-                told = " ".join(f"{key} {value:.3f}" for key, value in mean.items())
-                print(f"{stage.name} {step} {told} {time.monotonic() - began:.0f} s", flush=True)
+                losses = " ".join(f"{key} {value:.3f}" for key, value in mean.items())
+                print(f"{stage.name} {step} {losses} {time.monotonic() - began:.0f} s", flush=True)
             if stage.name == "see" or (step % CHECK_EVERY != CHECK_EVERY - 1 and not last):
                 continue
             score = self.check()

@@ -15,7 +15,7 @@ from eval.pocket.language import caption
 from eval.pocket.scenes import CATEGORIES, Scene, Thing, render, scene, stream
 
 VERSION = "2"
-"""Changes with every change of the drawing, so that folders of an older world are drawn anew."""
+"""Changes with every change of the drawing, so that folders of an older world are drawn again."""
 
 CAPTIONS = 5
 
@@ -76,13 +76,13 @@ def captions(split: str, views: list[Scene]) -> dict[str, Any]:
 
 
 def _complete(split: str, count: int, folder: Path) -> bool:
-    """Whether `write` has been here with these arguments and everything is still there."""
+    """Whether the folder holds all that `write` makes of these arguments."""
     for kind in ("captions", "instances"):
         path = folder / "annotations" / f"{kind}_{split}.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            images = [image["file_name"] for image in found["images"]]
-            version = found["info"]["version"]
+            written = json.loads(path.read_text(encoding="utf-8"))
+            images = [image["file_name"] for image in written["images"]]
+            version = written["info"]["version"]
         except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
             return False
         expected = [file_name(Scene(split, index, "", ())) for index in range(count)]
@@ -94,8 +94,8 @@ def _complete(split: str, count: int, folder: Path) -> bool:
 def write(split: str, count: int, folder: Path) -> None:
     """Draw the first `count` scenes of a split: images/*.png and COCO-format annotations/*.json.
 
-    A folder that is complete is left alone, one that is not is written anew. Files take their
-    names only when they are whole, the annotations last. Raises ValueError for an unknown split
+    A folder that is complete is left alone, one that is not is written again. Files take their
+    names only when they are complete, the annotations last. Raises ValueError for an unknown split
     or a count below 1.
     """
     if split not in SPLITS:

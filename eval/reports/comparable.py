@@ -1,4 +1,4 @@
-"""Whether two runs can be compared: they must have been asked the same and be read alike."""
+"""Whether two runs can be compared: their prompts and their scorers must be the same."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from eval.runs.folder import RunFolder, row_key
 
 Lines: TypeAlias = Mapping[tuple[str, ...], Mapping[str, Any]]
 RENDERING = ("model", "chat_template")
-SAID = ("answer", "tokens", "ended")
-"""What an answer holds beside the question and its facts."""
+RESPONSE_KEYS = ("answer", "tokens", "ended")
+"""Keys of a row that hold the response, not the question or its facts."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what config.yaml says, its answers by sample, and what it left out."""
+    """One run.
+
+    record: the content of config.yaml. rows: responses by sample. skipped: samples left out.
+    """
 
     path: Path
     record: Mapping[str, Any]
@@ -33,16 +36,16 @@ class Run:
         """The run in a folder; EvalError if it is not complete."""
         folder = RunFolder(path)
         record, rows, skipped = folder.record(), folder.rows(), folder.skipped()
-        samples = record["data"]["samples"]
-        if len(rows) + len(skipped) < samples:
+        total = record["data"]["samples"]
+        if len(rows) + len(skipped) < total:
             raise EvalError(
-                f"{path} is not complete ({len(rows)} of {samples} samples are answered): "
-                f"run it again to go on, then compare"
+                f"{path} is not complete ({len(rows)} of {total} samples are answered): "
+                f"run it again to resume, then compare"
             )
         by_key = ({row_key(row): row for row in part} for part in (rows, skipped))
         return cls(path, record, *by_key)
 
-    def asked(self, task: str) -> Lines:
+    def samples(self, task: str) -> Lines:
         """All samples of a task, answered or not."""
         both = {**self.rows, **self.skipped}
         return {key: row for key, row in both.items() if key[0] == task}
@@ -58,21 +61,22 @@ class Run:
 
 
 def obstacles(one: Run, two: Run, both: Sequence[Benchmark]) -> Iterator[str]:
-    """Everything that was asked differently of the two runs."""
+    """Every difference between the two runs that makes them incomparable."""
     if not both:
         yield "they have no task in common"
     if one.record.get("decoding") != two.record.get("decoding"):
         yield f"decoding is {one.record.get('decoding')} and {two.record.get('decoding')}"
-    asked = [[run.record["settings"].get(key) for key in RENDERING] for run in (one, two)]
-    if asked[0][0] == asked[1][0] and asked[0] != asked[1]:
-        yield f"the prompts are rendered by chat_template {asked[0][1]!r} and {asked[1][1]!r}"
+    rendering = [[run.record["settings"].get(key) for key in RENDERING] for run in (one, two)]
+    if rendering[0][0] == rendering[1][0] and rendering[0] != rendering[1]:
+        templates = f"{rendering[0][1]!r} and {rendering[1][1]!r}"
+        yield f"the prompts are rendered by chat_template {templates}"
     for benchmark in both:
         task = benchmark.name
         mine, others = (run.record["settings"][task] for run in (one, two))
         if mine["max_new_tokens"] != others["max_new_tokens"]:
             limits = f"{mine['max_new_tokens']} and {others['max_new_tokens']} tokens"
             yield f"the token limit of {task} is {limits}"
-        yield from _other_samples(one.asked(task), two.asked(task), task)
+        yield from _other_samples(one.samples(task), two.samples(task), task)
         readers = [run.reader(benchmark) for run in (one, two)]
         if readers[0] != readers[1]:
             yield f"{task} is read by {readers[0]} and by {readers[1]}"
@@ -97,5 +101,5 @@ def _other_samples(mine: Lines, others: Lines, task: str) -> Iterator[str]:
 
 
 def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The question, and what its answer is held against."""
-    return {key: value for key, value in row.items() if key not in SAID}
+    """The question, and the truth that scores its response."""
+    return {key: value for key, value in row.items() if key not in RESPONSE_KEYS}

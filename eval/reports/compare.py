@@ -1,8 +1,8 @@
-"""Two runs on the same images, sample by sample: differences in pairs, and what they are worth.
+"""Two runs on the same images, sample by sample: paired differences and their significance.
 
 A difference of two means on the same images is far less noisy than either mean; intervals come from
-drawing images and taking the difference on the drawn ones. Runs that were asked different things
-are refused.
+resampling the images and taking the difference on each resample. Runs with different prompts are
+refused.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from eval.runs.folder import RunFolder
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
-    """What changed from one run to the other, as one JSON-able dictionary; shares lie in [0, 1].
+    """What changed from one run to the other, as one dictionary for JSON; shares lie in [0, 1].
 
     Per measure the two values, `difference` (after minus before) and its 95 % `interval`, over the
-    samples that both answered. EvalError says why two runs cannot be compared.
+    samples that both answered. Raises EvalError with the reason where two runs cannot be compared.
     """
     one, two = Run.read(before), Run.read(after)
     every = _benchmarks(one.record, two.record)
-    both = [b for b in every if one.asked(b.name) and two.asked(b.name)]
+    both = [b for b in every if one.samples(b.name) and two.samples(b.name)]
     if reasons := list(obstacles(one, two, both)):
         raise EvalError(f"{before} and {after} cannot be compared: {'; '.join(reasons)}")
     result: dict[str, Any] = {"before": str(before), "after": str(after)}
@@ -41,8 +41,8 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         if not keys:
             continue
         first, second = (run.tallies(benchmark, keys) for run in (one, two))
-        found = {part: _change(first[part], second[part]) for part in first}
-        result.setdefault(benchmark.name, {})[split] = found.get("", found)
+        changes = {part: _change(first[part], second[part]) for part in first}
+        result.setdefault(benchmark.name, {})[split] = changes.get("", changes)
     return result | {"warnings": list(_warnings(result, both))}
 
 
@@ -52,10 +52,10 @@ def _change(before: Tally, after: Tally) -> dict[str, Any]:
 
     `n` counts the answers where each is right or wrong, else the samples.
     """
-    found: dict[str, Any] = paired(before.counts, after.counts, before.ratios)
+    change: dict[str, Any] = paired(before.counts, after.counts, before.ratios)
     if before.right is None or after.right is None:
-        return {"n": len(next(iter(before.counts.values()))), **found}
-    return {"n": len(before.right), **found, "mcnemar": mcnemar(before.right, after.right)}
+        return {"n": len(next(iter(before.counts.values()))), **change}
+    return {"n": len(before.right), **change, "mcnemar": mcnemar(before.right, after.right)}
 
 
 def mcnemar(before: Numbers, after: Numbers) -> dict[str, Any]:
@@ -73,9 +73,9 @@ def mcnemar(before: Numbers, after: Numbers) -> dict[str, Any]:
 
 
 def _warnings(result: Mapping[str, Any], benchmarks: Sequence[Benchmark]) -> Iterator[str]:
-    """Where a measure fell that saying less lowers for free, and less was said."""
-    for benchmark, split, _, found in _parts(result, benchmarks):
-        measures = [(m, found[key]) for key, m in benchmark.measures.items() if key in found]
+    """Warnings where a measure fell together with what lowers it for free."""
+    for benchmark, split, _, part in _parts(result, benchmarks):
+        measures = [(m, part[key]) for key, m in benchmark.measures.items() if key in part]
         fallen = [m for m, change in measures if m.free and change["difference"] < 0]
         paid = [m.cost for m, change in measures if m.cost and _got_worse(m, change)]
         if fallen and paid:
@@ -92,44 +92,44 @@ def _got_worse(measure: Measure, change: Mapping[str, Any]) -> bool:
     return bool(low > 0 if measure.direction < 0 else high < 0)
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     """The comparison as a table with its warnings."""
-    names = [Path(found[key]).name for key in ("before", "after")]
+    names = [Path(result[key]).name for key in ("before", "after")]
     if names[0] == names[1]:
-        names = [found["before"], found["after"]]
+        names = [result["before"], result["after"]]
     header = ["split", "measure", *names, "difference", "McNemar"]
-    notes = [f"- {text}\n" for text in found["warnings"]]
-    if found["unpaired"]:
-        notes.append(f"- {found['unpaired']} samples were skipped by one of the runs: left out\n")
+    notes = [f"- {text}\n" for text in result["warnings"]]
+    if result["unpaired"]:
+        notes.append(f"- {result['unpaired']} samples were skipped by one of the runs: left out\n")
     return (
         f"{names[1]} minus {names[0]} on the same images, in percent points (lengths: tokens or "
         f"words; scores: points). In brackets 95 % paired bootstrap intervals; * where 0 lies "
         f"outside.\n\n"
-        f"{table.layout(header, list(_cells(found)))}\n\n{''.join(notes)}"
+        f"{table.layout(header, list(_cells(result)))}\n\n{''.join(notes)}"
     )
 
 
-def _cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    records = [RunFolder(Path(found[key])).record() for key in ("before", "after")]
-    for benchmark, split, part, changes in _parts(found, _benchmarks(*records)):
+def _cells(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    records = [RunFolder(Path(result[key])).record() for key in ("before", "after")]
+    for benchmark, split, part, changes in _parts(result, _benchmarks(*records)):
         for key, measure in benchmark.measures.items():
             if key in changes:
-                said = _test_cell(changes) if measure.right and "mcnemar" in changes else ""
+                test = _test_cell(changes) if measure.right and "mcnemar" in changes else ""
                 label = benchmark.label(part, key)
-                yield [split, label, *_numbers(measure, changes[key]), said]
+                yield [split, label, *_numbers(measure, changes[key]), test]
 
 
 def _benchmarks(*records: Mapping[str, Any]) -> list[Benchmark]:
-    """What any of these runs asked."""
+    """The benchmarks of any of these runs."""
     return [*registry.asked(task for r in records for task in r["settings"]["tasks"]).values()]
 
 
 def _parts(
-    found: Mapping[str, Any], benchmarks: Sequence[Benchmark]
+    result: Mapping[str, Any], benchmarks: Sequence[Benchmark]
 ) -> Iterator[tuple[Benchmark, str, str, Mapping[str, Any]]]:
-    """(benchmark, split, part, changes); a benchmark without parts calls its only one ""."""
+    """(benchmark, split, part, changes); the part is "" where a benchmark has none."""
     for benchmark in benchmarks:
-        for split, parts in found.get(benchmark.name, {}).items():
+        for split, parts in result.get(benchmark.name, {}).items():
             for part, changes in ({"": parts} if "n" in parts else parts).items():
                 yield benchmark, split, part, changes
 

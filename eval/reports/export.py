@@ -25,9 +25,9 @@ def table_csv(folders: Sequence[Path]) -> str:
     out = csv.writer(text, lineterminator="\n")
     out.writerow(["run", "split", "measure", "value", "low", "high", "n"])
     rows = list(table.rows(columns))
-    for place, column in enumerate(columns):
+    for index, column in enumerate(columns):
         for row in rows:
-            if value := row.values[place]:
+            if value := row.values[index]:
                 numbers = [value.value, value.low, value.high, value.n]
                 out.writerow([column.name, row.split, row.key, *numbers])
     return text.getvalue()
@@ -36,10 +36,10 @@ def table_csv(folders: Sequence[Path]) -> str:
 def latex(folders: Sequence[Path]) -> str:
     r"""A tabular for \usepackage{booktabs}; heading and notes are comments above it."""
     columns = table.read(folders)
-    said = [table.heading(columns), *(f"- {note}" for note in table.notes(columns))]
+    comments = [table.heading(columns), *(f"- {note}" for note in table.notes(columns))]
     header = ["split", "measure", *(column.name for column in columns)]
     lines = [
-        *(f"% {line}" for text in said for line in text.splitlines()),
+        *(f"% {line}" for text in comments for line in text.splitlines()),
         f"\\begin{{tabular}}{{ll{'r' * len(columns)}}}",
         "\\toprule",
         _line(header),

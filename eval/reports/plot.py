@@ -14,7 +14,7 @@ from eval.errors import EvalError
 from eval.reports import table
 from eval.reports.table import Column, Row, Value
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers tell runs apart in print.
+# Okabe and Ito's colours, distinct for colour-blind readers; markers are distinct in print.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX"
 FAINT = "#6e6e73"
@@ -43,7 +43,7 @@ def plot(folders: Sequence[Path], path: Path) -> None:
             axes.grid(color="#e5e5ea", linewidth=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
-    handles = [_points(grid[0, 0], place, [], []) for place in range(len(columns))]
+    handles = [_points(grid[0, 0], index, [], []) for index in range(len(columns))]
     labels = [column.name for column in columns]
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.supxlabel(NOTE, fontsize=9, color=FAINT)
@@ -64,21 +64,21 @@ def _matplotlib() -> Any:
 def _against(
     axes: Any, columns: Sequence[Column], rows: Rows, split: str, benchmark: Benchmark
 ) -> None:
-    """One measure against another, such as invention against coverage: what only says less moves
+    """One measure against another, such as invention against coverage: shorter responses move
     down and to the left."""
     across, up = benchmark.plot
     names = [benchmark.label("", key).removesuffix(" %") for key in (up, across)]
     axes.set_title(f"{split}: {names[0]} against {names[1]}", loc="left", fontsize=11)
-    found = [rows.get((split, benchmark.name, "", key)) for key in (across, up)]
-    if found[0] is None or found[1] is None:
+    pair = [rows.get((split, benchmark.name, "", key)) for key in (across, up)]
+    if pair[0] is None or pair[1] is None:
         _empty(axes, "no responses")
         return
     axes.set_xlabel(_axis(benchmark, across))
     axes.set_ylabel(_axis(benchmark, up))
-    for place, (x, y) in enumerate(zip(found[0].values, found[1].values, strict=True)):
+    for index, (x, y) in enumerate(zip(pair[0].values, pair[1].values, strict=True)):
         if x is not None and y is not None:
-            rings = benchmark.alarms(columns[place].scores(benchmark, split) or {})
-            _points(axes, place, [(100 * x.value, x)], [(100 * y.value, y)], hollow=bool(rings))
+            rings = benchmark.alarms(columns[index].scores(benchmark, split) or {})
+            _points(axes, index, [(100 * x.value, x)], [(100 * y.value, y)], hollow=bool(rings))
 
 
 def _by_part(
@@ -87,22 +87,24 @@ def _by_part(
     """One measure by part, the runs side by side within each."""
     (key,) = benchmark.plot
     here = (split, benchmark.name, key)
-    found = {r.part: r for r in rows.values() if (r.split, r.benchmark.name, r.measure) == here}
+    by_part = {r.part: r for r in rows.values() if (r.split, r.benchmark.name, r.measure) == here}
     label = benchmark.label("", key).removesuffix(" %").replace(",", "")
     axes.set_title(f"{split}: {label}", loc="left", fontsize=11)
-    if not found:
+    if not by_part:
         _empty(axes, "no responses")
         return
     axes.set_ylabel(_axis(benchmark, key))
-    axes.set_xticks(range(len(found)), [*found])
-    axes.set_xlim(-0.5, len(found) - 0.5)
+    axes.set_xticks(range(len(by_part)), [*by_part])
+    axes.set_xlim(-0.5, len(by_part) - 0.5)
     axes.grid(visible=False, axis="x")
     step = min(0.12, 0.7 / len(columns))
-    for place in range(len(columns)):
-        shift = (place - (len(columns) - 1) / 2) * step
-        values = [row.values[place] for row in found.values()]
-        there = [(n + shift, value) for n, value in enumerate(values) if value is not None]
-        _points(axes, place, [(x, None) for x, _ in there], [(100 * v.value, v) for _, v in there])
+    for index in range(len(columns)):
+        shift = (index - (len(columns) - 1) / 2) * step
+        values = [row.values[index] for row in by_part.values()]
+        points = [(n + shift, value) for n, value in enumerate(values) if value is not None]
+        _points(
+            axes, index, [(x, None) for x, _ in points], [(100 * v.value, v) for _, v in points]
+        )
 
 
 def _axis(benchmark: Benchmark, key: str) -> str:
@@ -121,18 +123,18 @@ def _empty(axes: Any, text: str) -> None:
 Points: TypeAlias = Sequence[tuple[float, "Value | None"]]
 
 
-def _points(axes: Any, place: int, across: Points, up: Points, hollow: bool = False) -> Any:
+def _points(axes: Any, index: int, across: Points, up: Points, hollow: bool = False) -> Any:
     """The points of one run in its colour and marker, with bars where a Value has an interval."""
-    colour = COLOURS[place % len(COLOURS)]
+    colour = COLOURS[index % len(COLOURS)]
     return axes.errorbar(
         [at for at, _ in across],
         [at for at, _ in up],
         xerr=_bars(across),
         yerr=_bars(up),
-        fmt=MARKERS[place % len(MARKERS)],
+        fmt=MARKERS[index % len(MARKERS)],
         color=colour,
         markerfacecolor="white" if hollow else colour,
-        markersize=max(6, 9.5 - 0.9 * place),  # so that points in one place all show
+        markersize=max(6, 9.5 - 0.9 * index),  # so that points that coincide all show
         capsize=2,
         elinewidth=1.2,
         alpha=0.9,

@@ -1,4 +1,4 @@
-"""Runs side by side: what is compared, in which rows, and what a reader must know of it.
+"""Runs side by side: the measures that are compared, and the notes that a reader needs.
 
 Which measures there are, what they are called and what is to be said of them is each benchmark's
 own matter.
@@ -56,7 +56,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """One run: its name in the table, what config.yaml says and what metrics.json holds."""
+    """One run.
+
+    name: its heading in the table. record: the content of config.yaml. metrics: of metrics.json.
+    """
 
     name: str
     record: Mapping[str, Any]
@@ -68,18 +71,18 @@ class Column:
 
     def scores(self, benchmark: Benchmark, split: str) -> Scores | None:
         """The scores of one split; None where it was not scored."""
-        found: Scores | None = self.metrics.get(benchmark.name, {}).get(split)
-        return found
+        scores: Scores | None = self.metrics.get(benchmark.name, {}).get(split)
+        return scores
 
 
 def benchmarks(columns: Sequence[Column]) -> list[Benchmark]:
-    """Those that any of the runs asked, in the order of the registry."""
+    """Those that any of the runs requested, in the order of the registry."""
     tasks = (task for column in columns for task in column.record["settings"]["tasks"])
     return [*registry.asked(tasks).values()]
 
 
 def markdown(folders: Sequence[Path], keys: Collection[str] | None = None) -> str:
-    """The table of these run folders with what a reader must know written below it.
+    """The table of these run folders with notes below it.
 
     `keys`: of the rows only these; ALARM is the line of the alarms.
     """
@@ -91,41 +94,41 @@ def markdown(folders: Sequence[Path], keys: Collection[str] | None = None) -> st
 
 def lines(columns: Sequence[Column], keys: Collection[str] | None = None) -> list[list[str]]:
     """The cells of the table, a line a row, each benchmark with alarms headed by them."""
-    found: list[list[str]] = []
+    lines: list[list[str]] = []
     headed: set[tuple[str, str]] = set()
     for row in rows(columns):
-        place = (row.split, row.benchmark.name)
-        if place not in headed:
-            headed.add(place)
+        key = (row.split, row.benchmark.name)
+        if key not in headed:
+            headed.add(key)
             alarms = [
                 alarm_cell(row.benchmark, c.scores(row.benchmark, row.split)) for c in columns
             ]
             if {*alarms} != {"-"} and (keys is None or ALARM in keys):
-                found.append([row.split, ALARM, *alarms])
+                lines.append([row.split, ALARM, *alarms])
         if keys is None or row.key in keys:
-            found.append([row.split, row.label, *row.cells])
-    return found
+            lines.append([row.split, row.label, *row.cells])
+    return lines
 
 
 def alarm_cell(benchmark: Benchmark, scores: Scores | None) -> str:
-    """What rings in a split; "-" where nothing could."""
+    """The alarms of a split; "-" where it has none that could ring."""
     ringing = None if scores is None else benchmark.alarms(scores)
     return "-" if ringing is None else ", ".join(ringing).upper() or "no"
 
 
-def cell(measure: Measure, found: Value | None) -> str:
+def cell(measure: Measure, value: Value | None) -> str:
     """A value with its interval: shares in percent, all else as it is."""
-    if found is None:
+    if value is None:
         return "-"
     times = measure.times
-    return f"{times * found.value:.1f} [{times * found.low:.1f}, {times * found.high:.1f}]"
+    return f"{times * value.value:.1f} [{times * value.low:.1f}, {times * value.high:.1f}]"
 
 
 def read(folders: Sequence[Path]) -> list[Column]:
-    """The runs, named by their folders (by whole paths where two folders share a name).
+    """The runs, named by their folders (by full paths where two folders share a name).
 
-    What lies beside scored runs without being one (`runs/*` also names pictures, and runs that have
-    only begun) is left out and named.
+    Paths that are no scored runs (`runs/*` also names pictures, and runs that have only begun) are
+    left out and named.
     """
     if not folders:
         raise EvalError("no run folder given, for example: python -m eval table runs/*")
@@ -162,9 +165,11 @@ def rows(columns: Sequence[Column]) -> Iterator[Row]:
     """One row a split, benchmark, part and measure that at least one run has."""
     for split in splits(columns):
         for benchmark in benchmarks(columns):
-            found = [benchmark.parts(column.scores(benchmark, split) or {}) for column in columns]
-            for part in dict.fromkeys(part for parts in found for part in parts):
-                scores = [parts.get(part) for parts in found]
+            by_column = [
+                benchmark.parts(column.scores(benchmark, split) or {}) for column in columns
+            ]
+            for part in dict.fromkeys(part for parts in by_column for part in parts):
+                scores = [parts.get(part) for parts in by_column]
                 for key in benchmark.measures:
                     values = [value(each, key) for each in scores]
                     if any(values):
@@ -198,30 +203,30 @@ def heading(columns: Sequence[Column]) -> str:
         ", ".join(dict.fromkeys(m.label.removesuffix(" %") for m in shown if m.direction == way))
         for way in (-1, 1)
     )
-    said = [f"lower is better for {lower}"] if lower else []
-    said += [f"higher is better for {higher}"] if higher else []
-    return " ".join([text, *(f"{part[0].upper()}{part[1:]}." for part in said)])
+    sentences = [f"lower is better for {lower}"] if lower else []
+    sentences += [f"higher is better for {higher}"] if higher else []
+    return " ".join([text, *(f"{part[0].upper()}{part[1:]}." for part in sentences)])
 
 
 def notes(columns: Sequence[Column]) -> Iterator[str]:
-    """How large the samples are, and whatever makes a number mean less than it seems to."""
+    """The sizes of the samples, and every reason to trust a number less."""
     for split in splits(columns):
         sizes = dict.fromkeys(_size(column, split) for column in columns)
         yield f"{split}: {' or '.join(sizes)}"
         images = [column.record["data"]["images"].get(split) for column in columns]
         if len({entry["sha256"] for entry in images if entry}) > 1:
             yield f"{split}: the runs used different images, so their columns cannot be compared"
-    of_whom: dict[str, list[str]] = {}
+    runs_by_note: dict[str, list[str]] = {}
     for column in columns:
         for note in _column_notes(column):
-            of_whom.setdefault(note, []).append(column.name)
-    for note, names in of_whom.items():
+            runs_by_note.setdefault(note, []).append(column.name)
+    for note, names in runs_by_note.items():
         yield f"{', '.join(names)}: {note}"
 
 
 def _size(column: Column, split: str) -> str:
-    found = ((b, column.scores(b, split)) for b in column.benchmarks.values())
-    sizes = [benchmark.size(scores) for benchmark, scores in found if scores]
+    scored = ((b, column.scores(b, split)) for b in column.benchmarks.values())
+    sizes = [benchmark.size(scores) for benchmark, scores in scored if scores]
     return ", ".join(filter(None, sizes)) or "nothing answered"
 
 
@@ -235,15 +240,15 @@ def _column_notes(column: Column) -> Iterator[str]:
     if len(column.record["environments"]) > 1:
         yield "answers made by different versions, see config.yaml"
     if len(column.record["patches"]) > 1:
-        yield "the patch described itself differently when the run went on, see config.yaml"
+        yield "the patch described itself differently when the run was resumed, see config.yaml"
     for benchmark in column.benchmarks.values():
         for split, scores in column.metrics.get(benchmark.name, {}).items():
             yield from benchmark.notes(split, scores)
 
 
 def layout(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown with columns padded to one width, readable as it is."""
-    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
+    """Markdown with columns padded to one width, readable as plain text."""
+    widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
         f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"

@@ -94,12 +94,12 @@ def interleaved(
     return pairs
 
 
-def wanted_sides(
+def compared_sides(
     phase: str, batch: int, methods: Sequence[str], layers: int
 ) -> list[tuple[str, str]]:
     """The (kind, method) pairs that a phase compares with stock.
 
-    "again" is the stock model once more, which tells what a ratio means on this machine.
+    "again" is the stock model once more: its ratio is the noise of this machine.
     Release-style has batch 1 only. In one layer alone GIFT would read its map where it acts, which
     takes a pass more than in a model: prefill is not compared there.
     """
@@ -107,13 +107,13 @@ def wanted_sides(
         return [("idle", "all")] if batch == 1 else []
     if layers == 1 and phase in ("prefill", "attention"):
         methods = [method for method in methods if method not in ("gift", "all")]
-    found = [("ours", method) for method in methods]
-    found += [("eager", "")] if phase == "memory" else [("again", ""), ("eager", "")]
+    pairs = [("ours", method) for method in methods]
+    pairs += [("eager", "")] if phase == "memory" else [("again", ""), ("eager", "")]
     if batch == 1:
-        found += [("release", method) for method in methods if method in METHODS]
+        pairs += [("release", method) for method in methods if method in METHODS]
     if phase == "prefill" and "vhr" in methods:
-        found.append(("text only", ""))
-    return found
+        pairs.append(("text only", ""))
+    return pairs
 
 
 def measure(name: str, methods: Sequence[str], rounds: int, device: torch.device) -> Iterator[Row]:
@@ -131,16 +131,16 @@ def measure(name: str, methods: Sequence[str], rounds: int, device: torch.device
 def _timed(
     name: str, loaded: Loaded, batch: int, methods: Sequence[str], rounds: int
 ) -> Iterator[Row]:
-    """All phases of a shape but memory; the sides stay, and with them what they have read."""
+    """All phases of a shape but memory, on the same sides."""
     shape, layers = SHAPES[name], loaded.text.num_hidden_layers
-    phases = {p: wanted_sides(p, batch, methods, layers) for p in shape.phases if p != "memory"}
-    everyone = dict.fromkeys(pair for pairs in phases.values() for pair in pairs)
-    prompt = shape.ask(loaded, batch)
-    with sides(loaded, prompt, [("stock", ""), *everyone]) as (stock, *others):
+    phases = {p: compared_sides(p, batch, methods, layers) for p in shape.phases if p != "memory"}
+    all_pairs = dict.fromkeys(pair for pairs in phases.values() for pair in pairs)
+    prompt = shape.make_prompt(loaded, batch)
+    with sides(loaded, prompt, [("stock", ""), *all_pairs]) as (stock, *others):
         stock.prefill()
-        for phase, wanted in phases.items():
-            found = [side for side in others if (side.kind, side.method) in wanted]
-            yield from _phase(name, phase, stock, found, rounds)
+        for phase, pairs_of_phase in phases.items():
+            compared = [side for side in others if (side.kind, side.method) in pairs_of_phase]
+            yield from _phase(name, phase, stock, compared, rounds)
 
 
 def _phase(
@@ -173,10 +173,10 @@ def _call(side: Side, phase: str, shape: Shape) -> Callable[[], float]:
 
 
 def _memory(name: str, methods: Sequence[str], device: torch.device) -> Iterator[Row]:
-    wanted = [("stock", ""), *wanted_sides("memory", 1, methods, 0)]
-    found = peaks(name, wanted, device, torch.get_num_threads())
-    stock = next(found)
-    for (kind, method), own in zip(wanted[1:], found, strict=True):
+    pairs_of_phase = [("stock", ""), *compared_sides("memory", 1, methods, 0)]
+    megabytes = peaks(name, pairs_of_phase, device, torch.get_num_threads())
+    stock = next(megabytes)
+    for (kind, method), own in zip(pairs_of_phase[1:], megabytes, strict=True):
         yield Row(name, "memory", 1, 0, kind, method, "", [own], [stock])
 
 
@@ -210,8 +210,8 @@ def speed(
 
 
 def _methods(names: str | None) -> list[str]:
-    found = list(METHODS) if names is None else [name.strip() for name in names.split(",")]
-    for name in found:
+    chosen_methods = list(METHODS) if names is None else [n.strip() for n in names.split(",")]
+    for name in chosen_methods:
         if name not in METHODS and ":" not in name:
             raise EvalError(
                 f"--methods: found {name!r}, expected some of {list(METHODS)}, or import paths "
@@ -221,7 +221,7 @@ def _methods(names: str | None) -> list[str]:
             ":" not in name or find(name)
         except ValueError as error:
             raise EvalError(f"--methods: {error}") from error
-    return found
+    return chosen_methods
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -237,10 +237,10 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's own name where the system tells it."""
-    told = Path("/proc/cpuinfo")
-    if sys.platform == "linux" and told.exists():
-        for line in told.read_text(encoding="utf-8").splitlines():
+    """The name of the processor, where the system has it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

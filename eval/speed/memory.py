@@ -1,9 +1,9 @@
 """Peak memory of a prefill above the model.
 
 On CUDA torch counts it. On a CPU each side runs in a fresh process, whose peak resident set is read
-before and after: the first one to start imports everything, the others are forked from it. There
-every larger block is mapped by itself where the C library can be told so: what it keeps for later
-of the memory that was given back would otherwise count, up to 40 MB more or less.
+before and after: the first process imports everything, the others are forked from it. There every
+larger block is mapped by itself where the C library has a setting for it: otherwise the memory that
+it keeps for later would count, up to 40 MB more or less.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SMALL = 96
 
 
 def peaks(
-    shape: str, wanted: Sequence[tuple[str, str]], device: torch.device, threads: int
+    shape: str, pairs: Sequence[tuple[str, str]], device: torch.device, threads: int
 ) -> Iterator[float]:
     """Megabytes that a prefill of `shape` takes above the model, for each (kind, method)."""
-    jobs = [(shape, kind, method, threads) for kind, method in wanted]
+    jobs = [(shape, kind, method, threads) for kind, method in pairs]
     if device.type == "cuda":
         for _, kind, method, _ in jobs:
             yield _on_cuda(shape, kind, method, device)
@@ -50,12 +50,12 @@ def on_cpu(shape: str, kind: str, method: str, threads: int) -> float:
     torch.set_num_threads(threads)
     spec = SHAPES[shape]
     loaded = spec.load(torch.device("cpu"))
-    small = spec.ask(loaded, 1).cut(SMALL)
-    with sides(loaded, small, [("stock", "")]) as found:
-        found[0].prefill()
-    with sides(loaded, spec.ask(loaded, 1), [(kind, method)]) as found:
+    small = spec.make_prompt(loaded, 1).cut(SMALL)
+    with sides(loaded, small, [("stock", "")]) as compared:
+        compared[0].prefill()
+    with sides(loaded, spec.make_prompt(loaded, 1), [(kind, method)]) as compared:
         before = _peak()
-        found[0].prefill()
+        compared[0].prefill()
         return _peak() - before
 
 
@@ -68,9 +68,9 @@ def _peak() -> float:
 def _on_cuda(shape: str, kind: str, method: str, device: torch.device) -> float:
     spec = SHAPES[shape]
     loaded = spec.load(device)
-    prompt = spec.ask(loaded, 1)
-    with sides(loaded, prompt, [(kind, method)]) as found:
+    prompt = spec.make_prompt(loaded, 1)
+    with sides(loaded, prompt, [(kind, method)]) as compared:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        found[0].prefill()
+        compared[0].prefill()
         return (torch.cuda.max_memory_allocated(device) - before) / MEGABYTE

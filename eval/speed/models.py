@@ -1,6 +1,6 @@
 """The models that are timed, and prompts for them.
 
-The large ones have random weights: what they say is noise, what they cost is not.
+The large ones have random weights: their output is noise, their cost is real.
 """
 
 from __future__ import annotations
@@ -180,10 +180,10 @@ def described(loaded: Loaded, batch: int) -> Prompt:
         images=[render(scene("test", number)) for number in range(batch)],
         return_tensors="pt",
     )
-    return asked(dict(inputs.to(model.device)), model)
+    return prompt_of(dict(inputs.to(model.device)), model)
 
 
-def asked(inputs: dict[str, Any], model: Any) -> Prompt:
+def prompt_of(inputs: dict[str, Any], model: Any) -> Prompt:
     """A prompt of token ids without padding; its question is all text behind the image."""
     image = inputs["input_ids"] == model.config.image_token_id
     behind = image.flip(1).cumsum(1).flip(1) == 0
@@ -191,7 +191,7 @@ def asked(inputs: dict[str, Any], model: Any) -> Prompt:
 
 
 def llava_7b(device: torch.device) -> Loaded:
-    """The whole of LLaVA-1.5-7B in bfloat16 with random weights."""
+    """LLaVA-1.5-7B at full size in bfloat16 with random weights."""
     return build(decoder(LLAVA_7B, 32, 32064), device, LLAVA_VISION, torch.bfloat16)
 
 
@@ -209,4 +209,4 @@ def pictured(loaded: Loaded, batch: int) -> Prompt:
         "attention_mask": torch.ones_like(ids).to(model.device),
         "pixel_values": pixels.to(model.device, model.dtype),
     }
-    return asked(inputs, model)
+    return prompt_of(inputs, model)

@@ -43,7 +43,7 @@ class Acting:
     saliency: int
     vhr: tuple[int, ...]
 
-    def say(self, method: str) -> str:
+    def describe(self, method: str) -> str:
         """In words, with the layers counted from 0."""
         if ":" in method:
             return f"{method} in its default layers"
@@ -106,19 +106,19 @@ def _names(method: str) -> tuple[str, ...]:
 
 
 Load: TypeAlias = Callable[[torch.device], Loaded]
-Ask: TypeAlias = Callable[[Loaded, int], Prompt]
+MakePrompt: TypeAlias = Callable[[Loaded, int], Prompt]
 
 
 @dataclass(frozen=True)
 class Shape:
     """A model and its prompts. phases: seconds that a phase may take in all, by its name.
 
-    load: makes the model on a device. ask: makes a prompt for it with a batch of some size.
+    load: makes the model on a device. make_prompt: makes a prompt for it with a batch of some size.
     """
 
     title: str
     load: Load
-    ask: Ask
+    make_prompt: MakePrompt
     phases: Mapping[str, float]
     batches: tuple[int, ...] = (1,)
     steps: int = 4
@@ -172,7 +172,7 @@ SHAPES: dict[str, Shape] = {
         tokens=128,
     ),
 }
-ONLY_ASKED = (
+ONLY_BY_NAME = (
     "attention-640",
     "attention-1500",
     "layer-3000",
@@ -186,9 +186,9 @@ ONLY_ASKED = (
 def chosen(names: str | None, device: torch.device) -> list[str]:
     """The shapes a user names ("pocket,stack-640", "all"), or the defaults of the device."""
     if names is None:
-        return [n for n in SHAPES if device.type == "cuda" or n not in ONLY_ASKED]
-    wanted = list(SHAPES) if names == "all" else [name.strip() for name in names.split(",")]
-    for name in wanted:
+        return [n for n in SHAPES if device.type == "cuda" or n not in ONLY_BY_NAME]
+    listed = list(SHAPES) if names == "all" else [name.strip() for name in names.split(",")]
+    for name in listed:
         if name not in SHAPES:
             raise EvalError(f"--shapes: found {name!r}, expected all, or some of {list(SHAPES)}")
-    return wanted
+    return listed

@@ -105,7 +105,7 @@ class Side:
 
 
 def now(device: torch.device) -> float:
-    """The clock, once the device has done all that was asked of it."""
+    """The clock, once the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -140,13 +140,11 @@ def attention_clock(device: torch.device) -> Iterator[list[float]]:
 
 
 @contextmanager
-def sides(
-    loaded: Loaded, prompt: Prompt, wanted: Sequence[tuple[str, str]]
-) -> Iterator[list[Side]]:
+def sides(loaded: Loaded, prompt: Prompt, pairs: Sequence[tuple[str, str]]) -> Iterator[list[Side]]:
     """The sides of these (kind, method) pairs."""
     at = acting(loaded.text)
     with ExitStack() as stack:
-        yield [_side(loaded, prompt, kind, method, at, stack) for kind, method in wanted]
+        yield [_side(loaded, prompt, kind, method, at, stack) for kind, method in pairs]
 
 
 def _side(
@@ -172,12 +170,12 @@ def _side(
         if kind == "idle":
             for name in patch.heads:
                 patch.heads[name][:] = False
-    return Side(kind, method, at.say(method) if method else "", model, prompt)
+    return Side(kind, method, at.describe(method) if method else "", model, prompt)
 
 
 def _wrapped(model: Any, processor: Any, method: str, at: Acting) -> vlm_patch.Patch:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that defaults were scaled: they were all given
+        warnings.simplefilter("ignore")  # defaults that were scaled: every setting is set here
         return vlm_patch.wrap(model, *ours(method, at), processor=processor)
 
 

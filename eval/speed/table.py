@@ -79,7 +79,7 @@ UNITS = {
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The whole report."""
+    """The complete report."""
     rows: Rows = record["rows"]
     machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     goals = [["goal", "method", "bound", "measured", "reached"], *_goals(rows)]
@@ -151,9 +151,9 @@ def _idle(rows: Rows) -> Iterator[list[str]]:
 
 
 def _find(rows: Rows, goal: Goal, kind: str, method: str) -> Mapping[str, Any] | None:
-    wanted = (goal.shape, goal.phase, goal.batch, kind, method)
+    key_of_goal = (goal.shape, goal.phase, goal.batch, kind, method)
     for row in rows:
-        if tuple(row[key] for key in ("shape", "phase", "batch", "kind", "method")) == wanted:
+        if tuple(row[key] for key in ("shape", "phase", "batch", "kind", "method")) == key_of_goal:
             return row
     return None
 

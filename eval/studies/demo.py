@@ -1,7 +1,7 @@
 """python -m eval demo: the pocket model as it is, with VAR, GIFT or VHR, and with all three.
 
 Leaves a run folder for each, `table.md` with every measure, and `scenes.png`, which shows a few
-scenes with what was said of them. What is printed is at most twelve rows of the table.
+scenes with their captions. What is printed is at most twelve rows of the table.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CAVEAT = (
 
 
 def demo(out: Path, device: str | None = None, every_row: bool = False) -> None:
-    """Run (or go on with) everything; write the table and the scenes, and print them.
+    """Run (or resume) everything; write the table and the scenes, and print them.
 
     device: None for the accelerator of this machine, or the CPU
     every_row: print the whole table
@@ -77,23 +77,23 @@ def _scenes(out: Path) -> Iterator[Scene]:
     """The first scenes of each split whose captions differ and where one invents an object."""
     vocabulary = Vocabulary.load()
     patched = {row_key(row): row["answer"] for row in RunFolder(out / RUNS[-1]).rows()}
-    found = dict.fromkeys(POCKET_SPLITS, 0)
+    taken = dict.fromkeys(POCKET_SPLITS, 0)
     for row in RunFolder(out / RUNS[0]).rows():
         split, other = row["split"], patched[row_key(row)]
-        if row["task"] != "chair" or found[split] == SCENES or row["answer"] == other:
+        if row["task"] != "chair" or taken[split] == SCENES or row["answer"] == other:
             continue
         captions = [
             caption("stock", row["answer"], row["truth"], vocabulary),
             caption("VAR + GIFT + VHR", other, row["truth"], vocabulary),
         ]
-        if any(invented for said in captions for _, invented in said.pieces):
-            found[split] += 1
+        if any(invented for shown in captions for _, invented in shown.pieces):
+            taken[split] += 1
             image = out / "scenes" / split / "images" / row["image"]
             yield Scene(split, image, row["truth"], captions)
 
 
 def caption(run: str, text: str, truth: Collection[str], vocabulary: Vocabulary) -> Caption:
-    """The caption `text` judged against the objects in `truth`."""
+    """The caption `text` scored against the objects in `truth`."""
     score = chair.judge(text, truth, vocabulary)
     pieces, start = [], 0
     for span in _invented(text, score, truth, vocabulary):
@@ -115,18 +115,18 @@ def _summary(score: chair.CaptionScore) -> str:
 def _invented(
     text: str, score: chair.CaptionScore, truth: Collection[str], vocabulary: Vocabulary
 ) -> Iterator[tuple[int, int]]:
-    """Where in `text` objects are named that are not there.
+    """Spans of `text` that name objects which are not in the scene.
 
     Mentions come in order, and each is one or two words long.
     """
     words = list(re.finditer(r"[\w'-]+", text))
-    place = 0
+    index = 0
     for word, name in score.mentions:
         size = 1 + word.count(" ")
-        for first in range(place, len(words) - size + 1):
+        for first in range(index, len(words) - size + 1):
             start, end = words[first].start(), words[first + size - 1].end()
             if vocabulary.mentions(text[start:end]) == [(word, name)]:
-                place = first + size
+                index = first + size
                 if name not in truth:
                     yield start, end
                 break
@@ -137,6 +137,6 @@ def _as_text(scenes: list[Scene]) -> str:
     lines = [f"{CHOICE} Between stars: not there."]
     for scene in scenes:
         lines += ["", f"{scene.image} ({scene.split})", f"  truth: {', '.join(scene.truth)}"]
-        for said in scene.captions:
-            lines += [f"  {said.run}: {said.text}", f"    ({said.summary})"]
+        for shown in scene.captions:
+            lines += [f"  {shown.run}: {shown.text}", f"    ({shown.summary})"]
     return "\n".join(lines)

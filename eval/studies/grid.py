@@ -1,4 +1,4 @@
-"""The points of a sweep: every combination of the values given for some settings, or of heads."""
+"""The points of a sweep: every combination of the values of some settings, or of heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eval.runs.config import METHODS
 from eval.schema import check_names
 
 HEADS = ("layers", "heads")
-# beside the sections of the methods: whatever else changes what is asked, or of whom
+# beside the sections of the methods: whatever else would change the prompts or the model
 SWITCHES = ("methods", "layers", "heads")
 
 Tables: TypeAlias = Mapping[str, Any]
@@ -45,16 +45,16 @@ def points(
         raise EvalError(
             "nothing to sweep: give --grid key=value,value or --grid-heads layers|heads"
         )
-    found = [
+    combinations = [
         Point(
             ",".join(one.name for one in chosen),
             tuple(itertools.chain(*(one.overrides or () for one in chosen))),
         )
         for chosen in itertools.product(*axes)
     ]
-    if len({point.name for point in found}) < len(found):
+    if len({point.name for point in combinations}) < len(combinations):
         raise EvalError(f"--grid {' '.join(grids)} names a setting or a value twice")
-    return found
+    return combinations
 
 
 def _axis(text: str, methods: Sequence[str]) -> list[Point]:
@@ -92,13 +92,16 @@ def spots(tables: Tables, kind: str) -> list[Point]:
 
 
 def _on(tables: Tables, kind: str) -> Iterator[tuple[str, int, dict[str, list[int]]]]:
-    """Name of a place, its layer, and by method the heads that it has there."""
-    active = {name: [row.nonzero().flatten().tolist() for row in t] for name, t in tables.items()}
-    for layer in range(max((len(rows) for rows in active.values()), default=0)):
-        here = {name: rows[layer] for name, rows in active.items()}
-        heads = sorted({head for found in here.values() for head in found})
+    """Name of a point, its layer, and by method the heads that act in it."""
+    acting = {name: [row.nonzero().flatten().tolist() for row in t] for name, t in tables.items()}
+    for layer in range(max((len(rows) for rows in acting.values()), default=0)):
+        in_layer = {name: rows[layer] for name, rows in acting.items()}
+        heads = sorted({head for acting_heads in in_layer.values() for head in acting_heads})
         if kind == "layers" and heads:
-            yield f"layer={layer}", layer, here
+            yield f"layer={layer}", layer, in_layer
         for head in heads if kind == "heads" else ():
-            one = {name: [head] if head in found else [] for name, found in here.items()}
+            one = {
+                name: [head] if head in acting_heads else []
+                for name, acting_heads in in_layer.items()
+            }
             yield f"head={layer}.{head}", layer, one

@@ -1,4 +1,4 @@
-"""The demo's picture: each scene enlarged beside what was said of it, invented objects in red."""
+"""The demo's picture: each scene enlarged beside its captions, invented objects in red."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINE = 30
 
 @dataclass(frozen=True)
 class Caption:
-    """What one run said of a scene.
+    """The caption that one run gives a scene.
 
     run: name of the run
     pieces: the text in pieces; True marks an object that is not there
@@ -56,7 +56,7 @@ def draw(scenes: Sequence[Scene], choice: str, caveat: str, path: Path) -> None:
     """
     sheet = Image.new("RGB", (WIDTH, 260 + len(scenes) * 900), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN), "What the pocket model says of a scene", INK, TITLE)
+    pen.text((MARGIN, MARGIN), "Captions of the pocket model", INK, TITLE)
     legend = "Same prompt, greedy. Words in red name objects that are not in the picture."
     pen.text((MARGIN, MARGIN + 42), f"{choice}\n{legend}", FAINT, TEXT, spacing=8)
     top = MARGIN + 122
@@ -79,16 +79,16 @@ def _scene(sheet: Image.Image, pen: ImageDraw.ImageDraw, scene: Scene, top: int)
     truth = [(f"In the picture: {', '.join(scene.truth)}", False)]
     below = _paragraph(pen, truth, left, top - 4, 2 * COLUMN + GAP) + 10
     ends = [
-        _caption(pen, said, left + place * (COLUMN + GAP), below)
-        for place, said in enumerate(scene.captions)
+        _caption(pen, caption, left + index * (COLUMN + GAP), below)
+        for index, caption in enumerate(scene.captions)
     ]
     return max(*ends, top + SIDE + 34) + GAP
 
 
-def _caption(pen: ImageDraw.ImageDraw, said: Caption, left: int, top: int) -> int:
-    pen.text((left, top), said.run, FAINT, TEXT)
-    end = _paragraph(pen, said.pieces, left, top + LINE, COLUMN)
-    for line in _wrap([(said.summary, False)], COLUMN, SMALL):
+def _caption(pen: ImageDraw.ImageDraw, caption: Caption, left: int, top: int) -> int:
+    pen.text((left, top), caption.run, FAINT, TEXT)
+    end = _paragraph(pen, caption.pieces, left, top + LINE, COLUMN)
+    for line in _wrap([(caption.summary, False)], COLUMN, SMALL):
         pen.text((left, end + 8), "".join(word for word, _ in line), FAINT, SMALL)
         end += 22
     return end + 8

@@ -1,6 +1,6 @@
 """Many settings of the methods over one loaded model: tuned on some images, reported on others.
 
-Every point of the grid is a run folder of its own, so a sweep goes on after any interruption. The
+Every point of the grid is a run folder of its own, so an interrupted sweep is resumed. The
 best point by one named measure is then run once on images that no point has seen.
 """
 
@@ -32,13 +32,13 @@ from eval.studies.grid import Point
 PLAN = "sweep.yaml"
 
 
-# the model as it is, for comparison: it cannot be chosen
+# the unpatched model, for comparison: it cannot be chosen
 STOCK = Point("stock", None)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried, and by what it is judged. `measure` None: the main one of the first task.
+    """What is tried, and the measure that decides. `measure` None: the main one of the first task.
 
     `tune_split`: the split to tune on, the others are reported. None: the images of each split are
     divided in two halves by their names, the same halves in every sweep.
@@ -62,23 +62,23 @@ class Sweep:
         return replace(settings, splits=rest if held_out else (self.tune_split,))
 
 
-def sweep(wanted: Sweep, out: Path, load: Load = generate.load_model) -> dict[str, Any]:
-    """Score the grid, choose, and run the choice on the held-out images; returns what was found.
+def sweep(request: Sweep, out: Path, load: Load = generate.load_model) -> dict[str, Any]:
+    """Score the grid, choose, and run the choice on the held-out images; returns the results.
 
-    Refused if the folder holds another sweep whose held-out images were looked at already.
+    Refused if the folder holds another sweep whose held-out images have been scored.
     """
-    base = wanted.config()
+    base = request.config()
     known = measures(base)
-    measure = wanted.measure or _main(base)
+    measure = request.measure or _main(base)
     check_names("--measure", (measure,), known)
-    tune, report = _samples(wanted, out / "scenes")
+    tune, report = _samples(request, out / "scenes")
     loaded = functools.cache(lambda: load(base))
     own = [method.name for method in base.build_methods()]
-    points = grid.points(wanted.grids, _spots(base, wanted.grid_heads, loaded), own)
-    plan = _plan(out, base, measure, wanted, points)
+    points = grid.points(request.grids, _spots(base, request.grid_heads, loaded), own)
+    plan = _plan(out, base, measure, request, points)
     tried = {
         point.name: runner.run(
-            wanted.config(point.overrides),
+            request.config(point.overrides),
             out / "tune" / point.name,
             load=lambda _: loaded(),
             samples=tune,
@@ -90,20 +90,20 @@ def sweep(wanted: Sweep, out: Path, load: Load = generate.load_model) -> dict[st
     plan["chosen"] = best.name
     jsonl.replace(out / PLAN, yaml.safe_dump(plan, sort_keys=False))
     for point in (STOCK, best):
-        settings = wanted.config(point.overrides, held_out=True)
-        there = out / "report" / point.name
-        runner.run(settings, there, load=lambda _: loaded(), samples=report)
+        settings = request.config(point.overrides, held_out=True)
+        folder = out / "report" / point.name
+        runner.run(settings, folder, load=lambda _: loaded(), samples=report)
     return {**plan, "tune": tried}
 
 
-def _samples(wanted: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
+def _samples(request: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
     """What to tune on and what to report; EvalError unless they have no image in common."""
-    if wanted.tune_split and not wanted.config(held_out=True).splits:
+    if request.tune_split and not request.config(held_out=True).splits:
         raise EvalError(
-            f"--tune-split {wanted.tune_split} leaves no split to report: name more, "
-            f"as in --set splits=[{wanted.tune_split},test]"
+            f"--tune-split {request.tune_split} leaves no split to report: name more, "
+            f"as in --set splits=[{request.tune_split},test]"
         )
-    both = [dataset.samples(wanted.config(held_out=part), scenes) for part in (False, True)]
+    both = [dataset.samples(request.config(held_out=part), scenes) for part in (False, True)]
     tune, report = ({sample.image.name for sample in part} for part in both)
     if not tune or not report:
         raise EvalError(
@@ -112,8 +112,8 @@ def _samples(wanted: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
         )
     if shared := tune & report:
         raise EvalError(
-            f"{len(shared)} images, for example {min(shared)}, are in {wanted.tune_split} and in a "
-            f"split to be reported: nothing may be tuned on what is reported"
+            f"{len(shared)} images, for example {min(shared)}, are in {request.tune_split} and in "
+            f"a split to be reported: nothing may be tuned on what is reported"
         )
     return both[0], both[1]
 
@@ -129,15 +129,15 @@ def _spots(base: Config, kind: str | None, loaded: Callable[[], tuple[Any, Any]]
 
 
 def _plan(
-    out: Path, base: Config, measure: str, wanted: Sweep, points: Sequence[Point]
+    out: Path, base: Config, measure: str, request: Sweep, points: Sequence[Point]
 ) -> dict[str, Any]:
-    """What sweep.yaml says before anything is chosen."""
+    """The content of sweep.yaml before a point is chosen."""
     settings = {key: value for key, value in base.settings().items() if key not in FREE}
-    asked = {"grid": [*wanted.grids], "grid_heads": wanted.grid_heads}
-    judged = {"measure": measure, "tune_split": wanted.tune_split}
-    plan = {"settings": settings, **asked, **judged, "points": [point.name for point in points]}
-    found = yaml.safe_load((out / PLAN).read_text("utf-8")) if (out / PLAN).exists() else plan
-    changed = [key for key in plan if plan[key] != found.get(key)]
+    axes = {"grid": [*request.grids], "grid_heads": request.grid_heads}
+    criteria = {"measure": measure, "tune_split": request.tune_split}
+    plan = {"settings": settings, **axes, **criteria, "points": [point.name for point in points]}
+    written = yaml.safe_load((out / PLAN).read_text("utf-8")) if (out / PLAN).exists() else plan
+    changed = [key for key in plan if plan[key] != written.get(key)]
     if changed and (out / "report").exists():
         raise EvalError(
             f"{out} has reported the held-out images already, for another sweep "
@@ -169,7 +169,7 @@ def _main(base: Config) -> str:
 
 def _best(tried: Mapping[Point, Mapping[str, Any]], base: Config, measure: str) -> Point:
     """The best point by the measure, the first of equals; none whose responses degenerate."""
-    healthy = {point: found for point, found in tried.items() if not _rings(found, base)}
+    healthy = {point: metrics for point, metrics in tried.items() if not _rings(metrics, base)}
     if not healthy:
         raise EvalError("the degeneration alarm rings at every point of the grid: none is chosen")
     benchmark, key = measures(base)[measure]
@@ -179,9 +179,9 @@ def _best(tried: Mapping[Point, Mapping[str, Any]], base: Config, measure: str) 
 
 def _rings(metrics: Mapping[str, Any], base: Config) -> bool:
     return any(
-        benchmark.alarms(found)
+        benchmark.alarms(scores)
         for benchmark in _benchmarks(base)
-        for found in metrics.get(benchmark.name, {}).values()
+        for scores in metrics.get(benchmark.name, {}).values()
     )
 
 
@@ -198,15 +198,15 @@ def score(metrics: Mapping[str, Any], benchmark: Benchmark, key: str) -> float:
 
 def _table(tried: Mapping[str, Mapping[str, Any]], base: Config, best: str, measure: str) -> str:
     """One line a point and split; the point that was chosen is marked."""
-    found = {
+    by_row = {
         (name, split): _cells(metrics, base, split)
         for name, metrics in tried.items()
         for split in _splits(metrics, base)
     }
-    used = [*dict.fromkeys(head for cells in found.values() for head in cells)]
+    used = [*dict.fromkeys(head for cells in by_row.values() for head in cells)]
     rows = [
         [f"**{name}**" if name == best else name, split, *(cells.get(head, "-") for head in used)]
-        for (name, split), cells in found.items()
+        for (name, split), cells in by_row.items()
     ]
     benchmark, key = measures(base)[measure]
     better = "more" if benchmark.measures[key].direction > 0 else "less"
@@ -227,18 +227,18 @@ def _cells(metrics: Mapping[str, Any], base: Config, split: str) -> dict[str, st
         scores = metrics.get(benchmark.name, {}).get(split)
         if scores is None:
             continue
-        for part, found in benchmark.parts(scores).items():
+        for part, measured in benchmark.parts(scores).items():
             for key, measure in benchmark.measures.items():
-                if measure.brief and key in found["intervals"]:
-                    cell = table.cell(measure, table.value(found, key))
+                if measure.brief and key in measured["intervals"]:
+                    cell = table.cell(measure, table.value(measured, key))
                     cells[benchmark.label(part, key)] = cell
         if (alarm := table.alarm_cell(benchmark, scores)) != "-":
             cells[table.ALARM] = alarm
     return cells
 
 
-def markdown(found: Mapping[str, Any], out: Path) -> str:
+def markdown(result: Mapping[str, Any], out: Path) -> str:
     """The table of all points, then the one that was chosen beside the stock model, held out."""
-    stock, best = (out / "report" / name for name in (STOCK.name, found["chosen"]))
+    stock, best = (out / "report" / name for name in (STOCK.name, result["chosen"]))
     tuned = (out / "table.md").read_text("utf-8")
     return f"{tuned}\nOn held-out images:\n\n{compare.markdown(compare.compare(stock, best))}"

@@ -11,7 +11,7 @@ from torch import Tensor
 import vlm_patch
 from eval.errors import EvalError
 from eval.runs.config import from_settings
-from eval.speed.measure import wanted_sides
+from eval.speed.measure import compared_sides
 from eval.support import tiny
 from vlm_patch import ForwardContext, Method, wrap
 from vlm_patch.integrations.lmms_eval.arguments import build_methods
@@ -75,8 +75,8 @@ def test_in_settings_and_arguments() -> None:
 
 
 def test_speed_knows_no_release_of_a_method_of_one_s_own() -> None:
-    assert ("release", PATH) not in wanted_sides("decode", 1, ["var", PATH], 4)
-    assert ("ours", PATH) in wanted_sides("decode", 1, ["var", PATH], 4)
+    assert ("release", PATH) not in compared_sides("decode", 1, ["var", PATH], 4)
+    assert ("ours", PATH) in compared_sides("decode", 1, ["var", PATH], 4)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ Respond = Callable[[BaseHTTPRequestHandler], None]
 
 @contextmanager
 def serving(respond: Respond) -> Iterator[str]:
-    """Address of a server that answers every GET and POST by `respond`; stopped at the end."""
+    """Address of a server that answers every request by `respond`; stopped at the end."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             respond(self)
 
-        do_POST = do_GET
+        do_POST = do_HEAD = do_GET
 
         def log_message(self, *arguments: object) -> None:
             """Keep the tests' output quiet."""
@@ -41,7 +41,8 @@ def reply(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: 
     for name, value in {"Content-Length": str(len(body)), **headers}.items():
         handler.send_header(name.replace("_", "-"), value)
     handler.end_headers()
-    handler.wfile.write(body)
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
 
 
 @dataclass
@@ -62,4 +63,6 @@ class Chat:
         status, said = self.says(body["messages"][0]["content"])
         if isinstance(said, str):
             said = {"choices": [{"message": {"role": "assistant", "content": said}}]}
-        reply(handler, status, json.dumps(said).encode())
+        # a busy endpoint says how long to wait: here no time, so that tests need none
+        waits = {"Retry_After_Ms": "1"} if status != 200 else {}
+        reply(handler, status, json.dumps(said).encode(), Content_Type="application/json", **waits)

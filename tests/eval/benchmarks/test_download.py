@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants, file_download
 
 from eval.__main__ import main
 from eval.benchmarks import download
@@ -31,13 +32,18 @@ class Host:
     stops_at: int | None = None
     ranges: bool = True
     content: bytes = CONTENT
+    lacks: bool = False
     asked: list[tuple[str, str | None]] = field(default_factory=list)
 
     def respond(self, handler: BaseHTTPRequestHandler) -> None:
         wanted = handler.headers["Range"]
         self.asked.append((handler.path, wanted))
-        if handler.path == "/gone":
-            return reply(handler, 404, b"")
+        if handler.path == "/gone" or self.lacks:
+            return reply(handler, 404, b"", X_Error_Code="EntryNotFound")
+        if handler.command == "HEAD":
+            etag = hashlib.sha1(self.content).hexdigest()
+            facts = {"X_Repo_Commit": "0" * 40, "ETag": f'"{etag}"'}
+            return reply(handler, 200, self.content, **facts)
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
         size = len(self.content)
         if start >= size:
@@ -71,14 +77,14 @@ def test_a_file_is_fetched_checked_and_then_left_alone(host: Host, tmp_path: Pat
     assert (tmp_path / "sub" / "file.bin").read_bytes() == CONTENT
     entry = {"url": f"{host.url}/file", "sha256": SUM, "bytes": len(CONTENT)}
     assert lock(tmp_path) == {"sub/file.bin": entry}
-    assert fetch(source(host), tmp_path) == [f"{tmp_path}/sub/file.bin: there already"]
+    assert fetch(source(host), tmp_path) == [f"{tmp_path}/sub/file.bin: already there"]
     assert host.asked == [("/file", None)]
     assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["file.bin"]
 
 
 def test_a_download_that_breaks_off_goes_on(host: Host, tmp_path: Path) -> None:
     host.stops_at = 100_000
-    with pytest.raises(EvalError, match=r"/file: broke off at 100000 of 256000 bytes.*goes on"):
+    with pytest.raises(EvalError, match=r"/file: interrupted at 100000 of 256000 bytes.*resumes"):
         fetch(source(host), tmp_path)
     assert (tmp_path / "sub" / "file.bin.part").stat().st_size == 100_000
     fetch(source(host), tmp_path)
@@ -99,7 +105,7 @@ def test_pieces_without_a_length_that_break_off(host: Host, tmp_path: Path) -> N
 
     with serving(respond) as url:
         broken = Source("a file", (File("file.bin", f"{url}/file", SUM),))
-        with pytest.raises(EvalError, match=r"not fetched into .*file\.bin\.part .*goes on"):
+        with pytest.raises(EvalError, match=r"not fetched into .*file\.bin\.part .*resumes"):
             fetch(broken, tmp_path)
     assert not (tmp_path / "file.bin").exists()
 
@@ -110,14 +116,14 @@ def test_a_full_disk(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patched:
         patched.setattr(download, "_save", full)
-        with pytest.raises(EvalError, match=r"file\.bin\.part .*No space left.* goes on"):
+        with pytest.raises(EvalError, match=r"file\.bin\.part .*No space left.* resumes"):
             fetch(source(host), tmp_path)
     assert fetch(source(host), tmp_path)[0].endswith("fetched, checked")
 
 
 def test_a_server_without_ranges_starts_over(host: Host, tmp_path: Path) -> None:
     host.stops_at, host.ranges = 100_000, False
-    with pytest.raises(EvalError, match="broke off"):
+    with pytest.raises(EvalError, match="interrupted at"):
         fetch(source(host), tmp_path)
     fetch(source(host), tmp_path)
     assert (tmp_path / "sub" / "file.bin").read_bytes() == CONTENT
@@ -219,7 +225,7 @@ def test_the_sources() -> None:
     files = [file for one in listed.values() for file in one.files]
     assert len({file.url for file in files}) == len(files)
     for file in files:
-        assert file.url.startswith(("https://", "http://images.cocodataset.org/"))
+        assert file.url.startswith(("https://", "http://images.cocodataset.org/", "hf://"))
         if "githubusercontent" in file.url:
             assert re.search(r"/[0-9a-f]{40}/", file.url)
     assert len(listed["mmvp"].files) == 301
@@ -237,3 +243,42 @@ def test_known_checksums_are_those_of_the_shared_files() -> None:
             assert download.sha256(path) == file.sha256, file.path
             checked += 1
     assert checked == 9
+
+
+@pytest.fixture
+def hub(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """The host as a stand-in of the hub, where its client looks for it."""
+    template = f"{host.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for module in (constants, file_download):  # huggingface_hub before 1 reads the latter's
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", host.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return host
+
+
+def test_a_file_of_the_hub_is_fetched_by_its_client_and_checked(hub: Host, tmp_path: Path) -> None:
+    files = (File("sub/a file.bin", "hf://datasets/some/set/sub/a file.bin", None, "some/set"),)
+    (said,) = fetch(Source("a file", files), tmp_path)
+    assert said.endswith(f"fetched, its SHA-256 is new and goes into {LOCK}")
+    assert (tmp_path / "sub" / "a file.bin").read_bytes() == CONTENT
+    paths = [path for path, _ in hub.asked if not path.startswith("/api/")]
+    assert set(paths) == {"/datasets/some/set/resolve/main/sub/a%20file.bin"}
+    entry = {"url": files[0].url, "sha256": SUM, "bytes": len(CONTENT)}
+    assert lock(tmp_path) == {"sub/a file.bin": entry}
+    requests = len(hub.asked)
+    assert fetch(Source("a file", files), tmp_path)[0].endswith("a file.bin: already there")
+    assert len(hub.asked) == requests
+    (tmp_path / "sub" / "a file.bin").unlink()
+    hub.content = CONTENT[:-1]
+    with pytest.raises(EvalError, match=rf"expected the recorded one, {SUM}"):
+        fetch(Source("a file", files), tmp_path)
+    assert not (tmp_path / "sub" / "a file.bin").exists()
+
+
+def test_a_file_that_the_hub_lacks(hub: Host, tmp_path: Path) -> None:
+    hub.lacks = True
+    lost = Source(
+        "a file", (File("gone.bin", "hf://datasets/some/set/gone.bin", None, "some/set"),)
+    )
+    with pytest.raises(EvalError, match=r"hf://datasets/some/set/gone\.bin: not fetched .*by hand"):
+        fetch(lost, tmp_path)

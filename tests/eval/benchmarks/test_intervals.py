@@ -1,17 +1,25 @@
 """Bootstrap intervals of summed counts."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from eval.benchmarks.intervals import (
+    DRAWS,
     Numbers,
-    bootstrap,
     grouped,
     interval,
     measure,
     ratio,
     resample,
 )
+
+
+def bootstrap(
+    rows: Numbers, statistic: Callable[[Numbers], Numbers], n: int = DRAWS
+) -> tuple[float, float]:
+    return interval(statistic(resample(rows, n)))
 
 
 def quotient(sums: Numbers) -> Numbers:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import pytest
 
 from eval.benchmarks.judge import Endpoint, Judge, Template, judge_of, shipped
 from eval.errors import EvalError
-from tests.support.local_server import Chat, serving
+from tests.support.local_server import Chat, reply, serving
 
 
 def endpoint(chat: Chat, **more: Any) -> Endpoint:
-    return Endpoint(chat.url, "judge-1", waits=(0, 0), **more)
+    return Endpoint(chat.url, "judge-1", retries=2, **more)
 
 
 def test_one_request(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,10 +36,9 @@ def test_one_request(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_busy_endpoint_is_asked_again(chat: Chat) -> None:
-    slept: list[float] = []
     chat.says = lambda prompt: (200, "fine") if len(chat.asked) == 3 else (503, "busy")
-    assert Endpoint(chat.url, "m", waits=(3, 5, 7), sleep=slept.append).ask("q") == "fine"
-    assert slept == [3, 5]
+    assert endpoint(chat).ask("q") == "fine"
+    assert len(chat.asked) == 3
     chat.says = lambda prompt: (429, "slow down")
     with pytest.raises(EvalError, match=r"HTTP 429 .*slow down.*replies so far are kept"):
         endpoint(chat).ask("q")
@@ -49,8 +49,8 @@ def test_a_busy_endpoint_is_asked_again(chat: Chat) -> None:
     ("said", "message"),
     [
         ((401, {"error": "bad key"}), r"HTTP 401 .*bad key.*the key in OPENAI_API_KEY"),
-        ((200, {"choices": []}), r"no chat completion in its answer: .*choices"),
-        ((200, []), r"no chat completion in its answer"),
+        ((200, {"choices": []}), r"no chat completion in its response: .*choices"),
+        ((200, []), r"no chat completion in its response"),
     ],
 )
 def test_what_is_no_reply(chat: Chat, said: tuple[int, Any], message: str) -> None:
@@ -60,11 +60,27 @@ def test_what_is_no_reply(chat: Chat, said: tuple[int, Any], message: str) -> No
     assert len(chat.asked) == 1
 
 
+def test_a_web_page_is_no_reply() -> None:
+    page = b"<html>not an API</html>"
+    with (
+        serving(lambda handler: reply(handler, 200, page, Content_Type="text/html")) as url,
+        pytest.raises(EvalError, match=r"no chat completion in its response: <html>not an API"),
+    ):
+        Endpoint(url, "m").ask("q")
+
+
 def test_nobody_there() -> None:
     with serving(lambda handler: None) as url:
         pass
     with pytest.raises(EvalError, match="not reached"):
-        Endpoint(url, "m", waits=(0,)).ask("q")
+        Endpoint(url, "m", retries=0).ask("q")
+
+
+def test_without_openai_the_extra_is_named(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(EvalError, match=r'--judge needs openai: pip install -e "\.\[judge\]"'):
+        endpoint(chat).ask("q")
+    assert chat.asked == []
 
 
 def test_judging_goes_on_where_it_stopped(chat: Chat, tmp_path: Path) -> None:
@@ -109,6 +125,8 @@ def test_the_options(tmp_path: Path) -> None:
         judge_of("http://x", None, file)
     with pytest.raises(EvalError, match="--judge needs --verdicts FILE"):
         judge_of("http://x", "m", None)
+    with pytest.raises(EvalError, match="--judge localhost:8000/v1: expected an address such as"):
+        judge_of("localhost:8000/v1", "m", file)
 
 
 def test_templates(tmp_path: Path) -> None:

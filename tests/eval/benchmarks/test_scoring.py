@@ -8,7 +8,7 @@ import pytest
 
 from eval.benchmarks.chair.files import score_files as score_chair
 from eval.benchmarks.pope.files import score_files as score_pope
-from eval.cli.score import print_result
+from eval.cli.function import print_result
 from eval.errors import EvalError
 from tests.support.shared_data import SHARED, shared
 

@@ -129,7 +129,7 @@ def test_the_user_can_stop_a_run(
 
     monkeypatch.setattr("eval.runs.runner.generate.ask", stop)
     assert main(["run", str(config), "--out", str(tmp_path / "out")]) == 130
-    assert "the same command goes on where this one ended" in capsys.readouterr().err
+    assert "the same command resumes where this one ended" in capsys.readouterr().err
 
 
 @shared

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import pytest
 
 from eval.__main__ import main
-from eval.cli.score import SCORES, Command
+from eval.cli.function import Command
+from eval.cli.score import SCORES
 
 
 def scored(

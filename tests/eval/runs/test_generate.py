@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import GenerationConfig, GenerationMixin
 
 from eval.runs import batches, generate
-from eval.runs.batches import Asker
+from eval.runs.batches import BatchRunner
 from eval.runs.config import from_settings
 from eval.runs.samples import Sample
 from eval.errors import EvalError
@@ -175,7 +175,7 @@ def test_an_image_the_processor_refuses_is_to_blame_and_no_other(
     assert caught.value.sample is samples[1]
     config = from_settings({"tasks": ["chair"], "chair": {"max_new_tokens": 3}, "batch_size": 4})
     (batch,) = batches.divide(samples, config)
-    ((*found,),) = Asker(model, processor, config).answer(batch)
+    ((*found,),) = BatchRunner(model, processor, config).answer(batch)
     said = {sample.id: it for sample, it in found}
     assert isinstance(said.pop("1"), generate.BrokenImageError)
     others = [sample for sample in samples if sample.id != "1"]

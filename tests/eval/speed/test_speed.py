@@ -99,7 +99,7 @@ def test_both_implementations_of_a_shape_agree(count: int, dims: Dims, method: s
     shape = small(count, dims)
     loaded = shape.load(CPU)
     wanted = [("stock", ""), ("ours", method), ("release", method)]
-    with sides(loaded, shape.ask(loaded, 1), wanted) as (stock, library, release):
+    with sides(loaded, shape.make_prompt(loaded, 1), wanted) as (stock, library, release):
         for side in (stock, library, release):
             side.prefill()
             side.decode(2)
@@ -122,7 +122,7 @@ def test_a_method_that_does_nothing_is_not_timed() -> None:
     shape = small()
     loaded = shape.load(CPU)
     wanted = [("stock", ""), ("idle", "all")]
-    with sides(loaded, shape.ask(loaded, 1), wanted) as (stock, idle):
+    with sides(loaded, shape.make_prompt(loaded, 1), wanted) as (stock, idle):
         stock.prefill()
         idle.prefill()
         assert torch.equal(stock.logits, idle.logits)
@@ -133,7 +133,7 @@ def test_a_method_that_does_nothing_is_not_timed() -> None:
 def test_decode_leaves_the_prompt_as_it_was() -> None:
     shape = small()
     loaded = shape.load(CPU)
-    with sides(loaded, shape.ask(loaded, 1), [("ours", "all")]) as (side,):
+    with sides(loaded, shape.make_prompt(loaded, 1), [("ours", "all")]) as (side,):
         side.prefill()
         before = [layer.keys.clone() for layer in side.cache.layers]
         side.decode(3)
@@ -149,7 +149,7 @@ def test_the_attention_clock_counts_each_call_once(monkeypatch: pytest.MonkeyPat
     loaded = shape.load(CPU)
     for kind in ("stock", "eager", "ours"):
         with (
-            sides(loaded, shape.ask(loaded, 1), [(kind, "var")]) as (side,),
+            sides(loaded, shape.make_prompt(loaded, 1), [(kind, "var")]) as (side,),
             attention_clock(CPU) as seconds,
         ):
             side.model(**side.prompt.inputs)
