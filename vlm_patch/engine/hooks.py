@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from vlm_patch.engine.attention import HANDLER_ARGUMENT, Call, ForwardHandler, ThreadState
+from vlm_patch.engine.attention import HANDLER_ARGUMENT, Call, ThreadState
+from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, shows_weights
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
-from vlm_patch.engine.state import GenerationState, Tail, attach
+from vlm_patch.engine.state import GenerationState, attach
 from vlm_patch.engine.tracker import PromptTracker, carries_images
 from vlm_patch.errors import PatchError
-from vlm_patch.method import ForwardContext, Method, Watcher
-
-OLD_CACHE_NAME = "past_key_values"
-
-
-OF_IMAGES = ("image", "pixel", "vis", "deepstack", "mm_encoder")
-"""Parts of the names of decoder inputs that belong to image tokens; a row of text needs none."""
+from vlm_patch.method import ForwardContext, Method
 
 
 class Hook:
@@ -91,7 +86,8 @@ class ForwardHooks:
     now: ThreadState = field(default_factory=ThreadState)
 
     def __post_init__(self) -> None:
-        self.cache_name = cache_name(self.decoder)
+        self.extra = ExtraPasses(self.decoder, self.learned, self.padding, self.now)
+        self.cache_name = self.extra.cache_name
 
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model."""
@@ -192,16 +188,16 @@ class ForwardHooks:
                 generation.follow(method.name, (), forward.past)
         if forward.starts:
             for active in actives:
-                self._look(active, forward)
+                self.extra.probe(active, forward)
         at_end = any(active.method.edits_prompt_end for active in actives)
         if at_end and forward.starts and forward.resumed:
-            forward = self._read_again(forward, generation, actives, kwargs)
+            forward = self.extra.read_again(forward, generation, actives, kwargs)
         if at_end and forward.prompt_rows:
-            self._keep_tail(forward, generation, kwargs)
-        shows = _shows(self.decoder, kwargs)
+            self.extra.keep_tail(forward, generation, kwargs)
+        shows = shows_weights(self.decoder, kwargs)
         late = [active for active in actives if _late(active, forward)]
         if late:
-            forward, kwargs = self._read_first(forward, actives, late, kwargs)
+            forward, kwargs = self.extra.read_first(forward, actives, late, kwargs)
         for active in actives:
             active.method.begin(forward, active.state)
         run: Editing | None = generation.step
@@ -216,171 +212,10 @@ class ForwardHooks:
             kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler()
         return kwargs
 
-    def _look(self, active: ActiveMethod, forward: ForwardContext) -> None:
-        """Runs a method's own passes of the stock model, and keeps what it learned of the model."""
-
-        def run(inputs: dict[str, Any], watcher: Watcher) -> None:
-            if self.padding is not None:
-                inputs = _counted(inputs, self.padding)
-            self._run(Watching(watcher), self._without_cache(inputs))
-
-        before = active.method
-        with torch.no_grad():
-            active.method = before.probe(forward, active.state, list(active.heads), run)
-        if active.method is not before:
-            self.learned(before, active.method)
-
-    def _run(self, run: ForwardHandler, kwargs: dict[str, Any]) -> Any:
-        """Runs the decoder once more, inside the forward that is about to start."""
-        self.now.run, self.now.inside = run, True
-        try:
-            return self.decoder(**kwargs)
-        finally:
-            self.now.run, self.now.inside = None, False
-
-    def _keep_tail(
-        self, forward: ForwardContext, generation: GenerationState, kwargs: dict[str, Any]
-    ) -> None:
-        """Keeps the rows behind the image, of a prompt that may go on."""
-        rows = forward.valid.shape[1]
-        text = rows if forward.edge is None else rows - 1 - forward.edge
-        if forward.edge is not None or not forward.resumed:
-            generation.tails = []
-        if not forward.open or not text:
-            return
-        image = bool(forward.image[:, -text:].any())
-        partial = image and any(v is not None and _of_image(name) for name, v in kwargs.items())
-        _, inputs = _last_rows(forward, kwargs, text)
-        inputs.pop(self.cache_name, None)
-        past = forward.past + rows - text
-        generation.tails.append(Tail(past, text, _copied(inputs), partial))
-
-    def _read_again(
-        self,
-        forward: ForwardContext,
-        generation: GenerationState,
-        actives: list[ActiveMethod],
-        kwargs: dict[str, Any],
-    ) -> ForwardContext:
-        """Reads the cached text behind the image once more, as a part of a prompt that goes on.
-
-        It was read as the end of a prompt: its last row was edited, which this one's must not be,
-        and what it asks about was taken from the beginning of the question alone.
-        """
-        tails, start, past = generation.tails, generation.edge, forward.past
-        if not forward.image[:, :past].any() or start in (0, past):
-            return forward
-        cache: Any = kwargs[self.cache_name]
-        tails = [tail for tail in tails if start <= tail.past]
-        known = start + sum(tail.rows for tail in tails) == past
-        if not known or not _can_be_cut(cache) or any(tail.partial for tail in tails):
-            raise PatchError(
-                f"this prompt goes on behind a cache that ends {past - start} tokens behind the "
-                "image, which a method that reads the question must see again as a part of it, and "
-                "they were not kept, or cannot be taken out of this cache. Cut the prompt right "
-                "behind the last image token: read that part by a forward of the model, or crop "
-                "the cache to it."
-            )
-        cache.crop(start - past)
-        stock = [replace(a, heads={}) if a.method.edits_prompt_end else a for a in actives]
-        for tail in tails:
-            part = _part(forward, generation, tail)
-            for active in actives:
-                active.method.begin(part, active.state)
-            self._run(Editing(part, stock, False), {**tail.inputs, self.cache_name: cache})
-            forward = replace(forward, starts=False)
-        return forward
-
-    def _read_first(
-        self,
-        forward: ForwardContext,
-        actives: list[ActiveMethod],
-        late: list[ActiveMethod],
-        kwargs: dict[str, Any],
-    ) -> tuple[ForwardContext, dict[str, Any]]:
-        """Shows the prompt to methods that must see it before their first edit, with that edit off.
-
-        What is left to run is its last token and what was drafted behind it, on the same cache,
-        since such an edit changes no other row; or all of it, where no cache can be cut or another
-        method settles something by that row.
-        """
-        for active in actives:
-            active.method.begin(forward, active.state)
-        first = [replace(a, heads={}) if a in late else a for a in actives]
-        cache: Any = kwargs.get(self.cache_name)
-        again = any(a.method.settles(forward) for a in actives if a not in late)
-        again |= bool(forward.image[:, -1].any()) or _last_is_seen(forward, kwargs)
-        if again or not _can_be_cut(cache):
-            if forward.past:
-                raise PatchError(
-                    f"{late[0].method.name} watches a layer that is not below those it edits, "
-                    "which behind a cache needs one that can be cut: use a DynamicCache of a "
-                    "model without sliding window and linear attention, or watch a lower layer"
-                )
-            with torch.no_grad():
-                self._run(Editing(forward, first, False), self._without_cache(kwargs))
-            return replace(forward, reading=False), kwargs
-        shows = _shows(self.decoder, kwargs)
-        self.now.first = self._run(Editing(forward, first, shows), kwargs)
-        left = forward.valid.shape[1] - forward.prompt_rows + 1
-        cache.crop(-left)
-        return _last_rows(forward, kwargs, left)
-
-    def _without_cache(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of a prompt for a pass that leaves no trace; masks for a static cache are
-        cut.
-        """
-        embeds = kwargs.get("inputs_embeds")
-        rows = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
-
-        def cut(mask: Any) -> Any:
-            if isinstance(mask, Mapping):
-                return {kind: cut(of_kind) for kind, of_kind in mask.items()}
-            return mask[..., :rows] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
-
-        mask = cut(kwargs.get("attention_mask"))
-        nothing = {self.cache_name: None, "use_cache": False}
-        return {**kwargs, "attention_mask": mask, **nothing}
-
-
-def cache_name(decoder: nn.Module) -> str:
-    """What a decoder calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
-    known = inspect.signature(type(decoder).forward).parameters
-    return "cache" if "cache" in known else OLD_CACHE_NAME
-
 
 def _readers(switched: list[tuple[Method, dict[int, Tensor | None]]]) -> list[str]:
     """The names of the methods that read the vision tower."""
     return [method.name for method, _ in switched if method.tower_reads()]
-
-
-def _can_be_cut(cache: Any) -> bool:
-    """Whether the last token can be taken out of a cache again: not out of a sliding window, nor
-    out of the state of linear attention.
-    """
-    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
-    return type(cache) is DynamicCache and kinds <= {"DynamicLayer", "DummyLayer"}
-
-
-def _last_is_seen(forward: ForwardContext, kwargs: Mapping[str, Any]) -> bool:
-    """Whether other rows of the prompt look at its last token, as in PaliGemma's prefix."""
-    given = kwargs.get("attention_mask")
-    masks = list(given.values()) if isinstance(given, Mapping) else [given]
-    last = forward.past + forward.valid.shape[1] - 1
-    for mask in masks:
-        if isinstance(mask, Tensor) and mask.ndim == 4:
-            seen = mask[:, 0, :-1, min(last, mask.shape[-1] - 1)]
-            seen = seen if seen.dtype == torch.bool else seen == 0
-            if (seen & forward.valid[:, :-1]).any():
-                return True
-    return False
-
-
-def _counted(kwargs: Mapping[str, Any], padding: int) -> dict[str, Any]:
-    """The inputs for a decoder that counts positions by its padding tokens."""
-    hidden = kwargs["attention_mask"] == 0
-    ids = kwargs["input_ids"].masked_fill(hidden, padding)
-    return {**kwargs, "input_ids": ids, "position_ids": None}
 
 
 def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -390,12 +225,6 @@ def _wants_cache(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
         config: Any = decoder.config
         wanted = not decoder.training and getattr(config, "use_cache", False)
     return bool(wanted)
-
-
-def _shows(decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the user wants to see attention weights."""
-    config: Any = decoder.config
-    return bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
 
 
 def _runs_layers_again(decoder: nn.Module) -> bool:
@@ -419,74 +248,6 @@ def _late(active: ActiveMethod, forward: ForwardContext) -> bool:
         return False
     edited = active.method.edited_rows(forward)
     return edited is not None and bool(edited.any())
-
-
-def _last_rows(
-    forward: ForwardContext, kwargs: dict[str, Any], left: int
-) -> tuple[ForwardContext, dict[str, Any]]:
-    """The step that remains when all of a prompt but the `left` last rows is done."""
-    batch, rows = forward.valid.shape
-
-    def cut(name: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cut(name, item) for key, item in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        if name == "attention_mask":
-            return value[:, :, -left:] if value.ndim == 4 else value
-        if name in ("position_ids", "cache_position"):
-            return value[..., -left:]
-        per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
-        return value[:, -left:] if per_row else value
-
-    inputs = {name: cut(name, value) for name, value in kwargs.items() if not _of_image(name)}
-    step = replace(
-        forward,
-        past=forward.past + rows - left,
-        valid=forward.valid[:, -left:],
-        text=forward.text[:, -left:],
-        last=forward.last[:, -left:],
-        reading=False,
-        inputs=inputs,
-        prompt_rows=1,
-        starts=False,
-    )
-    return step, inputs
-
-
-def _of_image(name: str) -> bool:
-    return any(part in name for part in OF_IMAGES)
-
-
-def _copied(value: Any) -> Any:
-    """The same tensors, not as views of larger ones, nor with their gradients."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _part(forward: ForwardContext, generation: GenerationState, tail: Tail) -> ForwardContext:
-    """The rows of a tail as a part of the prompt that goes on in `forward`."""
-    total = tail.past + tail.rows
-    image, query, content = (
-        mask[:, :total] for mask in (forward.image, forward.query, forward.content)
-    )
-    valid = generation.keys.valid[:, tail.past - generation.start : total - generation.start]
-    return replace(
-        forward,
-        past=tail.past,
-        image=image,
-        query=query,
-        content=content,
-        valid=valid,
-        text=~image[:, tail.past :] & valid & (image.cumsum(1)[:, tail.past :] > 0),
-        last=torch.zeros_like(valid),
-        inputs=tail.inputs,
-        prompt_rows=tail.rows,
-        starts=forward.starts,
-        ends=False,
-        edge=None,
-    )
 
 
 def _join(first: Any, last: Any, dim: int) -> Any:

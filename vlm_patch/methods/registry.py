@@ -6,7 +6,7 @@ import difflib
 import importlib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +53,8 @@ def find(name: str) -> type[Method]:
     if not isinstance(kind, type) or not issubclass(kind, Method):
         raise ValueError(f"method {name!r}: {_not_there(module, class_name, kind)}")
     _check(name, kind)
+    if not hasattr(kind, "__dataclass_fields__"):
+        raise ValueError(f"method {name!r} is no dataclass: write @dataclass(frozen=True) above it")
     return kind
 
 
@@ -73,8 +75,6 @@ def _check(path: str, kind: type[Method]) -> None:
             f"method {path!r}: found name = {name!r}, expected a word for configs and head tables, "
             'such as name: ClassVar[str] = "my_method"'
         )
-    if not is_dataclass(kind):
-        raise ValueError(f"method {path!r} is no dataclass: write @dataclass(frozen=True) above it")
 
 
 def instances(methods: Sequence[Method | str]) -> list[Method]:
