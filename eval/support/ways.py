@@ -599,6 +599,7 @@ def compiled(names: Names) -> float:
     batch = prompt(model, tiny.BATCH_OF_3)
     plain = model.forward
     with vlm_patch.wrap(model, *ours(names)):
+        torch.compiler.reset()  # what was compiled for another model passes by hooks of this one
         model.forward = torch.compile(plain, backend="eager")
         output = generate(model, batch, 4, cache_implementation="static")
     model.forward = plain
