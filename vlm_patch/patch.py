@@ -37,25 +37,33 @@ def wrap(
 ) -> Patch:
     """Puts methods on a vision-language model of transformers; the model stays the user's own.
 
-    model: also in an adapter of PEFT, in what `torch.compile` returns, and in
-    DistributedDataParallel. methods: instances, or names such as "var" for the
-    defaults of this model; they act in the order given. processor: the model's own; needed to tell
-    the user's question from the text around it (GIFT). layers: restricts every method to these
-    layers (`[12, 13]`, `"12-20"`). heads: the heads that are on, for all methods or as a mapping by
-    method name; each is a bool table `[layers, heads]`, `{12: [0, 3]}`, `"12:0,3; 14-20:*"` or
-    `"all"`; by default all heads of the layers that the method is made for.
+    model: a pretrained model; also in an adapter of PEFT, in what `torch.compile` returns, and in
+        DistributedDataParallel.
+    methods: instances, names such as "gift" for the defaults of this model, or import paths of your
+        own ("my_package.my_file:MyMethod"); they act in the order given.
+    processor: the model's own; needed to tell the user's question from the text around it (GIFT).
+    layers: restricts every method to these layers: `[12, 13]` or `"12-20"`.
+    heads: the heads that are on, for all methods or as a mapping by method name; each is a bool
+        table `[layers, heads]`, `{12: [0, 3]}`, `"12:0,3; 14-20:*"` or `"all"`. None: all heads of
+        the layers that a method is made for.
 
     Returns the handle. Raises UnsupportedModelError, PatchError (already wrapped), ValueError (bad
     names, heads, hyperparameters).
+
+        with wrap(model, VAR(), GIFT(alpha=4.0), processor=processor, layers="8-24"):
+            model.generate(**inputs)
     """
     return Patch(model, methods, processor, layers, heads)
 
 
 def unwrap(model: Any) -> bool:
-    """Takes off the patch of a model whose handle was lost: `vlm_patch.unwrap(model)`.
+    """Takes off the patch of a model whose handle was lost.
 
-    Returns whether there was one; harmless where there is none, such as at the top of a notebook
-    cell that wraps the model. Raises UnsupportedModelError for what cannot be wrapped.
+    Returns whether there was one; harmless where there is none. Raises UnsupportedModelError for
+    what cannot be wrapped.
+
+        vlm_patch.unwrap(model)  # at the top of a notebook cell that wraps the model
+        patch = vlm_patch.wrap(model, VAR())
     """
     found = {
         id(p): p
@@ -70,8 +78,15 @@ def unwrap(model: Any) -> bool:
 class Patch:
     """The handle of a wrapped model; as a context manager it takes the patch off at its end.
 
-    heads: per method a live bool table `[layers, heads]` of what is on (see `wrap`); what is
-    written there counts from the next forward on.
+    model: what was given to `wrap`.
+    heads: per method name a live bool table `[layers, heads]` of what is on (see `wrap`); what is
+        written there counts from the next forward on.
+
+        patch = wrap(model, VHR())
+        patch.heads["vhr"][12, 3] = False  # one head
+        with patch.disabled():             # the stock model for a moment
+            model.generate(**inputs)
+        patch.remove()                     # the model exactly as before
     """
 
     def __init__(

@@ -167,17 +167,24 @@ class GazeState(State):
 
 @dataclass(frozen=True, eq=False)
 class GIFT(KeyReweighting):
-    """Looks harder, while answering, at what the question made the model look at.
+    """Amplifies, while the response is written, the image tokens to which attention shifts while the
+    question is read (Qi et al., section 3).
 
-    alpha: strength; 0 changes nothing; None for the published value. beta: how far the question
-    keeps pace with the image, 1 fully. saliency_layer: where the gaze is read, a layer or a list of
-    them. Several make one map as in the release: each layer chooses its own heads, and the map is
-    the mean over layers, chosen heads and content words. layers: where the gaze is enhanced. None
-    for the published ones, or the layer below the middle third and the middle third.
-    head_fraction: share of heads taken in each choice. words: "content" (the question without
-    English function words), "spacy" (nouns, verbs, adjectives, adverbs, numbers by spaCy's
-    en_core_web_sm), "all", or a bool mask `[batch, prompt length]`. Raises ValueError on values out
-    of range.
+    alpha: strength; 0 changes nothing, at most 80. None: the published value, or 4.
+    beta: how far attention to the question keeps pace with the image, 1 fully.
+    saliency_layer: index of the layer where the shift is read, or a list of them. Several make one
+        map as in the release: each layer chooses its own heads, and the map is the mean over
+        layers, chosen heads and content words. None: the published one, or the layer below
+        `layers`.
+    layers: where attention is amplified. None: the published ones, or the middle third.
+    head_fraction: share of heads taken in each choice, 0 to 1.
+    words: "content" (the question without English function words), "spacy" (nouns, verbs,
+        adjectives, adverbs, numbers by spaCy's en_core_web_sm), "all", or a bool mask `[batch,
+        prompt length]`.
+
+    Raises ValueError on values out of range.
+
+        wrap(model, GIFT(alpha=5.0, saliency_layer=[9, 11]), processor=processor)
     """
 
     name: ClassVar[str] = "gift"

@@ -98,26 +98,31 @@ class BoostState(State):
 
 @dataclass(frozen=True)
 class PAINT(Method):
-    """Raises the attention scores of the patches that matter to the vision tower, in the last row.
+    """Raises the attention scores of the patches that matter to the vision tower, in the last row
+    (Arif et al.).
 
     alpha, beta: how much, for local and for summary patches (`token_sets`), 0 to 1; 0 changes
-    nothing. rho: share of local patches. layers: where; None for all but the first two. semantics:
-    "paper" (the last row of a prompt and every generated token) or "release" (generated tokens
-    only, which is what the release does whenever its contrast is on, as in all of its runs).
+        nothing.
+    rho: share of local patches, 0 to 1.
+    layers: where. None: all but the first two.
+    semantics: "paper" (the last row of a prompt and every generated token) or "release" (generated
+        tokens only, which is what the release does whenever its contrast is on, as in all of its
+        runs).
+    rho_sp: ours, off at 0: share of patches that most other patches attend to in the first layer
+        ("spatial"; the release's own score is a constant), which join the local ones.
+    sensitivity: ours, off at None: a table `[layers, heads]` of how much each head attends to
+        images, by which alpha and beta are scaled, 1 at its maximum.
 
-    Its second half, the contrast with a pass without the image, is not part of this version. Where
+    The second half, the contrast with a pass without the image, is not part of this version. Where
     the paper is silent, by our proposal: towers without a class token are read by the mean over
     their patches, tokens made of several patches by the mean of these; tiles are compared over
     their whole image; every image, and every frame of a video, has sets of its own.
 
-    Also ours, and off by default: rho_sp, the share of patches that most other patches look at in
-    the first layer ("spatial"; the release's own is a constant), which join the local ones; and
-    sensitivity, a table `[layers, heads]` of how much each head looks at images (such as its mean
-    attention to them over some answers), by which alpha and beta are scaled, 1 at its maximum.
-
     The defaults are the settings at which captions do not loop; `PAINT.paper()` and
     `PAINT.release()` are the published ones, at which a third of them do. Raises ValueError on
     values out of range.
+
+        wrap(model, PAINT(rho=0.2))
     """
 
     name: ClassVar[str] = "paint"

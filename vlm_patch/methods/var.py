@@ -126,20 +126,25 @@ class SinkState(State):
 
 @dataclass(frozen=True)
 class VAR(KeyReweighting):
-    """Gives image tokens the attention that sinks into BOS-like tokens, for every text token after
-    the image.
+    """Moves attention from sinks to image tokens that are none, for every text token after the image
+    (Kang et al., equations 5 to 8).
 
-    move_fraction: share of the sink attention that is moved, 0 to 1. rho_nonsink: least share of a
-    head's image attention that lies outside sinks, 0 to 1 (the papers' tables use 0.5 for
-    hallucination, 0.8 for general tasks). min_image_mass: least attention to the image. tau: a
-    token is a sink where its score reaches tau; None is what is measured where channels are looked
-    for, or else 20 scaled by sqrt(width / 4096). dims: the sink channels; None for the published
-    ones, or else those found on the first prompt.
-    first_layer: None is 0 ("paper") or 2 ("release"). exclude_last_layer: leave the last layer
-    alone. require_visual_sink: act only in layers where an image token is a sink. semantics:
-    "paper", or "release" (sinks found once, on the prompt, from layer 2; strict threshold; needs a
-    visual sink). The meaning of move_fraction and rho_nonsink is the same in both. Raises
-    ValueError on values out of range.
+    move_fraction: share of the sink attention that is moved, 0 to 1.
+    rho_nonsink: least share of a head's image attention that lies outside sinks, 0 to 1; the
+        papers' tables use 0.5 for hallucination, 0.8 for general tasks.
+    min_image_mass: least attention of a head to the image, 0 to 1.
+    tau: a token is a sink where its score reaches tau. None: measured where channels are searched,
+        or else 20 scaled by sqrt(width / 4096).
+    dims: the sink channels. None: the published ones, or those found on the first prompt.
+    first_layer: index of the first layer. None: 0 ("paper") or 2 ("release").
+    exclude_last_layer: leave the last layer alone.
+    require_visual_sink: act only in layers where an image token is a sink.
+    semantics: "paper", or "release" (sinks found once, on the prompt, from layer 2; strict
+        threshold; needs a visual sink). move_fraction and rho_nonsink mean the same in both.
+
+    Raises ValueError on values out of range.
+
+        wrap(model, VAR(move_fraction=0.4, dims=[1415, 2533], tau=20.0))
     """
 
     name: ClassVar[str] = "var"

@@ -139,12 +139,19 @@ class HeadState(State):
 
 @dataclass(frozen=True)
 class VHR(Method):
-    """Doubles the heads whose output depends most on the image, chosen once per prompt.
+    """Scales the heads whose output depends most on the image, chosen once per prompt (He et al.,
+    section 3).
 
-    alpha: gain of the chosen heads; 1 changes nothing. layers: where; None for the published ones,
-    or those scaled to the depth (the second layer and the last 14 of 32). filter: leave out heads
-    that are outliers without the image too. semantics: "release" (squared distance; the filter only
-    where the scores spread by more than 1) or "paper". Raises ValueError on values out of range.
+    alpha: gain of the chosen heads; 1 changes nothing.
+    layers: where. None: the published ones, or those scaled to the depth (the second layer and the
+        last 14 of 32).
+    filter: leave out heads that are outliers without the image too.
+    semantics: "release" (squared distance; the filter only where the scores spread by more than 1)
+        or "paper".
+
+    Raises ValueError on values out of range.
+
+        wrap(model, VHR(alpha=2.0, layers=range(18, 32)))
     """
 
     name: ClassVar[str] = "vhr"
