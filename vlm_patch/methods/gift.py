@@ -167,8 +167,8 @@ class GazeState(State):
 
 @dataclass(frozen=True, eq=False)
 class GIFT(KeyReweighting):
-    """Amplifies, while the response is written, the image tokens to which attention shifts while the
-    question is read (Qi et al., section 3).
+    """Amplifies, while the response is written, the image tokens to which attention shifts while
+    the question is read (Qi et al., section 3).
 
     alpha: strength; 0 changes nothing, at most 80. None: the published value, or 4.
     beta: how far attention to the question keeps pace with the image, 1 fully.

@@ -126,8 +126,8 @@ class SinkState(State):
 
 @dataclass(frozen=True)
 class VAR(KeyReweighting):
-    """Moves attention from sinks to image tokens that are none, for every text token after the image
-    (Kang et al., equations 5 to 8).
+    """Moves attention from sinks to image tokens that are none, for every text token after the
+    image (Kang et al., equations 5 to 8).
 
     move_fraction: share of the sink attention that is moved, 0 to 1.
     rho_nonsink: least share of a head's image attention that lies outside sinks, 0 to 1; the
