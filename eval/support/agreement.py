@@ -1,10 +1,10 @@
 """The same methods twice, for the reference and for the library, and how far both are apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eval.support import tiny
 from eval.support.reference import Gift, Method, Paint, Sample, Var, Vhr, logits
@@ -64,14 +64,14 @@ TOGETHER = [
     ("var", "gift-inside"),
     ("gift-inside", "paint", "var", "vhr"),
 ]
-MODELS = {
+MODELS: dict[str, Callable[..., Any]] = {
     "llava": tiny.llava,
     "llava-gqa": lambda **options: tiny.llava(kv_heads=2, **options),
     "qwen2-vl": tiny.qwen2_vl,
 }
 
 
-def planted(kind: str, **options: Any) -> nn.Module:
+def planted(kind: str, **options: Any) -> Any:
     return tiny.plant(MODELS[kind](**options))
 
 
@@ -83,7 +83,7 @@ def ours(names: Sequence[str]) -> list[Any]:
     return [PAIRS[name][1] for name in names]
 
 
-def generate(model: nn.Module, batch: Mapping[str, Tensor], steps: int = 8, **options: Any) -> Any:
+def generate(model: Any, batch: Mapping[str, Tensor], steps: int = 8, **options: Any) -> Any:
     """Exactly `steps` new tokens, greedy unless `options` say otherwise.
 
     The output's logits are those of the head: transformers' own copy is rounded to float32.
@@ -103,11 +103,12 @@ def generate(model: nn.Module, batch: Mapping[str, Tensor], steps: int = 8, **op
 
 def generated(batch: Mapping[str, Tensor], output: Any) -> Tensor:
     """The new tokens `[batch, steps]` of `generate`."""
-    return output.sequences[:, batch["input_ids"].shape[1] :]
+    new: Tensor = output.sequences[:, batch["input_ids"].shape[1] :]
+    return new
 
 
 def answer_logits(
-    model: nn.Module,
+    model: Any,
     samples: Sequence[Sample],
     names: Sequence[str],
     heads: Mapping[str, Tensor] | None = None,
@@ -122,7 +123,7 @@ def answer_logits(
 
 
 def error(
-    model: nn.Module,
+    model: Any,
     batch: Mapping[str, Tensor],
     output: Any,
     names: Sequence[str],

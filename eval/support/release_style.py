@@ -66,7 +66,7 @@ class Prompt:
             decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)
             self.text_only = False
         self.factors.clear()
-        if any(isinstance(s, Gift) and s.saliency_layer >= min(s.layers) for s in self.specs):
+        if any(isinstance(s, Gift) and max(s.saliency_layers) >= min(s.layers) for s in self.specs):
             self.enhancing = False
             decoder(**once)
             self.enhancing = True
@@ -140,7 +140,7 @@ class Prompt:
         read = torch.zeros_like(row).bool()
         read[reading] = query
         row[read] *= spec.beta * ratio
-        changed = torch.cat((looking, reading)).unique()
+        changed = torch.cat((looking, reading)).unique()  # type: ignore[no-untyped-call]
         row[changed] /= row[changed].sum(-1, keepdim=True)
 
     def _reinforce(self, layer: int, output: Tensor) -> None:

@@ -29,7 +29,7 @@ class FarTensor(Tensor):
     """A tensor on the second device; `near` holds its values."""
 
     near: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, near: Tensor) -> "FarTensor":
@@ -46,14 +46,17 @@ class FarTensor(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
     def tolist(self) -> Any:
         return self.near.tolist()
 
-    def new_tensor(self, data: Any, **options: Any) -> Tensor:
-        return torch.tensor(data, **{"dtype": self.dtype, "device": FAR} | options)
+    def new_tensor(self, data: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        settings: dict[str, Any] = {"dtype": self.dtype, "device": FAR} | options
+        return torch.tensor(data, **settings)
 
     def __getitem__(self, index: Any) -> Tensor:
         return super().__getitem__(_listed(index))
@@ -64,13 +67,14 @@ class FarTensor(Tensor):
     def numpy(self, **options: Any) -> Any:
         raise TypeError("can't convert a tensor of the second device to numpy: use .cpu() first")
 
-    def __repr__(self, **options: Any) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return f"{self.near!r} on {FAR}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FarTensor":
         if id(self) not in memo:
             memo[id(self)] = FarTensor(self.near.detach().clone())
-        return memo[id(self)]
+        copied: FarTensor = memo[id(self)]
+        return copied
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -135,7 +139,7 @@ class Makers(TorchFunctionMode):
         return made if device is None else made.to(device)
 
 
-class TwoDevices(TorchDispatchMode):
+class TwoDevices(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, torch knows the second device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -161,7 +165,7 @@ def second_device(best: bool = False) -> Iterator[torch.device]:
         # the weights of the second device take the place of those before, not of their values
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
-        stack.enter_context(TwoDevices())
+        stack.enter_context(TwoDevices())  # type: ignore[no-untyped-call]
         stack.enter_context(Makers())
         yield FAR
 

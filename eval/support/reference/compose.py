@@ -4,9 +4,10 @@ order, then the values, then VHR's scale.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eval.support.reference import decoder, gift, paint, var, vhr
 from eval.support.reference.decoder import OutputsEdit, Run, ScoresEdit, WeightsEdit
@@ -55,7 +56,7 @@ class Trace:
 
 
 def logits(
-    model: nn.Module, sample: Sample, methods: Sequence[Method] = (), heads: Heads | None = None
+    model: Any, sample: Sample, methods: Sequence[Method] = (), heads: Heads | None = None
 ) -> Tensor:
     """[S, vocabulary] in float64; row i predicts the token at i + 1.
 
@@ -66,7 +67,7 @@ def logits(
 
 
 def trace(
-    model: nn.Module, sample: Sample, methods: Sequence[Method] = (), heads: Heads | None = None
+    model: Any, sample: Sample, methods: Sequence[Method] = (), heads: Heads | None = None
 ) -> Trace:
     """The same, with everything that was seen and decided on the way.
 
@@ -91,7 +92,7 @@ def trace(
 
 
 def forward(
-    model: nn.Module | Hooked,
+    model: Any,
     embeds: Tensor,
     positions: Tensor,
     edit_weights: WeightsEdit = lambda layer, block_input, weights: weights,
@@ -108,13 +109,13 @@ def forward(
     return decoder.forward(model, embeds, positions, *edits, from_cache, edit_scores)
 
 
-def sinks(model: nn.Module, sample: Sample, dims: tuple[int, ...], tau: float) -> Tensor:
+def sinks(model: Any, sample: Sample, dims: tuple[int, ...], tau: float) -> Tensor:
     """bool [layers, S]: the sinks (paper semantics) that the stock model's block inputs show."""
     run = forward(model, sample.embeds, sample.positions)
     return torch.stack([var.phi(x, dims) >= tau for x in run.block_inputs])
 
 
-def text_outputs(model: nn.Module, sample: Sample) -> list[Tensor]:
+def text_outputs(model: Any, sample: Sample) -> list[Tensor]:
     """VHR's look: per layer the stock head outputs [H, d] of the first prompt's last row, the
     image tokens deleted and the positions counted anew from 0."""
     prompt = sample.until(sample.turns[0].end)
@@ -142,7 +143,7 @@ def _gap(score: Tensor, count: int) -> Tensor:
 class _Pass:
     """One forward with the methods on; GIFT acts in the turns that have a map."""
 
-    model: nn.Module
+    model: Any
     sample: Sample
     methods: Sequence[Method]
     heads: Heads

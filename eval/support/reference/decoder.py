@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig
 
@@ -41,7 +42,7 @@ class Run:
 
 @torch.no_grad()
 def forward(
-    model: nn.Module,
+    model: Any,
     embeds: Tensor,
     positions: Tensor,
     edit_weights: WeightsEdit = lambda layer, block_input, weights: weights,
@@ -79,7 +80,7 @@ def softmax(scores: Tensor, unseen: Tensor) -> Tensor:
 
 def attention_scores(
     config: PretrainedConfig,
-    attention: nn.Module,
+    attention: Any,
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -116,7 +117,7 @@ def products(
     return torch.where(late[:, None], rounded, exact)
 
 
-def rotary_tables(decoder: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_tables(decoder: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [S, d]. For m-rope, channel section i follows row i of positions [3, S]."""
     rotary = decoder.rotary_emb
     # float32 on purpose: transformers makes these tables in float32 whatever the model's dtype
@@ -134,15 +135,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def rms_norm(norm: Any, x: Tensor) -> Tensor:
     mean_square = x.square().mean(-1, keepdim=True)
-    return x / (mean_square + norm.variance_epsilon).sqrt() * norm.weight.double()
+    normed: Tensor = x / (mean_square + norm.variance_epsilon).sqrt() * norm.weight.double()
+    return normed
 
 
-def swiglu(mlp: nn.Module, x: Tensor) -> Tensor:
+def swiglu(mlp: Any, x: Tensor) -> Tensor:
     return linear(mlp.down_proj, functional.silu(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x))
 
 
-def linear(module: nn.Module, x: Tensor) -> Tensor:
+def linear(module: Any, x: Tensor) -> Tensor:
     bias = None if module.bias is None else module.bias.double()
     return functional.linear(x, module.weight.double(), bias)

@@ -22,8 +22,8 @@ class Gift:
 
     @property
     def saliency_layers(self) -> tuple[int, ...]:
-        one = isinstance(self.saliency_layer, int)
-        return (self.saliency_layer,) if one else tuple(self.saliency_layer)
+        given = self.saliency_layer
+        return (given,) if isinstance(given, int) else tuple(given)
 
 
 def heads_kept(heads: int, fraction: float) -> int:

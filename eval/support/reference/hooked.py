@@ -30,7 +30,7 @@ class Hooked:
         self.depth = depth
         self.values: dict[int, Tensor] = {}
         modules = dict(model.get_decoder().named_modules())
-        self.blocks: dict[nn.Module, nn.Module] = {
+        self.blocks: dict[Any, nn.Module] = {
             module: modules[name.rpartition(".")[0]]
             for name, module in modules.items()
             if hasattr(module, "layer_idx") and hasattr(module, "config")
@@ -41,7 +41,8 @@ class Hooked:
         """One pass; layers without softmax attention leave one number each."""
         entering: dict[nn.Module, Tensor] = {}
         nothing = torch.zeros(1, 1, 1, dtype=torch.float64)
-        run = Run(*([nothing] * self.depth for _ in range(4)))
+        empty = [nothing] * self.depth
+        run = Run(empty[:], empty[:], empty[:], empty[:])
 
         def attend(
             module: Any,
@@ -50,7 +51,7 @@ class Hooked:
             v: Tensor,
             attention_mask: Tensor | None = None,
             **options: Any,
-        ) -> tuple[Tensor, None]:
+        ) -> Any:
             if module not in self.blocks:
                 return stock(module, q, k, v, attention_mask, **options)
             layer = module.layer_idx
@@ -66,7 +67,7 @@ class Hooked:
             entering[block] = args[0] if args else kwargs["hidden_states"]
 
         name = next(iter(self.blocks)).config._attn_implementation
-        stock = ALL_ATTENTION_FUNCTIONS.get(name)  # of towers and the like; none under "eager"
+        stock: Any = ALL_ATTENTION_FUNCTIONS.get(name)  # of towers and the like; none under "eager"
         hooks = [
             block.register_forward_pre_hook(keep, with_kwargs=True)
             for block in self.blocks.values()
@@ -75,7 +76,7 @@ class Hooked:
         try:
             run.logits = self.run_model(ids).double()
         finally:
-            del ALL_ATTENTION_FUNCTIONS[name]
+            ALL_ATTENTION_FUNCTIONS.pop(name)
             for hook in hooks:
                 hook.remove()
         return run

@@ -72,9 +72,11 @@ def _maps(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[
         pairs = [(q[:, start:end], k[:, start:end]) for start, end in spans]
     else:
         q, k = (
-            functional.linear(x, part.weight.double(), part.bias.double())
-            .unflatten(-1, (layer.num_heads, -1))
-            .transpose(1, 2)
+            torch.unflatten(
+                functional.linear(x, part.weight.double(), part.bias.double()),
+                -1,
+                (layer.num_heads, -1),
+            ).transpose(1, 2)
             for part in (layer.q_proj, layer.k_proj)
         )
         pairs = list(zip(q, k, strict=True))
@@ -118,7 +120,8 @@ def coefficients(found: Sequence[Picture], image: Tensor, spec: Paint) -> Tensor
     for picture in found:
         kept = image[picture.places]
         parts = (picture.local, picture.summary, picture.spatial)
-        local, strong = sets(*(part[kept] for part in parts), spec)
+        patches, summary, spatial = (part[kept] for part in parts)
+        local, strong = sets(patches, summary, spatial, spec)
         for index, place in enumerate(picture.places[kept].tolist()):
             c[place] = spec.alpha if index in local else spec.beta if index in strong else 0.0
     return c

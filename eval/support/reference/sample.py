@@ -59,7 +59,7 @@ class Sample:
             pictures=pictures,
         )
 
-    def followed_by(self, model: nn.Module, ids: Tensor) -> "Sample":
+    def followed_by(self, model: Any, ids: Tensor) -> "Sample":
         """This sample with the text tokens ids [n] after it: teacher-forced generated tokens."""
         embeds = model.get_input_embeddings()(ids).detach().double()
         fresh = self.positions.max() + 1 + torch.arange(len(ids))
@@ -75,7 +75,7 @@ class Sample:
 
     def asked(
         self,
-        model: nn.Module,
+        model: Any,
         ids: Tensor,
         query: Tensor | None = None,
         content: Tensor | None = None,
@@ -99,7 +99,7 @@ class _Captured(Exception):
 
 
 def capture(
-    model: nn.Module,
+    model: Any,
     inputs: Mapping[str, Tensor],
     generated: Tensor | None = None,
     query: Tensor | None = None,

@@ -84,7 +84,7 @@ def redistributed(weights: Tensor, image: Tensor, sinks: Tensor, spec: Var) -> T
 
 def scaled_tau(width: int) -> float:
     """The paper's tau = 20 at width 4096, carried to another width."""
-    return 20 * (width / 4096) ** 0.5
+    return float(20 * (width / 4096) ** 0.5)
 
 
 def discovered_dims(block_inputs: Tensor, anchor: int, tau: float) -> list[int]:
@@ -115,5 +115,5 @@ def anchor_profile(block_inputs: Tensor, anchor: int) -> tuple[Tensor, Tensor]:
 
 def cosine_to(block_inputs: Tensor, anchor: int) -> Tensor:
     """[samples, T]: the cosine of every token to the anchor token of its sample."""
-    unit = block_inputs / block_inputs.norm(dim=-1, keepdim=True)
+    unit: Tensor = block_inputs / block_inputs.norm(dim=-1, keepdim=True)
     return (unit * unit[:, anchor, None]).sum(-1)
