@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -66,6 +67,10 @@ class Actor:
         return self.worker.answer(batch)
 
 
+PAUSE = 0.5
+"""Seconds between two questions whether an actor is there again."""
+
+
 def hand_out(ray: Any, actors: Sequence[Any], batches: Sequence[Batch]) -> Answers:
     """What the actors answer, as it comes; each gets a batch when it is done with its last one.
 
@@ -75,6 +80,7 @@ def hand_out(ray: Any, actors: Sequence[Any], batches: Sequence[Batch]) -> Answe
     queue, deaths, tries = deque(batches), Counter[Any](), Counter[int]()
     busy: dict[Any, tuple[Any, Batch | None]] = {a.ready.remote(): (a, None) for a in actors}
     free: list[Any] = []
+    absent: set[Any] = set()
     left, reason = len(batches), ""
     while left:
         while queue and free:
@@ -93,7 +99,13 @@ def hand_out(ray: Any, actors: Sequence[Any], batches: Sequence[Batch]) -> Answe
             raise error.cause or error from error
         except ray.exceptions.RayError as error:
             reason = str(error).strip().rpartition("\n")[2].strip()
-            notice(f"a Ray actor died: {reason}")
+            if actor not in absent:
+                notice(f"a Ray actor died: {reason}")
+            absent.add(actor)
+            if asked is None and isinstance(error, ray.exceptions.ActorUnavailableError):
+                time.sleep(PAUSE)  # it is being restarted; one that is dead says so otherwise
+                busy[actor.ready.remote()] = actor, None
+                continue
             if asked is not None:
                 tries[id(asked)] += 1
                 _check_tries(asked, tries[id(asked)], reason)
@@ -103,6 +115,7 @@ def hand_out(ray: Any, actors: Sequence[Any], batches: Sequence[Batch]) -> Answe
                 busy[actor.ready.remote()] = actor, None
             continue
         free.append(actor)
+        absent.discard(actor)
         if asked is not None:
             left -= 1
             yield answered

@@ -32,7 +32,7 @@ __all__ = ["folder"]
 def responses(seed: str) -> Any:
     def ask(_model: Any, _processor: Any, batch: Sequence[Any], _limit: int) -> list[Any]:
         picks = [hashlib.sha256("/".join((seed, *s.key)).encode()).digest()[0] for s in batch]
-        return [generate.Answer(SAID[n % len(SAID)], 5, n % 7 > 0) for n in picks]
+        return [generate.Response(SAID[n % len(SAID)], 5, n % 7 > 0) for n in picks]
 
     return ask
 

@@ -99,7 +99,7 @@ def test_errors_are_one_line_and_a_status(
     shown = capsys.readouterr()
     assert (
         shown.err
-        == "error: unknown name in methods: gfit; did you mean gift? Known: var, gift, vhr, paint\n"
+        == "error: unknown name in methods: gfit; did you mean gift? Known: gift, paint, var, vhr\n"
     )
     assert shown.out == ""
     assert main(["run", str(tmp_path / "none.yaml"), *out]) == 1
