@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_make_alone_lists_every_goal() -> None:
     """`card` is a step of test-gpu."""
-    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     goals = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert goals is not None
     assert {line.split()[1] for line in listed.splitlines()} == set(goals[1].split()) - {"card"}
