@@ -137,6 +137,14 @@ class FolderSettings:
             raise EvalError(f"prompt {self.prompt!r}: it must hold {{question}}")
 
 
+def lacks(benchmark: str, function: str) -> EvalError:
+    """The error of a benchmark that a run cannot ask or score."""
+    return EvalError(
+        f"{benchmark} defines no {function}, which a run needs: write it as in "
+        f"docs/add-a-benchmark.md"
+    )
+
+
 class Benchmark:
     """What a run, a table, a comparison and a sweep need to know of a benchmark.
 
@@ -166,7 +174,7 @@ class Benchmark:
 
     def samples(self, settings: Any, source: Source) -> Iterable[Sample]:
         """What is asked of one split."""
-        raise NotImplementedError
+        raise lacks(self.name, "samples")
 
     def tallies(self, rows: Rows, settings: Any, folder: Path) -> Mapping[str, Tally]:
         """What each sample adds to the measures, by part; a benchmark of one part calls it "".
@@ -174,7 +182,7 @@ class Benchmark:
         `rows` are the responses of one split, each with the facts of its sample, `folder` is the
         run's, with the scoring files in it.
         """
-        raise NotImplementedError
+        raise lacks(self.name, "tallies")
 
     def score(self, rows: Rows, settings: Any, folder: Path) -> dict[str, Any]:
         """The scores of one split: values, counts and 95 % intervals, by part."""

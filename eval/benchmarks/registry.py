@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from eval.benchmarks.amber.benchmark import Amber
-from eval.benchmarks.base import Benchmark
+from eval.benchmarks.base import Benchmark, lacks
 from eval.benchmarks.chair.benchmark import Chair
 from eval.benchmarks.hallusionbench.benchmark import HallusionBench
 from eval.benchmarks.llava_bench import LlavaBench
@@ -84,4 +84,7 @@ def imported(path: str) -> Benchmark:
             f"task {path}: expected a name, and as settings a dataclass with max_new_tokens, as in "
             f"docs/add-a-benchmark.md"
         )
+    for function in ("samples", "tallies"):
+        if getattr(found, function) is getattr(Benchmark, function):
+            raise lacks(f"task {path}:", function)
     return found()

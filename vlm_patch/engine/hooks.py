@@ -180,7 +180,9 @@ class ForwardHooks:
         """Lets methods look, runs first passes; returns the decoder inputs that remain to run."""
         actives = []
         for method, layers in switched:
-            state = generation.states.setdefault(method.name, method.state())
+            state = generation.states.get(method.name)
+            if state is None:
+                state = generation.states[method.name] = method.state()
             actives.append(ActiveMethod(method, state, layers))
             if method.reads_blocks:
                 generation.follow(method.name, layers, forward.past)

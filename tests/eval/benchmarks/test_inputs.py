@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 
 from eval.__main__ import main
@@ -223,7 +224,6 @@ def test_predictions_of_vlmevalkit(score: Score, name: str, content: str) -> Non
 
 
 def test_an_xlsx_file(score: Score, tmp_path: Path) -> None:
-    openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
     for line in [COLUMNS, *(list(row.values()) for row in KIT)]:
         book.active.append(line)

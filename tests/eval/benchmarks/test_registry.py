@@ -83,3 +83,15 @@ def test_benchmarks_are_in_the_order_of_the_registry() -> None:
     assert [*registry.asked(["mme", "pope", "chair"])] == ["chair", "pope", "mme"]
     with pytest.raises(EvalError, match="unknown task: chiar; did you mean chair"):
         registry.asked(["chiar"])
+
+
+@pytest.mark.parametrize("function", ["samples", "tallies"])
+def test_a_benchmark_that_a_run_cannot_use_is_refused_before_anything_runs(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(TASKS["mme"]), function, getattr(Benchmark, function))
+    expected = f"task eval.benchmarks.mme:Mme: defines no {function}, which a run needs"
+    with pytest.raises(EvalError, match=expected):
+        registry.imported("eval.benchmarks.mme:Mme")
+    with pytest.raises(EvalError, match=f"mme defines no {function}"):
+        getattr(TASKS["mme"], function)(None, None, *([None] * (function == "tallies")))
