@@ -119,7 +119,7 @@ class ForwardHooks:
         _check(cache)
         asking = [method for method, _ in switched if method.reads_question]
         kept = cache is not None or _wants_cache(module, kwargs)
-        reader = _readers(switched)
+        reader = _readers(switched) if self.layout.tower is not None else []
         forward, generation = self.layout.see_decoder(
             kwargs,
             cache,

@@ -1,0 +1,1 @@
+"""How the responses of a run are made and kept."""
