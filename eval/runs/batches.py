@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from eval.runs import generate
-from vlm_patch.models.chat import Response
-from eval.runs.config import Config
-from eval.runs.samples import Sample, notice
 from eval.errors import EvalError
+from eval.runs import generate
+from eval.runs.config import Config
 from eval.runs.generate import BrokenImageError
 from eval.runs.images import pixel_count
+from eval.runs.samples import Sample, notice
+from vlm_patch.models.chat import Response
 
 PATCH = 28 * 28
 """Pixels behind one image token where their number depends on the picture (Qwen2-VL and later)."""

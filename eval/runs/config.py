@@ -46,9 +46,9 @@ class Config:
     `quantization` places the model, it goes to `device` as a whole. `chat_template` is Jinja that
     renders prompts, for a model whose processor has none. `part`: of all images only the
     half to tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each
-    split and task. `sections` holds the settings of each benchmark. `broken_images: error` stops at an image that cannot be read
-    rather than list it as skipped; one of more than `max_pixels` is not read. `layers` and `heads`
-    go to `wrap`.
+    split and task. `sections` holds the settings of each benchmark. `broken_images: error` stops at
+    an image that cannot be read rather than list it as skipped; one of more than `max_pixels` is
+    not read. `layers` and `heads` go to `wrap`.
     """
 
     model: str = "pocket"

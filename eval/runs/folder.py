@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from eval.runs import jsonl
 from eval.errors import EvalError, notice
-from vlm_patch.models.chat import Response
+from eval.runs import jsonl
 from eval.runs.batches import Found
 from eval.runs.samples import Sample
+from vlm_patch.models.chat import Response
 
 KEY = ("task", "split", "id")
 LOCK = ".lock"
@@ -119,7 +119,9 @@ class RunFolder:
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace config.yaml."""
-        jsonl.replace(self.config, yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True))
+        jsonl.replace(
+            self.config, yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True)
+        )
 
     def read_metrics(self) -> dict[str, Any]:
         """What metrics.json says."""

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from eval.runs import images
 from eval import pocket
+from eval.errors import EvalError
+from eval.runs import images
 from eval.runs.config import Config
 from eval.runs.samples import Sample, notice
-from eval.errors import EvalError
 from vlm_patch.models import chat
 from vlm_patch.models.chat import BARE, GREEDY, MODELS, PROCESSORS, Response
 from vlm_patch.models.info import place

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from eval.runs.samples import notice
 from eval.errors import EvalError
+from eval.runs.samples import notice
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> str:

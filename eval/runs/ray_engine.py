@@ -14,12 +14,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from eval.runs import workers as answering, splitting
-from eval.runs.workers import Answered, Answers, Load
+from eval.errors import EvalError
+from eval.runs import splitting
+from eval.runs import workers as answering
 from eval.runs.batches import Batch
 from eval.runs.config import Config
 from eval.runs.samples import notice
-from eval.errors import EvalError
+from eval.runs.workers import Answered, Answers, Load
 
 RESTARTS = 3
 """How often Ray starts an actor again."""

@@ -14,16 +14,16 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from eval.benchmarks import registry
-from vlm_patch.models.chat import GREEDY
+from eval.errors import EvalError
 from eval.runs import batches, generate, splitting, workers
 from eval.runs import samples as dataset
 from eval.runs.config import Config, recorded
-from eval.runs.workers import Engine, Load
-from eval.runs.samples import Sample, notice
-from eval.runs.provenance import environment
-from eval.errors import EvalError
 from eval.runs.folder import RunFolder
 from eval.runs.images import pixel_limit
+from eval.runs.provenance import environment
+from eval.runs.samples import Sample, notice
+from eval.runs.workers import Engine, Load
+from vlm_patch.models.chat import GREEDY
 
 
 def run(

@@ -151,7 +151,9 @@ def _scene_count(config: Config) -> int:
     for name, section in config.sections.items():
         images = getattr(section, "images", 1)
         if isinstance(images, str):
-            raise EvalError(f"{name}.images: the pocket world is drawn, expected a number of scenes")
+            raise EvalError(
+                f"{name}.images: the pocket world is drawn, expected a number of scenes"
+            )
         counts.append(POCKET_SCENES if images is None else images)
     return max(counts)
 

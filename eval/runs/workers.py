@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 import torch
 
 import vlm_patch
+from eval.errors import EvalError
 from eval.runs.batches import Batch, BatchRunner, Found
 from eval.runs.config import Config
-from eval.runs.samples import notice
-from eval.runs.provenance import environment
-from eval.errors import EvalError
 from eval.runs.images import pixel_limit
+from eval.runs.provenance import environment
+from eval.runs.samples import notice
 
 OURS = (Path(vlm_patch.__file__).parent, Path(__file__).parents[1])
 Load: TypeAlias = Callable[[Config], tuple[Any, Any]]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_patch.models import chat
+from eval.errors import EvalError
 from eval.runs import batches, generate
 from eval.runs.batches import BatchRunner
 from eval.runs.samples import Sample
-from eval.errors import EvalError
 from tests.eval.conftest import Settings
+from vlm_patch.models import chat
 
 PROMPTS = (
     "Is it ?",

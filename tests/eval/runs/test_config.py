@@ -7,8 +7,8 @@ import yaml
 
 from eval.benchmarks.chair.benchmark import ChairSettings
 from eval.benchmarks.pope.benchmark import PopeSettings
-from eval.runs.config import Config, from_settings, load
 from eval.errors import EvalError
+from eval.runs.config import Config, from_settings, load
 from vlm_patch import GIFT, VAR, VHR
 
 

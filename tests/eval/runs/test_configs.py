@@ -163,8 +163,15 @@ def test_the_protocol_is_in_the_config(folder: str) -> None:
     assert (made.tasks, made.splits) == (("chair", "pope"), ("val2014",))
     assert made.sections["chair"].prompt == "Please describe this image in detail."
     assert (made.sections["chair"].max_new_tokens, made.sections["chair"].images) == (512, 500)
-    assert (made.sections["pope"].prompt, made.sections["pope"].max_new_tokens) == ("{question}", 10)
-    assert (made.sections["pope"].images, made.sections["pope"].per_image, len(made.sections["pope"].strategies)) == (500, 3, 3)
+    assert (made.sections["pope"].prompt, made.sections["pope"].max_new_tokens) == (
+        "{question}",
+        10,
+    )
+    assert (
+        made.sections["pope"].images,
+        made.sections["pope"].per_image,
+        len(made.sections["pope"].strategies),
+    ) == (500, 3, 3)
 
 
 @pytest.mark.parametrize("path", LARGE, ids=name)

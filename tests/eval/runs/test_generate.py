@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, GenerationMixin
 
+from eval.errors import EvalError
 from eval.runs import batches, generate
 from eval.runs.batches import BatchRunner
 from eval.runs.config import from_settings
 from eval.runs.samples import Sample
-from eval.errors import EvalError
 from eval.support import tiny
 from tests.eval.conftest import Settings
 from vlm_patch.models import chat

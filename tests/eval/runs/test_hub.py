@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import constants, file_download
 from transformers.utils import hub
 
-from eval.runs import generate
 from eval.errors import EvalError
+from eval.runs import generate
 from tests.eval.conftest import Settings
 
 COMMIT = hashlib.sha1(b"v1.2").hexdigest()

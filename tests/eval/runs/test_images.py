@@ -17,11 +17,11 @@ import pytest
 from PIL import Image, ImageFile
 from transformers.image_utils import load_image
 
-from eval.runs import generate, runner
-from eval.reports import table
-from eval.runs.samples import Sample
 from eval.errors import EvalError
+from eval.reports import table
+from eval.runs import generate, runner
 from eval.runs.images import MAX_PIXELS, UnreadableImageError, pixel_count, pixel_limit, read_image
+from eval.runs.samples import Sample
 from eval.support import tiny
 from tests.eval.conftest import Settings
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from eval.errors import EvalError
 from eval.runs import config, generate, runner, samples
 from eval.runs.config import Config
-from eval.errors import EvalError
 from eval.runs.folder import RunFolder
 from tests.support import instructblip
 from vlm_patch.models import chat

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from eval.runs import jsonl
 from eval.errors import EvalError
+from eval.runs import jsonl
 
 
 def full(*_: Any) -> None:
@@ -45,7 +45,8 @@ def test_a_write_that_stops_in_the_middle_leaves_no_half_row(tmp_path: Path) -> 
     """For real: a process whose files may only be 1000 bytes long."""
     file = tmp_path / "rows.jsonl"
     script = (
-        "import resource, signal, sys; from pathlib import Path; from eval.runs import jsonl as log\n"
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from eval.runs import jsonl as log\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "for _ in range(9): log.append(Path(sys.argv[1]), [{'a': 'x' * 300}])\n"

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from eval.studies import demo
-from eval.runs import runner
 from eval.__main__ import main
+from eval.runs import runner
 from eval.runs.folder import RunFolder
+from eval.studies import demo
+from eval.support.simulated_device import FAR, second_device
 from tests.eval.conftest import Settings
 from tests.eval.speed.test_speed import tiny_shapes  # noqa: F401 - a fixture
 from tests.eval.studies.test_sweep import SMALL
-from eval.support.simulated_device import FAR, second_device
 
 METHODS = ("var", "gift", "vhr")
 

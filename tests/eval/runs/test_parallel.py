@@ -18,9 +18,9 @@ import psutil
 import pytest
 import yaml
 
-from eval.runs import config, ray_engine, runner, splitting
 from eval.__main__ import main
 from eval.errors import EvalError
+from eval.runs import config, ray_engine, runner, splitting
 from eval.runs.folder import RunFolder, row_key
 from eval.runs.generate import BrokenImageError
 from tests.eval.conftest import Settings

@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from eval.runs import workers, folder, generate, runner
-from eval.reports import table
-from eval.runs.config import Config
-from eval.runs.samples import Sample
 from eval.errors import EvalError
+from eval.reports import table
+from eval.runs import folder, generate, runner, workers
+from eval.runs.config import Config
 from eval.runs.folder import RunFolder, row_key
+from eval.runs.samples import Sample
 from tests.eval.conftest import Settings
 
 GIFT = {"methods": ["gift"], "gift": {"alpha": 3.0, "saliency_layer": 1, "layers": [2, 3]}}

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from eval.runs import samples
 from eval.benchmarks.coco import Vocabulary, read_truth
+from eval.errors import EvalError
+from eval.runs import samples
 from eval.runs.config import from_settings
 from eval.runs.samples import Sample
-from eval.errors import EvalError
 from tests.eval.conftest import Settings
 from tests.support.shared_data import SHARED, shared
 
