@@ -8,33 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
+from eval.speed.counts import Operators
 from eval.support import tiny
 from eval.support.agreement import NO_PROCESSOR, ours, planted
 from vlm_patch import wrap
-
-aten = torch.ops.aten
-ASKING = {
-    aten._local_scalar_dense.default,
-    aten.equal.default,
-    aten.masked_select.default,
-    aten.nonzero.default,
-}
-BY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
-
-
-class Asked(TorchDispatchMode):
-    """Counts the operations whose result, or whose size, depends on values on the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        places = args[1] if func in BY_INDEX else ()
-        boolean = any(place is not None and place.dtype == torch.bool for place in places)
-        self.count += func in ASKING or boolean
-        return func(*args, **(kwargs or {}))
 
 
 def asked(model: nn.Module, kind: str, steps: int = 4) -> list[int]:
@@ -50,9 +29,9 @@ def asked(model: nn.Module, kind: str, steps: int = 4) -> list[int]:
     for _ in range(steps):
         mask, positions = torch.cat([mask, torch.ones_like(token)], 1), positions[:, -1:] + 1
         step = {"input_ids": token, "attention_mask": mask, "position_ids": positions}
-        with Asked() as mode:
+        with Operators() as mode:
             output = model(**step, past_key_values=cache)
-        counts.append(mode.count)
+        counts.append(mode.waits)
         token = output.logits[:, -1:].argmax(-1)
     return counts
 
