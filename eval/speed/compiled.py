@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StaticCache
 
 from eval.speed.clock import now
-
-if TYPE_CHECKING:
-    from eval.speed.sides import Side
+from eval.speed.models import Prompt
 
 ROOM = 64
 """Places of the cache behind the prompt."""
@@ -21,19 +19,19 @@ WARM = 3
 
 
 class Compiled:
-    """A side's decode step, compiled in one piece; making it reads the prompt and compiles.
+    """A model's decode step, compiled in one piece; making it reads the prompt and compiles.
 
-    Raises what torch.compile raises, for instance where a step cannot be one graph.
+    name: what the model calls its cache. token: the inputs of a step. logits: the prompt's. Raises
+    what torch.compile raises, for instance where a step cannot be one graph.
     """
 
     @torch.no_grad()
-    def __init__(self, side: Side) -> None:
-        model, name = side.model, side.cache_name
-        self.device, self.token = model.device, side.last_token()
-        length = side.prompt.image.shape[1] + ROOM
+    def __init__(self, model: Any, prompt: Prompt, name: str, token: dict[str, Tensor]) -> None:
+        self.device, self.token = model.device, token
+        length = prompt.image.shape[1] + ROOM
         self.cache: Any = StaticCache(config=model.config, max_cache_len=length)
-        given = {**side.prompt.inputs, name: self.cache, "use_cache": True, "logits_to_keep": 1}
-        side.logits = model(**given).logits
+        given = {**prompt.inputs, name: self.cache, "use_cache": True, "logits_to_keep": 1}
+        self.logits: Tensor = model(**given).logits
 
         def step(token: dict[str, Tensor], cache: Any) -> Tensor:
             logits: Tensor = model(**token, **{name: cache}, use_cache=True).logits

@@ -111,9 +111,9 @@ CARD = (
         batch=8,
     ),
     Goal(
-        "POPE-like: questions a second by stock's, S = 645, batch 16",
-        "card-pope",
-        "pope",
+        "answers of 2 tokens, questions a second by stock's, S = 645, batch 16",
+        "card-answers",
+        "answers",
         methods(0.92, 0.95, 0.88, 0.82),
         batch=16,
         figure="share",

@@ -10,6 +10,8 @@ import json
 import platform
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,8 +41,11 @@ COARSE = ("again", "eager", "release")
 round only, several of them next to one run of the stock model."""
 IDLE_STEPS, IDLE_PAIRS = 8, 16
 """Every head off costs a hundredth of a step: it takes short runs, and 16 times as many pairs."""
+KINDS = ("again", "eager", "release", "text only")
 COUNTED = ("memory", "launches", "waits")
 """Phases whose figures do not scatter."""
+KERNEL = "kernel"
+"""In a warning: it says that plain torch takes a kernel's place, which the table must say too."""
 CARD_SECONDS = 215.0
 """For all that is measured on a card by default, so that the command takes four minutes."""
 
@@ -109,7 +114,11 @@ def interleaved(
 
 
 def compared_sides(
-    phase: str, batch: int, methods: Sequence[str], layers: int, beside: Sequence[str]
+    phase: str,
+    batch: int,
+    methods: Sequence[str],
+    layers: int,
+    beside: Sequence[str] = tuple(KINDS),
 ) -> list[tuple[str, str]]:
     """The (kind, method) pairs that a phase compares with stock, of the kinds in `beside`.
 
@@ -206,6 +215,7 @@ def _reason(run: Callable[[], object]) -> str:
     except EvalError:
         raise
     except Exception as error:  # whatever a compiler or a driver raises
+        traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"
     return ""
@@ -219,7 +229,7 @@ def _call(side: Side, phase: str, shape: Shape) -> Callable[[], float]:
         "idle": lambda: side.decode(IDLE_STEPS),
         "attention": side.attention,
         "generate": lambda: side.generate(shape.tokens),
-        "pope": lambda: side.generate(2),
+        "answers": lambda: side.generate(2),
         "launches": side.launches,
         "waits": side.waits,
     }[phase]
@@ -250,7 +260,7 @@ def speed(
         raise EvalError("--device cuda: torch sees no CUDA device on this machine")
     names, acting_methods = chosen(shapes, where), _methods(methods)
     record: dict[str, Any] = {"machine": machine(where), "rounds": rounds, "rows": []}
-    record["failed"] = {}
+    record |= {"failed": {}, "warned": {}}
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     limited = where.type == "cuda" and shapes is None
@@ -262,8 +272,10 @@ def speed(
             for row in measure(name, acting_methods, rounds, where, budget):
                 record["rows"].append(row.as_json())
 
-        if why := _reason(add):
-            record["failed"][name] = why
+        with warnings.catch_warnings(record=True) as heard:
+            if why := _reason(add):
+                record["failed"][name] = why
+        record["warned"] |= {text: None for w in heard if KERNEL in (text := str(w.message))}
         record["minutes"] = (time.perf_counter() - start) / 60
         text = json.dumps(record, indent=1)
         (out / "speed.json").write_text(f"{text}\n", encoding="utf-8")

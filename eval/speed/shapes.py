@@ -208,7 +208,7 @@ def card_shapes(load: Load, load_few: Load, short: int = 640, long: int = 3000) 
     titles = [f"{name}, {keys} keys" for keys in (short, long)]
     return {
         "card-640": Shape(titles[0], load, of(short), one, setup=15.0, **both),
-        "card-pope": end("pope", 16, 10.0),
+        "card-answers": end("answers", 16, 10.0),
         "card-3000": Shape(titles[1], load, of(long), more, one_by_one=True, setup=8.0, **both),
         "card-memory": Shape(titles[1], load, of(long), {"memory": 4.0}, **card),
         "card-generate": end("generate", 8, 34.0),

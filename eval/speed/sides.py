@@ -75,13 +75,15 @@ class Side:
         """What a phase needs before its clock runs: the prompt read, kernels and steps compiled."""
         on_card = self.model.device.type == "cuda"
         if phase == "compiled":
-            self.compiled = self.compiled or Compiled(self)
+            known = self.model, self.prompt, self.cache_name, self.last_token()
+            self.compiled = self.compiled or Compiled(*known)
+            self.logits = self.compiled.logits
         elif phase in ("prefill", "attention"):
             if on_card:
                 self.prefill()
         elif self.cache is None:
             self.prefill()
-        if phase in ("generate", "pope"):
+        if phase in ("generate", "answers"):
             self.cache = None
             if on_card:
                 self.generate(2)

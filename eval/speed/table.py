@@ -30,7 +30,7 @@ UNITS = {
     "compiled": "ms a token",
     "idle": "ms a token",
     "generate": "s",
-    "pope": "s",
+    "answers": "s",
     "memory": "MB",
     "launches": "a token and layer",
     "waits": "a token",
@@ -63,7 +63,9 @@ def summary(record: Record) -> str:
         header = ["", *METHODS.values(), KINDS["again"]]
         said.append(layout(header, [_line(rows, goal) for goal in goals]))
     failures = [*_failures(rows), *(f"{k}: {v}" for k, v in record.get("failed", {}).items())]
-    said += ["\n".join(f"- failed: {failure}" for failure in failures)] * bool(failures)
+    failures = [f"- failed: {failure}" for failure in failures]
+    failures += [f"- warned: {' '.join(text.split())[:300]}" for text in record.get("warned", ())]
+    said += ["\n".join(failures)] * bool(failures)
     return "\n\n".join(said) + "\n"
 
 
@@ -166,7 +168,7 @@ def _figure(row: Row) -> list[str]:
     phase = row["phase"]
     scale = 1000 if UNITS[phase].startswith("ms") else 1
     figure = f"{scale * row['value']:.4g} {UNITS[phase]}"
-    if phase in ("generate", "pope"):
+    if phase in ("generate", "answers"):
         named = "captions/s" if phase == "generate" else "questions/s"
         figure += f", {row['batch'] / row['value']:.3g} {named}"
     method = row["on"] or row["method"] or "-"

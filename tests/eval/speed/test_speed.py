@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -267,21 +268,23 @@ def test_a_line_that_fails_says_why_and_the_rest_goes_on(
         raise RuntimeError("out of memory\nand more")
 
     class Broken:
-        def __init__(self, side: Any) -> None:
-            if side.kind == "ours":
-                raise RuntimeError(f"no graph of {side.name}")
-            self.decode = side.decode
-            side.prefill()
+        def __init__(self, model: Any, prompt: Any, *more: Any) -> None:
+            if vlm_patch.unwrap(model):
+                raise RuntimeError("no graph of this")
+            warnings.warn("A kernel is left out", stacklevel=2)
+            self.logits = torch.zeros(1, 1, 2)
+            self.decode = float
 
     monkeypatch.setattr("eval.speed.sides.Compiled", Broken)
-    monkeypatch.setitem(SHAPES, "card-pope", replace(SHAPES["card-pope"], load=broken))
-    record = measure.speed(tmp_path, "card-pope,card-compiled-640", "var,gift", 1, None, "cpu")
-    assert record["failed"] == {"card-pope": "RuntimeError: out of memory"}
+    monkeypatch.setitem(SHAPES, "card-answers", replace(SHAPES["card-answers"], load=broken))
+    record = measure.speed(tmp_path, "card-answers,card-compiled-640", "var,gift", 1, None, "cpu")
+    assert record["failed"] == {"card-answers": "RuntimeError: out of memory"}
     record["machine"]["device"] = "cuda:0"
     table = speed_table.summary(record)
     assert "| failed (<= 1.03) | failed (<= 1.03) |" in table
-    assert "(var): RuntimeError: no graph of var\n" in table
-    assert "- failed: card-pope: RuntimeError: out of memory\n" in table
+    assert "(var, gift): RuntimeError: no graph of this\n" in table
+    assert "- failed: card-answers: RuntimeError: out of memory\n" in table
+    assert "- warned: A kernel is left out\n" in table
     again = next(row for row in record["rows"] if row["kind"] == "again")
     assert len(again["values"]) == 1
     assert not again["failed"]
@@ -378,12 +381,12 @@ def test_memory_release_style_and_idle_cost() -> None:
 
 def test_questions_a_second_and_counts_on_a_card() -> None:
     found = cells(
-        row("card-pope", "pope", "ours", "var", 1.25, batch=16),
-        row("card-pope", "pope", "ours", "gift", 1.0, batch=16),
+        row("card-answers", "answers", "ours", "var", 1.25, batch=16),
+        row("card-answers", "answers", "ours", "gift", 1.0, batch=16),
         row("card-640", "launches", "ours", "var", 1.0, values=[22.5], stock=[22.0]),
         device="cuda:0",
     )
-    goal = "POPE-like: questions a second by stock's, S = 645, batch 16"
+    goal = "answers of 2 tokens, questions a second by stock's, S = 645, batch 16"
     assert found[goal, "VAR, all layers"] == "**0.800** (>= 0.92)"
     assert found[goal, "GIFT"] == "1.000 (>= 0.95)"
     assert found["launches a token and layer", "VAR, all layers"] == "22.5, stock 22.0"
