@@ -225,8 +225,8 @@ class Patch:
         if self._removed:
             lines[0] += " (removed: the model is stock)"
         for method in self._methods:
-            finding = f"; {method.finding()}" if method.finding() else ""
-            lines.append(f"  {values(method)}: {self._where(method)}{finding}")
+            report = f"; {method.report()}" if method.report() else ""
+            lines.append(f"  {values(method)}: {self._where(method)}{report}")
         return "\n".join(lines)
 
     __repr__ = describe

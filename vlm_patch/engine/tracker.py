@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_patch.engine.state import KEY_MASKS, GenerationState, cached
 from vlm_patch.engine.tower import Tower
 from vlm_patch.errors import PatchError
-from vlm_patch.method import ForwardContext, Patches
+from vlm_patch.method import ForwardContext, Patches, Phase, Position
 from vlm_patch.models.tensor_parallel import Shard
 from vlm_patch.prompts.masks import ManualMasks, PromptMasks, Reader, expand
 from vlm_patch.prompts.question import QuestionReader
@@ -162,7 +162,7 @@ class PromptTracker(threading.local):
             patches = None if reader is None else self._patches(generation, prompt, reader)
         forward = self._forward(generation, past, valid, kwargs, patches)
         if at_end:
-            forward.edge = generation.find_edge(past)
+            forward.position.last_image_row = generation.find_edge(past)
         return forward, generation
 
     def _patches(
@@ -300,8 +300,19 @@ class PromptTracker(threading.local):
         last = torch.zeros_like(valid)
         if ends:
             last[:, prompt - 1 :] = True
+        starts = past == generation.resumed
+        position = Position(
+            past,
+            Phase.PREFILL if starts and ends else Phase.CHUNK,
+            prompt,
+            first_prompt=generation.start == 0,
+            starts=starts,
+            ends=ends,
+            resumed=generation.start < generation.resumed,
+            may_continue=ends and generation.open,
+        )
         return ForwardContext(
-            past=past,
+            position=position,
             image=image,
             query=query,
             content=content,
@@ -311,12 +322,6 @@ class PromptTracker(threading.local):
             seen=generation.keys.seen,
             reading=True,
             inputs=kwargs,
-            prompt_rows=prompt,
-            first=generation.start == 0,
-            starts=past == generation.resumed,
-            ends=ends,
-            resumed=generation.start < generation.resumed,
-            open=ends and generation.open,
             shard=self.shard,
             patches=patches,
         )
@@ -329,7 +334,7 @@ class PromptTracker(threading.local):
         image, query, content = (generation.ahead(name, past + rows) for name in KEY_MASKS)
         if generation.step is not None and generation.step.forward.valid.shape[1] == rows:
             forward: ForwardContext = generation.step.forward
-            forward.past, forward.image = past, image
+            forward.position, forward.image = Position(past, forward.position.phase), image
             forward.query, forward.content = query, content
             forward.copies.clear()
             return forward
@@ -338,7 +343,7 @@ class PromptTracker(threading.local):
         if rows > 1:
             row, text = row.expand(-1, rows), text.expand(-1, rows)
         return ForwardContext(
-            past=past,
+            position=Position(past, Phase.DECODE if rows == 1 else Phase.DRAFT),
             image=image,
             query=query,
             content=content,
@@ -348,7 +353,6 @@ class PromptTracker(threading.local):
             seen=seen,
             reading=False,
             inputs={},  # kept from step to step, it must not keep the cache
-            generated=rows == 1,
             shard=self.shard,
         )
 

@@ -40,7 +40,7 @@ class _Record:
 
     def stacked(self, part: list[Tensor]) -> Tensor:
         """A part over all layers, of the prompts with an image, where the decoder's input lies."""
-        seen, end = self.forward.seen, self.forward.prompt_rows
+        seen, end = self.forward.seen, self.forward.position.prompt_rows
         return torch.stack([of_layer.to(seen.device)[seen, :end] for of_layer in part], 1)
 
     def block(self, layer: int, hidden: Tensor) -> None:
@@ -78,7 +78,7 @@ def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
 
 def discover(forward: ForwardContext, run: ExtraForward) -> Found:
     """One pass of the stock model over the first prompt, and what `judge` makes of it."""
-    seen, end = forward.seen, forward.prompt_rows
+    seen, end = forward.seen, forward.position.prompt_rows
     rows = forward.text[seen, :end].all(0).nonzero().flatten()[-WATCHED_ROWS:]
     if not len(rows):
         reason = "The first prompt has no text after its image, so nothing could be checked."
