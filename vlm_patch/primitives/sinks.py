@@ -20,9 +20,9 @@ def one_stream(hidden: Tensor) -> Tensor:
     """The residual stream `[B, S, D]`. Raises UnsupportedModelError where there are several."""
     if hidden.ndim != 3:
         raise UnsupportedModelError(
-            f"sinks are looked for in the residual stream [batch, tokens, width], but the layers of "
+            "sinks are looked for in the residual stream [batch, tokens, width], but the layers of "
             f"this model pass on several at once, of shape {list(hidden.shape)}: leave out the "
-            f"method that needs them"
+            "method that needs them"
         )
     return hidden
 
