@@ -419,11 +419,17 @@ def sliding_window(names: Names) -> float:
     return worst
 
 
+FP8_REACH = 128.0
+"""Where the first prompt's largest key or value lands in the fp8 cache, in place of the format's
+largest, 448: torch before 2.13 makes NaN of what a later token brings beyond that, stock model too.
+"""
+
+
 def fp8(states: Tensor, end: int) -> Tensor:
     """What transformers' fp8 cache gives back of keys or values [groups, S, d]: 8-bit floats, their
     scale fixed by the first prompt's."""
     kind = torch.float8_e4m3fn
-    scale = states[:, :end].abs().amax().float() / torch.finfo(kind).max
+    scale = states[:, :end].abs().amax().float() / FP8_REACH
     return ((states.float() / scale).to(kind).float() * scale).to(states.dtype)
 
 
@@ -436,7 +442,8 @@ def quantized_cache(names: Names) -> float:
     model = exact_model()
     batch = prompt(model, tiny.ONE_IMAGE)
     backend = {"backend": "fp8"}
-    with vlm_patch.wrap(model, *ours(names)):
+    reach = mock.patch.object(cache_utils.Fp8QuantizedLayer, "fp8_max", FP8_REACH)
+    with reach, vlm_patch.wrap(model, *ours(names)):
         output = generate(model, batch, cache_implementation="quantized", cache_config=backend)
     (sample,) = tiny.samples(model, batch, generated(batch, output))
     return apart(model, [replace(sample, rounded=fp8)], torch.stack(output.logits, 1), names)
