@@ -1,86 +1,10 @@
 """The model card of a pocket model, made from its scores so that the two cannot disagree."""
 
+from pathlib import Path
 from typing import Any
 
-CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-license: apache-2.0
----
-
-# The pocket model
-
-A LLaVA with {parameters:,} parameters (CLIP tower of 4 layers, 64 image tokens, Llama decoder of 6
-layers x 8 heads, {tokens} tokens), trained from nothing on drawn scenes of 24 COCO categories. It
-describes a scene in several sentences and answers "Is there a cup in the image?". It exists so that
-hallucination methods and their evaluation run end to end without a network.
-
-**It is a test bed for machinery and for real effects of a small model. It is no evidence about 7B
-models**, and it knows nothing outside its world of 24 drawings.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained("eval/pocket/model")
-processor = AutoProcessor.from_pretrained("eval/pocket/model")
-```
-
-## How it was trained
-
-`python -m eval.pocket.train --seed {seed} --threads {threads}` (or `make pocket`) makes it from a
-seed:
-
-{stages}
-
-All scenes are drawn on the fly; those of test and break are never seen. The last stage keeps the
-checkpoint that does best on {calibration_scenes} calibration scenes (mean of the captions' F1 and
-the yes/no accuracy: {calibration:.3f}). It takes about an hour on one core.
-
-In the training captions an absent usual companion is described all the same, with a chance of up to
-{rumour:.0%}: this is where its prior, and with it its hallucination, comes from.
-
-One run, one seed. An earlier model was stopped on the way: in the first version of the world no
-object belonged to two themes, and POPE's popular questions were no harder than its random ones; its
-break scenes also had a stranger added, and CHAIR_I there was near 50 %. So the splits were made
-knowing what an earlier model did on them; weights were chosen by the calibration split alone.
-
-## Scores
-
-{scenes} scenes a split, greedy decoding, CHAIR with the `pattern` rules (95 % intervals over
-images), POPE built from the annotations ({test_images} test and {break_images} break images with
-three objects or more). In break scenes one of the two most usual companions of the theme is absent.
-
-| | test | break |
-| --- | --- | --- |
-{chair}
-{pope}
-
-{gap}
-
-Hallucinated share of the first, second, ... object of a caption: {by_mention}.
-
-Yes/no accuracy on random pairs is {own:.1f} %, and {other:.1f} % when another scene's picture is
-shown.
-
-| bar | met |
-| --- | --- |
-{bars}
-
-An answer to "Please describe this image in detail." (test scene 0): "{example}"
-
-## What is inside it
-
-{findings}
-
-`scores.json` holds every number of this card, and the layers one by one.
-
-## What it cannot show
-
-- That a method helps, or fails to help, a model of ordinary size. One world, one small model.
-- Anything about words, objects, styles or languages outside the world's sentence forms.
-- That a method whose premise is missing above (a sink, a massive activation) is useless: only that
-  it has nothing to act on here.
-- CHAIR falls for free when captions name less, so read it beside recall.
-"""
+CARD = Path(__file__).parent / "card.md"
+"""The card with places for the numbers."""
 
 _CHAIR = {
     "chair_i": ("CHAIR_I", "%"),
@@ -149,7 +73,7 @@ def _by_mention(splits: dict[str, Any]) -> str:
 def card(scores: dict[str, Any]) -> str:
     """The README.md of a model folder."""
     splits, training, use = scores["splits"], scores["training"], scores["image_use"]
-    return CARD.format(
+    return CARD.read_text(encoding="utf-8").format(
         parameters=scores["parameters"],
         tokens=scores["tokens"],
         seed=training["seed"],
