@@ -7,7 +7,6 @@ beam are all compared with the same row of a single sample here.
 
 from eval.support.reference.compose import Method, Trace, logits, sinks, trace
 from eval.support.reference.gift import Gift
-from eval.support.reference.hooked import Hooked
 from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn, capture
 from eval.support.reference.var import Var
@@ -15,7 +14,6 @@ from eval.support.reference.vhr import Vhr
 
 __all__ = [
     "Gift",
-    "Hooked",
     "Method",
     "Paint",
     "Sample",
