@@ -10,8 +10,6 @@ What a row holds as the model's answer is decided by its form:
 - any other row: the first field of ANSWER that it has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

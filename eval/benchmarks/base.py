@@ -4,8 +4,6 @@ A benchmark is a subclass of `Benchmark` in a file of its own and one line in `r
 user's file and named by its import path; docs/add-a-benchmark.md builds one.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

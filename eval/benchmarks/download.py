@@ -5,8 +5,6 @@ one that its first download brought, which `sources.lock.json` beside the files 
 Hugging Face hub are fetched by its own client, which knows mirrors (HF_ENDPOINT) and tokens.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import urllib.error

@@ -3,8 +3,6 @@
 Such a caption is longer than what the model said, and the words of the prompt are read as its own.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

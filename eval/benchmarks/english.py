@@ -6,8 +6,6 @@ no downloaded data and with the oddities kept: "bus" becomes "bu", "glass" becom
 word that a list word happens to end in ("s", "is", "out") stays as it is.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from functools import cache, lru_cache

@@ -4,8 +4,6 @@ Samples (captions, or the images of questions) are drawn with replacement, their
 the measure taken of the sums: the percentile bootstrap of Efron and Tibshirani, chapter 13.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias

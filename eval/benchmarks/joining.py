@@ -12,8 +12,6 @@
 An answer that names another image or another object than its question never counts as joined.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence

@@ -6,8 +6,6 @@ Liu et al. 2023, https://arxiv.org/abs/2304.08485. One row of the answers: `{"qu
 `text`, and `category` conv, detail or complex.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

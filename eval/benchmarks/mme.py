@@ -5,8 +5,6 @@ tabs between: `000000006040.jpg  Is there a refrigerator in this image? Please a
 Yes  Yes`. The hallucination subset is existence, count, position and color.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

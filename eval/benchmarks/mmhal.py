@@ -6,8 +6,6 @@ Sun et al. 2023, https://arxiv.org/abs/2309.14525. One row of the official answe
 fire hydrant cap in the image is yellow.", "model_answer": "The cap is yellow."}`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

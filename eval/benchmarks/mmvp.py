@@ -5,8 +5,6 @@ Tong et al. 2024, https://arxiv.org/abs/2401.06209. One row of `Questions.csv`:
 One answer: `{"question_id": 1, "response": "(a) Open"}`. Rows 2k - 1 and 2k are a pair.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence

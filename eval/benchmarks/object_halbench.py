@@ -7,8 +7,6 @@ of it, by the benchmark's own synonyms. A number is comparable with others of th
 with published ones, nor with CHAIR.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path

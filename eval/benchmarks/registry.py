@@ -1,7 +1,5 @@
 """All benchmarks by name: those of this project, one line each, and a user's own by import path."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows of somebody's JSON file, each of which knows its place, for error messages that name it."""
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import json

@@ -3,8 +3,6 @@
 VLMEvalKit writes its predictions in these forms; a cell that is empty is an empty string.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator, Mapping

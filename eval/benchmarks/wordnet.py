@@ -6,8 +6,6 @@ NLTK is an extra, and its data comes with no package: both are asked for on firs
 missing is named.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache

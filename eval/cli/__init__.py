@@ -4,8 +4,6 @@ A file holds the options of its command (`add`) and the function that runs it; t
 done by the package that answers the question.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from typing import TypeAlias

@@ -1,7 +1,5 @@
 """python -m eval compare: two runs on the same images, in pairs."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

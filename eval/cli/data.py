@@ -1,7 +1,5 @@
 """python -m eval data: fetch a benchmark's files."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """python -m eval demo: the pocket model as it is, with each method, and with all of them."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -5,8 +5,6 @@
 function's own default.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json

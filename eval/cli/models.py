@@ -1,7 +1,5 @@
 """python -m eval models: which model families are supported, measured."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

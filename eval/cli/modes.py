@@ -1,7 +1,5 @@
 """python -m eval modes: every way of generating, against the slow reference."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

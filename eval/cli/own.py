@@ -1,7 +1,5 @@
 """The commands that benchmarks bring along beside scores, such as a maker of questions."""
 
-from __future__ import annotations
-
 from eval.benchmarks.registry import BENCHMARKS
 from eval.cli import Commands
 from eval.cli.function import Command

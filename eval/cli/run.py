@@ -1,7 +1,5 @@
 """python -m eval run: generate responses by a configuration and score them."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from pathlib import Path

@@ -1,7 +1,5 @@
 """python -m eval score: score a run folder again, or files that were made elsewhere."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

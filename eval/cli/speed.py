@@ -1,7 +1,5 @@
 """python -m eval speed: what the methods cost beside the stock model."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """python -m eval sweep: tune the methods on some images, report on others."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """python -m eval table: runs side by side."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

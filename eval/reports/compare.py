@@ -5,8 +5,6 @@ resampling the images and taking the difference on each resample. Runs with diff
 refused.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence

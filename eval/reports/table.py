@@ -4,8 +4,6 @@ Which measures there are, what they are called and what is to be said of them is
 own matter.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass

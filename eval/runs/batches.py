@@ -4,8 +4,6 @@ The division depends on the samples and the batch size alone, so every process o
 later start of it, finds the same batches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain

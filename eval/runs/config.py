@@ -13,8 +13,6 @@ Every key is checked: an unknown one, a value of the wrong type, or a section of
 run does not use is an EvalError that says what was expected.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ several processes are at work, each writes files of its own (answers.rank-0.json
 `merge` brings into answers.jsonl.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence

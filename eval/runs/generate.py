@@ -1,7 +1,5 @@
 """Answers of a model: greedy, in left-padded batches, prompts by the processor's chat template."""
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ by Pillow, which drops transparency. Where that would lose the picture, it is re
 (16 bits, floats) or refused, and `docs/images.md` says what becomes of each kind of file.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Files that outlive crashes and full disks: JSON lines that grow, texts replaced as a whole."""
 
-from __future__ import annotations
-
 import json
 import os
 import uuid

@@ -1,7 +1,5 @@
 """What a run was made with: versions, commit, device."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version

@@ -3,8 +3,6 @@
 This process, the driver, hands out batches and alone writes into the run folder.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import time

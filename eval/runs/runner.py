@@ -3,8 +3,6 @@
 Scoring reads the folder alone and always gives the same bytes of metrics.json for the same answers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path

@@ -4,8 +4,6 @@ Data is the pocket world, drawn on demand, or a COCO folder: images with `instan
 `captions_SPLIT.json`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence

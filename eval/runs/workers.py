@@ -1,7 +1,5 @@
 """The part of a run that needs the model: batches in, answers out."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -4,8 +4,6 @@ Leaves a run folder for each, `table.md` with every measure, and `scenes.png`, w
 scenes with their captions. What is printed is at most twelve rows of the table.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Collection, Iterator

@@ -1,7 +1,5 @@
 """The points of a sweep: every combination of the values of some settings, or of heads."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The demo's picture: each scene enlarged beside its captions, invented objects in red."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Every point of the grid is a run folder of its own, so an interrupted sweep is r
 best point by one named measure is then run once on images that no point has seen.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ function serves them all and it is known what must land where. Models that take 
 pixels.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias

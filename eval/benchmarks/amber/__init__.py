@@ -7,8 +7,6 @@ A row of each file: `{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this i
 questions with `truth` yes or no, which the official parser wants answered by exactly "Yes" or "No".
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """AMBER from files: its annotations, and responses made elsewhere. Needs no model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Official is NLTK: its tagger says what is a noun, WordNet what it is the plural 
 `approximate` takes every word of the benchmark's 418 for a noun, which counts a few more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache

@@ -8,8 +8,6 @@ CHAIR falls for free when captions get shorter, loop, or repeat a true object, s
 repetition and the share of captions that name nothing always stand beside it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace

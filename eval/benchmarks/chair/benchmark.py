@@ -4,8 +4,6 @@ CHAIR never stands alone: recall, length, repetition and silence are the rows be
 shorter, looping or empty captions lower CHAIR for free.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CHAIR of captions that lie in a file, whoever wrote them. Needs no model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

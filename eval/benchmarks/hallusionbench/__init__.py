@@ -6,8 +6,6 @@ Guan et al. 2023, https://arxiv.org/abs/2310.14566. One row, shortened: `{"categ
 "filename": "./hallusion_bench/VS/chart/0_1.png"}`, and `model_prediction` where it is answered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias

@@ -1,7 +1,5 @@
 """HallusionBench as a benchmark of a run: what it asks, and what its numbers are called."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

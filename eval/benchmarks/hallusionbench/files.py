@@ -1,7 +1,5 @@
 """HallusionBench from files: questions, answers made elsewhere, and what a judge says of them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path

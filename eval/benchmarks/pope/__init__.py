@@ -5,8 +5,6 @@ Li et al. 2023, https://arxiv.org/abs/2305.10355; official files and code: RUCAI
 "text": "Is there a snowboard in the image?", "label": "yes"}`.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """POPE as a benchmark: its questions about COCO or pocket images, and its numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Answers are official (`question`, `answer`), LLaVA's (`question_id`, `prompt`, `
 of lmms-eval and VLMEvalKit (see `eval.benchmarks.answers`).
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
