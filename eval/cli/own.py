@@ -9,5 +9,4 @@ def add(commands: Commands) -> None:
     """Add every such command and its options."""
     for benchmark in BENCHMARKS.values():
         for name, function in benchmark.commands.items():
-            command = Command(function, prints=False)
-            command.add_options(commands.add_parser(name, help=command.help))
+            Command(function, prints=False).add(commands, name)

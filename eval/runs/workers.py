@@ -73,6 +73,19 @@ def answer_here(batches: Sequence[Batch], config: Config, load: Load) -> Answers
             yield own.answer(batch)
 
 
+def once(load: Load, engine: Engine) -> Load:
+    """`load` for several runs on one model: here it is loaded at the first; engines with processes
+    of their own load it at each."""
+    loaded: list[tuple[Any, Any]] = []
+
+    def first(config: Config) -> tuple[Any, Any]:
+        if not loaded:
+            loaded.append(load(config))
+        return loaded[0]
+
+    return first if engine is answer_here else load
+
+
 def wrapped(model: Any, processor: Any, config: Config) -> AbstractContextManager[Any]:
     """The model with the methods of the run on it; EvalError where they do not fit it."""
     methods = config.build_methods()
