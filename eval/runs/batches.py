@@ -16,7 +16,7 @@ from eval.errors import EvalError
 from eval.runs import generate
 from eval.runs.config import Config
 from eval.runs.generate import BrokenImageError
-from eval.runs.images import pixel_count
+from eval.runs.images import pixel_count, pixel_limit
 from eval.runs.samples import Sample, notice
 from vlm_patch.models.chat import Response
 
@@ -46,7 +46,8 @@ def divide(samples: Sequence[Sample], config: Config) -> list[Batch]:
     same: dict[tuple[str, Path, str], list[Sample]] = {}
     for sample in samples:
         same.setdefault((sample.task, sample.image, sample.prompt), []).append(sample)
-    pixels = {image: pixel_count(image) for image in dict.fromkeys(s.image for s in samples)}
+    with pixel_limit(config.max_pixels):
+        pixels = {image: pixel_count(image) for image in {s.image for s in samples}}
     groups = [tuple(group) for group in same.values()]
     groups.sort(key=lambda group: _length(group[0], pixels))
     batches = []

@@ -15,7 +15,7 @@ run does not use is an EvalError that says what was expected.
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -149,8 +149,9 @@ def from_settings(settings: Mapping[str, Any]) -> Config:
     sections: dict[str, Any] = {}
     options: dict[str, Mapping[str, Any]] = {}
     tasks = check("tasks", settings.get("tasks", registry.DEFAULT), hints["tasks"])
-    known = registry.known(tasks)
-    methods = {**METHODS, **_foreign(settings.get("methods"))}
+    known, foreign = registry.known(tasks), _foreign(settings.get("methods"))
+    _check_names([*foreign, *(known.keys() - registry.TASKS.keys())], {*hints, *registry.TASKS})
+    methods = {**METHODS, **foreign}
     for key, value in settings.items():
         if key in methods:
             options[key] = check_section(key, value, methods[key])
@@ -208,6 +209,16 @@ def _kind(method: str) -> Any:
         return find(method)
     except ValueError as error:
         raise EvalError(f"methods: {error}") from error
+
+
+def _check_names(own: Sequence[str], taken: Collection[str]) -> None:
+    """EvalError for methods and benchmarks of one's own whose section would be something else."""
+    for name in own:
+        if name in taken or own.count(name) > 1:
+            raise EvalError(
+                f"the name {name} is taken: a setting, a task or another section of the "
+                f"configuration is called so; give your method or benchmark another"
+            )
 
 
 def _is_path(method: Any) -> bool:

@@ -16,7 +16,7 @@ from eval.runs import images
 from eval.runs.config import Config
 from eval.runs.samples import Sample, notice
 from vlm_patch.models import chat
-from vlm_patch.models.chat import BARE, GREEDY, MODELS, PROCESSORS, Response
+from vlm_patch.models.chat import BARE, GREEDY, Response
 from vlm_patch.models.info import place
 
 PLAIN = (336, 336)
@@ -39,8 +39,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
     name = str(pocket.MODEL) if config.model == "pocket" else config.model
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        processor = PROCESSORS.from_pretrained(name, **source)
-        model = MODELS.from_pretrained(name, dtype=config.dtype, **source, **placing(config))
+        model, processor = chat.load(name, source, dtype=config.dtype, **placing(config))
         if config.device_map is None and config.tp_plan is None and config.quantization is None:
             model = model.to(config.device or own_device())
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -49,7 +48,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
             f"save_pretrained, or the hub id of an image-text-to-text model): {error}"
         ) from error
     notice(f"{config.model}: {place(model)}")
-    return model.eval(), prepare(processor, config.model, config.chat_template)
+    return model, prepare(processor, config.model, config.chat_template)
 
 
 def placing(config: Config) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from eval.runs import batches, generate, splitting, workers
 from eval.runs import samples as dataset
 from eval.runs.config import Config, recorded
 from eval.runs.folder import RunFolder
-from eval.runs.images import pixel_limit
 from eval.runs.provenance import environment
 from eval.runs.samples import Sample, notice
 from eval.runs.workers import Engine, Load
@@ -42,7 +41,7 @@ def run(
     folder, main = RunFolder(out), splitting.processes().is_main_process
     if samples is None:
         samples = dataset.samples(config, scenes or out / "scenes")
-    with folder.locked() if main else nullcontext(), pixel_limit(config.max_pixels):
+    with folder.locked() if main else nullcontext():
         if main:
             record = folder.open(describe(config, samples), config.scoring_files())
             _check_environment(out, record, environment(config))
