@@ -12,5 +12,5 @@ CARD = Path(__file__).parent / "card.md.jinja"
 def card(scores: dict[str, Any]) -> str:
     """The README.md of a model folder."""
     text = CARD.read_text(encoding="utf-8")
-    made = Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return made.render(scores)
+    made: Any = Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return str(made.render(scores))

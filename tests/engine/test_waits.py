@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, ours, planted
+from eval.support.agreement import ours, planted
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import wrap
 
 aten = torch.ops.aten

@@ -12,11 +12,11 @@ import torch
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR
 from eval.support.build import build
 from eval.support.families import quietly
 from eval.support.prompts import around, images, prompt, tokens
 from eval.support.sizes import BOS, IMAGE, PAD, VIDEO
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError
 from vlm_patch.method import ForwardContext, Method, State
 from vlm_patch.primitives.sinks import one_stream
