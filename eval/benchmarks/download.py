@@ -94,15 +94,15 @@ def _fetch(file: File, folder: Path, lock: dict[str, dict[str, Any]]) -> str:
         download(file.url, part := path.with_name(path.name + ".part"))
     else:
         part = _download_from_hub(file, file.hub, folder)
-    found = sha256(part)
-    if expected is not None and found != expected:
+    checksum = sha256(part)
+    if expected is not None and checksum != expected:
         part.unlink()
         raise EvalError(
-            f"{file.url}: SHA-256 {found}, expected {what} one, {expected}. The partial file is "
+            f"{file.url}: SHA-256 {checksum}, expected {what} one, {expected}. The partial file is "
             "deleted: run again; if it stays so, the file was changed at its source."
         )
     part.replace(path)
-    lock[file.path] = {"url": file.url, "sha256": found, "bytes": path.stat().st_size}
+    lock[file.path] = {"url": file.url, "sha256": checksum, "bytes": path.stat().st_size}
     (folder / LOCK).write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
     checked = "checked" if expected else f"its SHA-256 is new and goes into {LOCK}"
     return f"{path}: fetched, {checked}"

@@ -112,8 +112,8 @@ def paired(
 
     def both(sums: Numbers) -> list[dict[str, Numbers]]:
         parts = (sums[..., :half], sums[..., half:])
-        found = (ratios(dict(zip(names, np.moveaxis(p, -1, 0), strict=True))) for p in parts)
-        return [{name: ratio(*pair) for name, pair in one.items()} for one in found]
+        results = (ratios(dict(zip(names, np.moveaxis(p, -1, 0), strict=True))) for p in parts)
+        return [{name: ratio(*pair) for name, pair in one.items()} for one in results]
 
     values, draws = both(rows.sum(axis=0)), both(resample(rows, seed=seed))
     return {

@@ -90,9 +90,9 @@ class Judge:
     endpoint: Endpoint | None = None
 
     def replies(self, prompts: Mapping[str, str]) -> dict[str, str]:
-        """Reply to every prompt by its key. A changed prompt or model is asked anew."""
-        wanted = {key: _sha256(prompt) for key, prompt in prompts.items()}
-        known = self._known(wanted)
+        """Reply to every prompt by its key. A changed prompt or model is a new request."""
+        checksums = {key: _sha256(prompt) for key, prompt in prompts.items()}
+        known = self._known(checksums)
         missing = [key for key in prompts if key not in known]
         if missing and self.endpoint is None:
             raise EvalError(
@@ -103,7 +103,7 @@ class Judge:
             known[key] = self._ask(key, prompts[key])
         return {key: known[key] for key in prompts}
 
-    def _known(self, wanted: Mapping[str, str]) -> dict[str, str]:
+    def _known(self, checksums: Mapping[str, str]) -> dict[str, str]:
         if not self.verdicts.exists() or not _whole_lines(self.verdicts):
             return {}
         rows = [row for row in read_rows(self.verdicts) if self._is_ours(row.text("model"))]
@@ -111,7 +111,7 @@ class Judge:
         return {
             key: row.text("reply")
             for key, row in pairs
-            if wanted.get(key) == row.text("prompt_sha256")
+            if checksums.get(key) == row.text("prompt_sha256")
         }
 
     def _is_ours(self, model: str) -> bool:

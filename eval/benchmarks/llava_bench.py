@@ -166,8 +166,8 @@ def _by_question(path: Path) -> dict[int, str]:
 def _exported(question: Row, text: str) -> dict[str, Any]:
     number = question.number("question_id")
     identity = hashlib.sha256(f"{number} {text}".encode()).hexdigest()[:22]
-    asked = {"question_id": number, "prompt": question.text("text")}
-    return {**asked, "text": text, "answer_id": identity, "model_id": "", "metadata": {}}
+    fields = {"question_id": number, "prompt": question.text("text")}
+    return {**fields, "text": text, "answer_id": identity, "model_id": "", "metadata": {}}
 
 
 class LlavaBench(Benchmark):

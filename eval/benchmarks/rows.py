@@ -1,4 +1,4 @@
-"""Rows of somebody's JSON file, each of which knows its place, for error messages that name it."""
+"""Rows of somebody's JSON file, each of which knows its file and line, for error messages."""
 
 import codecs
 import gzip
@@ -25,7 +25,7 @@ class Row:
         return any(self._spelled(name) is not None for name in names)
 
     def _spelled(self, name: str) -> str | None:
-        """How the row writes the name of a field: as asked, else in other letters ("Index")."""
+        """How the row writes the name of a field: as given, else in other letters ("Index")."""
         if name in self.fields:
             return name
         return next((key for key in self.fields if key.lower() == name.lower()), None)
@@ -132,8 +132,8 @@ def read_rows(path: Path) -> list[Row]:
 
 def _table(path: Path) -> list[Row]:
     sheet = tables.kind(path) == ".xlsx"
-    found = tables.sheet(path) if sheet else tables.separated(path, read_text(path))
-    rows = [Row(where, cells) for where, cells in found]
+    lines = tables.sheet(path) if sheet else tables.separated(path, read_text(path))
+    rows = [Row(where, cells) for where, cells in lines]
     if not rows:
         raise EvalError(f"{path}: the file holds no rows.")
     return rows

@@ -30,7 +30,7 @@ def kind(path: Path) -> str:
 
 
 def separated(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, cells by column) of every row of a CSV or TSV text."""
+    """(file and row, cells by column) of every row of a CSV or TSV text."""
     # a VLMEvalKit question file holds whole images in its cells
     csv.field_size_limit(_LONGEST)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[kind(path)])

@@ -55,7 +55,7 @@ def nltk_tools() -> Tools:
             'these rules need NLTK, which is not installed: pip install -e ".[nltk]", then '
             f"python -m nltk.downloader {' '.join(DATA)}."
         ) from None
-    if missing := [name for name, place in DATA.items() if not _found(nltk.data.find, place)]:
+    if missing := [name for name, path in DATA.items() if not _is_installed(nltk.data.find, path)]:
         raise EvalError(
             f"NLTK is installed without its data {' and '.join(missing)}: "
             f"python -m nltk.downloader {' '.join(missing)}. On a machine without internet copy "
@@ -64,9 +64,9 @@ def nltk_tools() -> Tools:
     return Tools(nltk.word_tokenize, nltk.pos_tag, WordNetLemmatizer().lemmatize)
 
 
-def _found(find: Callable[[str], object], place: str) -> bool:
+def _is_installed(find: Callable[[str], object], path: str) -> bool:
     try:
-        find(place)
+        find(path)
     except LookupError:
         return False
     return True

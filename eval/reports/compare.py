@@ -119,7 +119,7 @@ def _cells(result: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _benchmarks(*records: Mapping[str, Any]) -> list[Benchmark]:
     """The benchmarks of any of these runs."""
-    return [*registry.asked(task for r in records for task in r["settings"]["tasks"]).values()]
+    return [*registry.requested(task for r in records for task in r["settings"]["tasks"]).values()]
 
 
 def _parts(

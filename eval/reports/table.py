@@ -65,7 +65,7 @@ class Column:
 
     @cached_property
     def benchmarks(self) -> Mapping[str, Benchmark]:
-        return registry.asked(self.record["settings"]["tasks"])
+        return registry.requested(self.record["settings"]["tasks"])
 
     def scores(self, benchmark: Benchmark, split: str) -> Scores | None:
         """The scores of one split; None where it was not scored."""
@@ -76,7 +76,7 @@ class Column:
 def benchmarks(columns: Sequence[Column]) -> list[Benchmark]:
     """Those that any of the runs requested, in the order of the registry."""
     tasks = (task for column in columns for task in column.record["settings"]["tasks"])
-    return [*registry.asked(tasks).values()]
+    return [*registry.requested(tasks).values()]
 
 
 def markdown(folders: Sequence[Path], keys: Collection[str] | None = None) -> str:

@@ -113,13 +113,13 @@ class Config:
 
     @property
     def benchmarks(self) -> list[Benchmark]:
-        """What is asked, in the order given."""
+        """The benchmarks of the tasks, in the order given."""
         return [registry.named(task) for task in self.tasks]
 
     def scoring_files(self) -> list[Path]:
         """What the run keeps a copy of, so that its folder can be scored alone."""
-        asked = self.benchmarks
-        return [file for b in asked for file in b.scoring_files(self.sections[b.name])]
+        benchmarks = self.benchmarks
+        return [file for b in benchmarks for file in b.scoring_files(self.sections[b.name])]
 
     def build_methods(self) -> list[Any]:
         """The methods in the order given, each with its options."""

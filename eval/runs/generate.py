@@ -54,17 +54,17 @@ def load_model(config: Config) -> tuple[Any, Any]:
 def placing(config: Config) -> dict[str, Any]:
     """How from_pretrained is to build the model and where to put it; only what is set."""
     plan: Any = dict(config.tp_plan) if isinstance(config.tp_plan, Mapping) else config.tp_plan
-    wanted = {
+    options = {
         "device_map": config.device_map,
         **({} if plan is None else _together(plan)),
         "quantization_config": config.quantization and dict(config.quantization),
         "attn_implementation": config.attn_implementation,
     }
-    return {key: value for key, value in wanted.items() if value is not None}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _together(plan: Any) -> dict[str, Any]:
-    """How from_pretrained is told to divide the model among processes; transformers moved it."""
+    """What divides the model among processes in from_pretrained; transformers moved it."""
     if "tp_plan" in inspect.signature(DistributedConfig).parameters:
         return {"distributed_config": DistributedConfig(tp_plan=plan)}
     return {"tp_plan": plan}
@@ -72,16 +72,18 @@ def _together(plan: Any) -> dict[str, Any]:
 
 def best_device() -> str:
     """The accelerator of this machine, or the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else str(found)
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    return "cpu" if accelerator is None else str(accelerator)
 
 
 def own_device() -> str:
     """This process's own accelerator where a launcher started several, one for each."""
-    device, place = best_device(), os.environ.get("LOCAL_RANK", "")
-    if device == "cpu" or not place.isdigit():
+    device, rank = best_device(), os.environ.get("LOCAL_RANK", "")
+    if device == "cpu" or not rank.isdigit():
         return device
-    return f"{device}:{int(place) % torch.accelerator.device_count()}"
+    return f"{device}:{int(rank) % torch.accelerator.device_count()}"
 
 
 def prepare(processor: Any, name: str, chat_template: str | None = None) -> Any:
@@ -105,8 +107,8 @@ def ask(model: Any, processor: Any, batch: Sequence[Sample], max_new_tokens: int
     _check_images(model, inputs["input_ids"], batch)
     inputs = inputs.to(model.device, dtype=model.dtype)
     settings = {**GREEDY, "max_new_tokens": max_new_tokens}
-    found = chat.respond(model, processor, inputs, settings)
-    return [replace(response, text=response.text.strip()) for response in found]
+    responses = chat.respond(model, processor, inputs, settings)
+    return [replace(response, text=response.text.strip()) for response in responses]
 
 
 def encode(processor: Any, batch: Sequence[Sample]) -> Any:
@@ -156,7 +158,7 @@ def _conversation(sample: Sample, picture: Image.Image) -> list[dict[str, Any]]:
 
 
 def _check_images(model: Any, ids: torch.Tensor, batch: Sequence[Sample]) -> None:
-    """Every row of `ids` `[batch, length]` must hold the image, or a blind model would be asked."""
+    """Every row of `ids` `[batch, length]` must hold the image, or a response would be blind."""
     config = model.config
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     if token is None:

@@ -62,8 +62,8 @@ def _answer(
 ) -> None:
     """Answer this process's share of what the folder lacks.
 
-    A batch that is there in part is asked again as a whole, so that its padding is the same; what
-    is there is kept.
+    A batch that is there in part is requested again as a whole, so that its padding is the same;
+    what is there is kept.
     """
     launch, settled = splitting.processes(), folder.settled()
     todo = [
@@ -78,7 +78,7 @@ def _answer(
         folder.metrics.unlink(missing_ok=True)
         if settled:
             notice(
-                f"{folder.path}: {len(settled)} of {len(samples)} samples are answered, going on"
+                f"{folder.path}: {len(settled)} of {len(samples)} samples are answered, resuming"
             )
     rank = None if launch.num_processes == 1 else launch.process_index
     mine = splitting.share(todo, config)
@@ -92,13 +92,13 @@ def _answer(
         ) as bar,
         closing(engine(mine, config, load)) as answered,
     ):
-        for found, made in answered:
+        for results, made in answered:
             if made != provenance and launch.is_main_process:
                 folder.remember(made)
             provenance = made
             if launch.is_main_process or config.tp_plan is None:
-                folder.write([it for it in found if it[0].key not in settled], rank)
-            bar.update(len(found))
+                folder.write([it for it in results if it[0].key not in settled], rank)
+            bar.update(len(results))
     everyone = gather_object([provenance])
     if launch.is_main_process:
         for made in everyone:
@@ -147,16 +147,16 @@ def score(out: Path) -> dict[str, Any]:
             f"{skipped[0]['reason']}. Put it right, delete {folder.skip_list}, and run it again"
         )
     if not rows:
-        raise EvalError(f"{folder.answers} holds no answers yet: run it again to go on")
+        raise EvalError(f"{folder.answers} holds no answers yet: run it again to resume")
     metrics: dict[str, Any] = {
         "answered": len(rows),
         "skipped": len(skipped),
         "samples": record["data"]["samples"],
     }
-    asked = registry.asked(record["settings"]["tasks"])
+    benchmarks = registry.requested(record["settings"]["tasks"])
     for name, split in sorted({(row["task"], row["split"]) for row in rows}):
         part = [row for row in rows if (row["task"], row["split"]) == (name, split)]
-        found = asked[name].score(part, recorded(record, asked[name]), out)
-        metrics.setdefault(name, {})[split] = found
+        scores = benchmarks[name].score(part, recorded(record, benchmarks[name]), out)
+        metrics.setdefault(name, {})[split] = scores
     folder.write_metrics(metrics)
     return metrics

@@ -11,7 +11,7 @@ import torch
 
 import vlm_patch
 from eval.errors import EvalError
-from eval.runs.batches import Batch, BatchRunner, Found
+from eval.runs.batches import Batch, BatchRunner, Outcome
 from eval.runs.config import Config
 from eval.runs.images import pixel_limit
 from eval.runs.provenance import environment
@@ -21,7 +21,7 @@ OURS = (Path(vlm_patch.__file__).parent, Path(__file__).parents[1])
 Load: TypeAlias = Callable[[Config], tuple[Any, Any]]
 Provenance: TypeAlias = Mapping[str, Sequence[Any]]
 """What config.yaml keeps of a worker: its `environments`, `patches`, and `notes` (warnings)."""
-Answered: TypeAlias = tuple[list[Found], Provenance]
+Answered: TypeAlias = tuple[list[Outcome], Provenance]
 Answers: TypeAlias = Generator[Answered, None, None]
 Engine: TypeAlias = Callable[[Sequence[Batch], Config, Load], Answers]
 """Answers batches, in any order; `answer_here` and `ray_engine.answer` are the two."""
@@ -43,11 +43,11 @@ class Worker:
     def answer(self, batch: Batch) -> Answered:
         """What came of each sample of the batch, whichever batches were answered before."""
         torch.manual_seed(self.runner.config.seed)
-        found = [it for part in self.runner.answer(batch) for it in part]
-        # only now: a method may have found out something about the model at its first prompt
+        results = [it for part in self.runner.answer(batch) for it in part]
+        # only now: a method may have inspected the model at its first prompt
         patches = [] if self.patch is None else [self.patch.describe().splitlines()]
         kept = {key: [*values] for key, values in self.provenance.items()}
-        return found, {**kept, "patches": patches}
+        return results, {**kept, "patches": patches}
 
 
 @contextmanager

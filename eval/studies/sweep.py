@@ -152,7 +152,7 @@ def _plan(
 
 
 def _benchmarks(base: Config) -> list[Benchmark]:
-    return [*registry.asked(base.tasks).values()]
+    return [*registry.requested(base.tasks).values()]
 
 
 def measures(base: Config) -> dict[str, tuple[Benchmark, str]]:

@@ -141,10 +141,10 @@ def counts_by_caption(
     columns["captions_looping"] = np.array([s.loops for s in whole])
     for length in LENGTHS:
         cut = [
-            said
+            judged
             if len(words := caption.split()) <= length
             else judge(" ".join(words[:length]), truth[image], vocabulary)
-            for said, (image, caption) in zip(whole, captions, strict=True)
+            for judged, (image, caption) in zip(whole, captions, strict=True)
         ]
         columns |= {f"{name}_at_{length}": column for name, column in _columns(cut).items()}
     return columns
@@ -160,7 +160,7 @@ def ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
     `chair_i_distinct` takes each object once per caption, so repeating a true one gains nothing.
     """
     distinct, recalled = c["distinct_objects_mentioned"], c["gt_objects_recalled"]
-    found = {
+    result = {
         **_chair(c, ""),
         "precision": (recalled, distinct),
         "f1": (2 * recalled, distinct + c["gt_objects"]),
@@ -171,8 +171,8 @@ def ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
         "looping_share": (c["captions_looping"], c["captions"]),
     }
     for length in LENGTHS:
-        found |= _chair(c, f"_at_{length}")
-    return found
+        result |= _chair(c, f"_at_{length}")
+    return result
 
 
 def _chair(c: Mapping[str, Numbers], cut: str) -> dict[str, tuple[Numbers, Numbers]]:

@@ -29,8 +29,8 @@ def score_files(
     """
     vocabulary = Vocabulary.load(synonyms, rules)
     pairs, objects, echoes = read_captions(captions, truth, vocabulary)
-    found = score(pairs, objects, vocabulary)
-    return {**found, "flags": [*found["flags"], *echoes]}
+    scores = score(pairs, objects, vocabulary)
+    return {**scores, "flags": [*scores["flags"], *echoes]}
 
 
 def read_captions(
