@@ -51,7 +51,11 @@ RULES: Mapping[str, Callable[[str], list[str]]] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """A caption as the rules see it: merged singular tokens, and its (word, object) mentions."""
+    """A caption as the rules see it.
+
+    tokens: singular forms, neighbours merged
+    mentions: (word, object) pairs in order
+    """
 
     tokens: tuple[str, ...]
     mentions: tuple[tuple[str, str], ...]
@@ -59,7 +63,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words for objects. `name` says which list it is: file name and start of its SHA-256."""
+    """Words for objects.
+
+    name: file name of the list and start of its SHA-256
+    words: object by word
+    rules: how captions are read
+    """
 
     name: str
     words: Mapping[str, str]

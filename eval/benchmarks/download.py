@@ -31,8 +31,10 @@ _CHUNK = 1 << 16
 class File:
     """One file of a benchmark.
 
-    path: where it goes, inside the folder. url: where it comes from. sha256: its checksum, where
-    that is known. hub: the dataset repository on the hub that holds it, under the same path.
+    path: where it goes, inside the folder
+    url: where it comes from
+    sha256: its checksum, where that is known
+    hub: the dataset repository on the hub that holds it, under the same path
     """
 
     path: str
@@ -43,7 +45,12 @@ class File:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one benchmark, and what is left to be done by hand."""
+    """The files of one benchmark.
+
+    about: what they are
+    files: what is fetched
+    by_hand: what is left to be done by hand
+    """
 
     about: str
     files: tuple[File, ...]

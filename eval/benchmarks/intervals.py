@@ -79,9 +79,11 @@ def grouped(counts: Mapping[str, Numbers], groups: Sequence[str] | None) -> Mapp
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts `{name: [samples]}` with the measures that are taken of their sums.
+    """Counts with the measures that are taken of their sums.
 
-    `right` `[questions]` says where an answer is right (1 or 0), for questions with two answers.
+    counts: `{name: [samples]}`
+    ratios: numerator and denominator of each measure, of the sums
+    right: `[questions]`, 1 where an answer is right, else 0; for questions with two answers
     """
 
     counts: Mapping[str, Numbers]

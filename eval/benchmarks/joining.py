@@ -169,9 +169,9 @@ def _refuse_ids(questions: Side, answers: Side, subset: bool) -> str | None:
             return mine
         if problems := misfits(expected, answered, subset):
             raise EvalError(
-                f"{answers.path}: {mine} does not fit {questions.path}: {problems}. Expected one answer "
-                "to every question. Add or drop answers, or give the question file that was asked"
-                + ("." if subset else "; --subset leaves out answers to other questions.")
+                f"{answers.path}: {mine} does not fit {questions.path}: {problems}. Expected one "
+                "answer to every question. Add or drop answers, or give the question file that was "
+                "asked" + ("." if subset else "; --subset leaves out answers to other questions.")
             )
         by_id = dict(zip(answered, answers.rows, strict=True))
         _require_alike(questions.rows, [by_id[key] for key in expected])
@@ -200,9 +200,9 @@ def capped(names: Collection[str]) -> str:
 def _by_position(questions: Side, answers: Side, ids: str | None) -> Joined:
     if len(questions.rows) != len(answers.rows):
         raise EvalError(
-            f"{answers.path} has {len(answers.rows)} answers, {questions.path} {len(questions.rows)} "
-            "questions, and no ids in common. They would be joined by position, so the counts "
-            "must agree: use the question file that was asked."
+            f"{answers.path} has {len(answers.rows)} answers, {questions.path} "
+            f"{len(questions.rows)} questions, and no ids in common. They would be joined by "
+            "position, so the counts must agree: use the question file that was asked."
         )
     _require_alike(questions.rows, answers.rows)
     why = f"{ids} repeats among the questions" if ids else "the files have no ids in common"
@@ -214,8 +214,8 @@ def _require_alike(questions: Sequence[Row], answers: Sequence[Row]) -> None:
         if (difference := differing(question, row)) is not None:
             name, answered, expected = difference
             raise EvalError(
-                f"{row.where}: answers a question about the {name} {answered!r}, but {question.where} "
-                f"asks about {expected!r}: use the question file that was asked."
+                f"{row.where}: answers a question about the {name} {answered!r}, but "
+                f"{question.where} asks about {expected!r}: use the question file that was asked."
             )
 
 

@@ -29,8 +29,12 @@ KEY = "OPENAI_API_KEY"
 class Endpoint:
     """A chat model behind an endpoint of the OpenAI form.
 
-    url: what comes before `/chat/completions`. retries: how often a request is repeated while the
-    endpoint is busy or not reached; the pauses grow to 8 s, or are those that the endpoint names.
+    url: what comes before `/chat/completions`
+    model: its name there
+    temperature: of the sampling
+    max_tokens: where a response is cut
+    retries: how often a request is repeated while the endpoint is busy or not reached; the pauses
+        grow to 8 s, or are those that the endpoint names
     """
 
     url: str
@@ -84,7 +88,11 @@ def _openai() -> Any:
 
 @dataclass(frozen=True)
 class Judge:
-    """Verdicts of a file, and of an endpoint where it lacks them (None: the file alone)."""
+    """A judge of answers.
+
+    verdicts: file of its replies, appended to
+    endpoint: what is requested where the file lacks a reply; None: the file alone
+    """
 
     verdicts: Path
     endpoint: Endpoint | None = None
@@ -143,7 +151,11 @@ def judge_of(
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt with places for values. `name` says which: file name and start of its SHA-256."""
+    """A prompt with fields in braces.
+
+    name: file name and start of its SHA-256
+    text: the prompt
+    """
 
     name: str
     text: str
@@ -155,13 +167,13 @@ class Template:
         return cls(f"{path.name} (sha256 {_sha256(text)[:12]})", text)
 
     def fill(self, **values: str) -> str:
-        """The prompt; places are named, or empty braces that are filled in the given order."""
+        """The prompt; fields are named, or empty braces that are filled in the given order."""
         try:
             return self.text.format(*values.values(), **values)
         except (LookupError, ValueError) as error:
             raise EvalError(
-                f"{self.name}: has a place {error} that cannot be filled; known are "
-                f"{', '.join(values)}. Braces that are no place are written twice."
+                f"{self.name}: has a field {error} that cannot be filled; known are "
+                f"{', '.join(values)}. Braces that are no field are written twice."
             ) from None
 
 

@@ -42,7 +42,12 @@ TOTALS = {"hallucination": HALLUCINATION, "perception": PERCEPTION, "cognition":
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a question file; `label` is "yes" or "no"."""
+    """One line of a question file.
+
+    image: file name
+    text: the question
+    label: "yes" or "no"
+    """
 
     image: str
     text: str
@@ -51,7 +56,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One line of an answer file; `label` is "yes" or "no"."""
+    """One line of an answer file.
+
+    image: file name
+    label: "yes" or "no"
+    text: the answer
+    """
 
     image: str
     label: str

@@ -41,7 +41,13 @@ SWAPPED = (99, 100, 279, 280)
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `options` are the texts behind (a) and (b), `label` is "a" or "b"."""
+    """One question.
+
+    index: its number from 1; two that follow each other are a pair
+    text: the question
+    options: the texts behind (a) and (b)
+    label: "a" or "b"
+    """
 
     index: int
     text: str

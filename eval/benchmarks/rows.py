@@ -16,7 +16,11 @@ from eval.errors import EvalError
 
 @dataclass(frozen=True)
 class Row:
-    """One JSON object of a file. `where` reads like "answers.jsonl, line 7"."""
+    """One JSON object of a file.
+
+    where: its file and line, as in "answers.jsonl, line 7"
+    fields: the object
+    """
 
     where: str
     fields: Mapping[str, Any]

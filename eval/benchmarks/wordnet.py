@@ -23,7 +23,12 @@ _PARTS = {"J": "a", "V": "v", "N": "n", "R": "r"}
 
 @dataclass(frozen=True)
 class Tools:
-    """The functions that are used of NLTK."""
+    """The functions that are used of NLTK.
+
+    tokens: of a text
+    tag: (token, Penn Treebank tag) pairs of tokens
+    lemma: of a word as a part of speech
+    """
 
     tokens: Callable[[str], Sequence[str]]
     tag: Callable[[Sequence[str]], Sequence[tuple[str, str]]]

@@ -21,7 +21,12 @@ ALARM = "degeneration alarm"
 
 @dataclass(frozen=True)
 class Value:
-    """One measured number (shares in [0, 1], lengths in tokens) with its interval, of n samples."""
+    """One measured number.
+
+    value: a share in [0, 1], or a length in tokens
+    low, high: its 95 % interval
+    n: number of samples
+    """
 
     value: float
     low: float
@@ -31,7 +36,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """One measure of all runs; None where a run does not have it."""
+    """One measure of all runs.
+
+    split, benchmark, part, measure: which one
+    values: by run, None where a run does not have it
+    """
 
     split: str
     benchmark: Benchmark
@@ -56,7 +65,9 @@ class Row:
 class Column:
     """One run.
 
-    name: its heading in the table. record: the content of config.yaml. metrics: of metrics.json.
+    name: its heading in the table
+    record: the content of config.yaml
+    metrics: the content of metrics.json
     """
 
     name: str

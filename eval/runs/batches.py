@@ -105,7 +105,7 @@ class BatchRunner:
         return None
 
     def _readable(self, samples: Sequence[Sample]) -> list[Response | BrokenImageError]:
-        """The answers, with the error instead of a response for each sample whose image is broken."""
+        """The responses, with the error in the position of each sample whose image is broken."""
         broken: dict[tuple[str, ...], BrokenImageError] = {}
         limit = self.config.sections[samples[0].task].max_new_tokens
         while left := [sample for sample in samples if sample.key not in broken]:

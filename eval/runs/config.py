@@ -37,16 +37,26 @@ METHODS: Mapping[str, Any] = LIBRARY
 
 @dataclass(frozen=True)
 class Config:
-    """One model with its methods on one data set; `options` holds the section of each method.
+    """One model with its methods on one data set.
 
-    From `revision` to `attn_implementation` the settings go to from_pretrained; `quantization` is
-    its quantization_config, as in {load_in_4bit: true}. Where none of `device_map`, `tp_plan` and
-    `quantization` places the model, it goes to `device` as a whole. `chat_template` is Jinja that
-    renders prompts, for a model whose processor has none. `part`: of all images only the
-    half to tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each
-    split and task. `sections` holds the settings of each benchmark. `broken_images: error` stops at
-    an image that cannot be read rather than list it as skipped; one of more than `max_pixels` is
-    not read. `layers` and `heads` go to `wrap`.
+    model: pocket, a folder made by save_pretrained, or an id on the hub
+    revision, trust_remote_code, dtype, device_map, tp_plan, attn_implementation: of from_pretrained
+    device: of the whole model, where none of device_map, tp_plan and quantization places it
+    quantization: quantization_config of from_pretrained, as in {load_in_4bit: true}
+    chat_template: Jinja that renders prompts, for a model whose processor has none
+    data: pocket, or a folder of COCO images with their annotations
+    splits: of the data; none: the usual ones
+    part: of all images only the half to tune on, or the half to report (see `sweep`)
+    tasks: names of benchmarks, or import paths
+    limit: images of each split and task at most
+    batch_size: requests at once
+    seed: of whatever is drawn
+    broken_images: error stops at an image that cannot be read rather than list it as skipped
+    max_pixels: a larger image is not read
+    methods: names, or import paths
+    layers, heads: of `wrap`
+    sections: settings of each benchmark, by name
+    options: section of each method, by name
     """
 
     model: str = "pocket"

@@ -30,7 +30,10 @@ FREE = ("batch_size", "device", "device_map", "tp_plan")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run."""
+    """The files of one run.
+
+    path: the folder
+    """
 
     path: Path
 

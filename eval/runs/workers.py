@@ -31,9 +31,9 @@ Engine: TypeAlias = Callable[[Sequence[Batch], Config, Load], Answers]
 class Worker:
     """A loaded model with the methods of the run on it, and what is to be kept of both.
 
-    runner: asks the model.
-    patch: the handle of the methods, None without any.
-    provenance: what the run folder keeps; its notes grow while the worker is at work.
+    runner: requests responses of the model
+    patch: the handle of the methods, None without any
+    provenance: what the run folder keeps; its notes grow while the worker is at work
     """
 
     runner: BatchRunner

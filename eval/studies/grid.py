@@ -21,9 +21,10 @@ Tables: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """One combination: a name that serves as a folder's, and the settings as key=value texts.
+    """One combination of settings.
 
-    `overrides` None: no methods at all.
+    name: serves as a folder's, too
+    overrides: the settings as key=value texts; None: no methods at all
     """
 
     name: str

@@ -39,7 +39,13 @@ class Caption:
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene of the picture: its split, its file, its objects, and the captions to compare."""
+    """One scene of the picture.
+
+    split: of the data
+    image: its file
+    truth: its objects
+    captions: to be compared
+    """
 
     split: str
     image: Path

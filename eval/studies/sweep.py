@@ -35,10 +35,15 @@ STOCK = Point("stock", None)
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried, and the measure that decides. `measure` None: the main one of the first task.
+    """What is tried, and the measure that decides.
 
-    `tune_split`: the split to tune on, the others are reported. None: the images of each split are
-    divided in two halves by their names, the same halves in every sweep.
+    path: the configuration
+    overrides: its changes, as key=value texts
+    grids: settings with their values, as key=value,value texts
+    grid_heads: "layers" or "heads", to try one at a time
+    measure: None for the main one of the first task
+    tune_split: the split to tune on, the others are reported; None: the images of each split are
+        divided in two halves by their names, the same halves in every sweep
     """
 
     path: Path

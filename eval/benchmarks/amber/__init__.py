@@ -39,9 +39,13 @@ TYPES = {GENERATIVE, *(kind for kinds in DIMENSIONS.values() for kind in kinds)}
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of one id: words of a description (`truth`, `hallu`), or "yes" or "no".
+    """The annotation of one id.
 
-    Questions about one `image` are drawn together for intervals, where it is known.
+    type: "generative", or the kind of a question
+    truth: words that a description should cover
+    hallu: words that it may make up
+    answer: "yes" or "no" to a question
+    image: file name, where it is known; questions about one image are drawn together
     """
 
     type: str

@@ -33,7 +33,11 @@ _DETERMINERS = frozenset(("a", "an", "one", "the", "this", "that", "each", "ever
 
 @dataclass(frozen=True)
 class Lexicon:
-    """The benchmark's words: what each may also be called, and nine that are never held against."""
+    """The benchmark's words.
+
+    associations: what each may also be called
+    safe: words that never count as hallucinated
+    """
 
     associations: Mapping[str, Sequence[str]]
     safe: frozenset[str]

@@ -28,7 +28,7 @@ LOOPING = 0.7
 
 @dataclass(frozen=True)
 class Counts:
-    """What one caption adds to the corpus; the names are those of the published raw counts."""
+    """What one caption adds to the corpus: integers, named as the published raw counts."""
 
     captions: int
     captions_hallucinated: int
@@ -43,7 +43,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """One caption, judged. Pairs are (word as it was read, COCO object), in order of mention."""
+    """The score of one caption; pairs are (word, COCO object) in order of mention.
+
+    mentions: all pairs
+    hallucinated: those whose object is not in the image
+    missed: objects of the image that the caption does not name
+    counts: what it adds to the corpus
+    four_grams: number of its 4-grams
+    distinct_four_grams: number of different ones
+    """
 
     mentions: tuple[tuple[str, str], ...]
     hallucinated: tuple[tuple[str, str], ...]

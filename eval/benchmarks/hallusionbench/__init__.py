@@ -22,7 +22,16 @@ Key: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `visual_input`: "0" no image, "1" the original, "2" an edited one."""
+    """One question.
+
+    category: "VD" (visual dependent) or "VS" (visual supplement)
+    subcategory: kind of figure
+    set_id, figure_id, question_id: numbers as text; figure "0" is the first form
+    visual_input: "0" no image, "1" the original, "2" an edited one
+    text: the question
+    reference: the right answer in words
+    label: "yes" or "no"
+    """
 
     category: str
     subcategory: str

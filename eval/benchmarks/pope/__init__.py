@@ -27,7 +27,15 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `object` is "" where the text is not of POPE's form; `split` where unknown."""
+    """One question.
+
+    question_id: its number
+    image: file name
+    text: the question
+    label: "yes" or "no"
+    object: what it is about, "" where the text is not of POPE's form
+    split: "" where it is unknown
+    """
 
     question_id: int
     image: str
