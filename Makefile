@@ -97,6 +97,7 @@ types: $(READY)  ## mypy --strict vlm_patch eval
 docs: $(READY)  ## writes the tables of docs/ that commands generate
 	$(BIN)/python -m eval models --docs
 	$(BIN)/python -m eval modes --docs
+	$(BIN)/python -m eval demo --docs
 
 pocket: $(READY)  ## trains the pocket model anew
 	$(BIN)/python -m eval.pocket.train

@@ -1,7 +1,5 @@
 """python -m eval speed: what the methods cost beside the stock model."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path
@@ -11,7 +9,7 @@ from eval.cli import Commands
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("speed", help="what the methods cost beside the stock model")
+    parser = commands.add_parser("speed", help="What the methods cost beside the stock model")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument(
         "--shapes", help="names with commas between, or all (default: the quick ones)"

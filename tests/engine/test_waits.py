@@ -13,7 +13,8 @@ from transformers import DynamicCache, StaticCache
 
 from eval.speed.counts import Operators, operators
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, ours, planted
+from eval.support.agreement import ours, planted
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import wrap
 
 METHODS = [("var",), ("gift",), ("vhr",), ("var", "gift", "vhr"), ("paint",)]

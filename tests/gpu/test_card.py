@@ -15,11 +15,12 @@ import vlm_patch
 from eval.speed import counts
 from eval.studies import demo
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, new_tokens, ours, planted
+from eval.support.agreement import ours, planted
 from eval.support.ways import MODES, SIDES, measure
 from tests.engine.test_fused import SHAPES, groups_of, row_of
 from tests.eval.support.test_modes import REFUSED
 from tests.gpu.conftest import DEVICE, apart
+from tests.support.agreement import NO_PROCESSOR, new_tokens
 from tests.support.on_device import CASES, CPU, ELSEWHERE, modes_on, moved
 from vlm_patch import GIFT, VAR
 from vlm_patch.engine import fused

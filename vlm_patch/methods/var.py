@@ -22,12 +22,13 @@ from vlm_patch.method import (
     ForwardContext,
     Method,
     ModelInfo,
+    Phase,
     State,
 )
 from vlm_patch.primitives import dispatch, launch
 from vlm_patch.primitives.buffers import append, cast
 from vlm_patch.primitives.reweighting import KeyReweighting, reweight
-from vlm_patch.primitives.sink_rules import Found, scaled_tau
+from vlm_patch.primitives.sink_rules import SinkChannels, scaled_tau
 from vlm_patch.primitives.sinks import discover, one_stream
 from vlm_patch.validation import check_flag, check_number, check_whole, check_wholes
 
@@ -160,7 +161,7 @@ class VAR(KeyReweighting):
     exclude_last_layer: bool = True
     require_visual_sink: bool = False
     semantics: str = "paper"
-    found: Found | None = field(default=None, init=False, compare=False)
+    found: SinkChannels | None = field(default=None, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number("VAR move_fraction", self.move_fraction, 0, 1)
@@ -208,7 +209,7 @@ class VAR(KeyReweighting):
         """
         if self.dims is not None:
             return self
-        if forward.past or not forward.ends:
+        if forward.position.past or not forward.position.ends:
             raise PatchError(
                 "VAR does not know the sink channels of this model, and looks for them in a prompt "
                 "that is read at once from its beginning. Run such a prompt first (no "
@@ -226,7 +227,7 @@ class VAR(KeyReweighting):
         object.__setattr__(settled, "found", found)
         return settled
 
-    def finding(self) -> str:
+    def report(self) -> str:
         if self.dims is None:
             return "looks for its sinks at the first prompt"
         if self.found is None:
@@ -244,7 +245,7 @@ class VAR(KeyReweighting):
             return
         hidden = one_stream(hidden)
         dims, tau = _constant(tuple(self.dims), hidden.device, torch.long), self.tau or 0.0
-        fast = forward.generated and not self.release
+        fast = forward.position.phase is Phase.DECODE and not self.release
         if fast and dispatch.possible(hidden.device.type):
             groups = dispatch.tried(
                 ("sink column", str(hidden.device), hidden.dtype, len(dims)),
@@ -253,13 +254,13 @@ class VAR(KeyReweighting):
             )
         else:
             groups = self._groups(hidden, forward)
-        state.groups[layer] = append(state.groups.get(layer), groups, forward.past)
+        state.groups[layer] = append(state.groups.get(layer), groups, forward.position.past)
 
     def _groups(self, hidden: Tensor, forward: ForwardContext) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
         hidden = cast(hidden, torch.promote_types(hidden.dtype, torch.float32))
         kind = hidden.device, hidden.dtype
-        if self.release and not (forward.first and forward.prompt_rows):
+        if self.release and not (forward.position.first_prompt and forward.position.prompt_rows):
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
             peak, norm = peak_and_norm(hidden, self.dims or (), 1e-6 if self.release else 0.0)
@@ -268,8 +269,8 @@ class VAR(KeyReweighting):
             least = torch.addcmul(_constant((torch.finfo(norm.dtype).tiny,), *kind), share, norm)
             sinks = peak > least if self.release else peak >= least
             if self.release:
-                sinks[:, forward.prompt_rows :] = False
-        if not forward.generated:
+                sinks[:, forward.position.prompt_rows :] = False
+        if forward.position.phase is not Phase.DECODE:
             return key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
         sink, other = _constant((0, 1, 0, 1), *kind, 1), _constant((0, 0, 0, 1), *kind, 1)
         return torch.where(sinks.unsqueeze(1), sink, other)

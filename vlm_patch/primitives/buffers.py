@@ -24,7 +24,7 @@ def append(buffer: Tensor | None, new: Tensor, past: int) -> Tensor:
     Writes into `buffer` where it has room, so that a step of decoding writes one column; a full
     one is replaced by one of twice the size. Keep what is returned:
 
-        state.groups = append(state.groups, groups, forward.past)
+        state.groups = append(state.groups, groups, forward.position.past)
     """
     total = past + new.shape[-1]
     if buffer is None or not has_room(buffer, total):

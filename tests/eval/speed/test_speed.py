@@ -21,8 +21,9 @@ from eval.speed.models import LLAVA_7B, TINY_VISION, Dims, Loaded, build, decode
 from eval.speed.shapes import METHODS, SHAPES, Shape, acting, card_shapes, chosen, layers
 from eval.speed.sides import attention_clock, check_acting, sides, twin
 from eval.support import pages, tiny
-from eval.support.agreement import MODELS, NO_PROCESSOR, generate, ours, planted, reference
+from eval.support.agreement import MODELS, ours, planted, reference
 from eval.support.release_style import release_style
+from tests.support.agreement import NO_PROCESSOR, generate
 
 CPU = torch.device("cpu")
 SMALL = Dims(64, 4, 4, 16, 128)
