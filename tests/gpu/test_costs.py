@@ -9,8 +9,9 @@ from transformers import DynamicCache
 import vlm_patch
 from eval.speed import counts
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, ours, planted
+from eval.support.agreement import ours, planted
 from tests.gpu.conftest import DEVICE, apart
+from tests.support.agreement import NO_PROCESSOR
 from tests.support.on_device import moved
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR, "error:A fused kernel is left out")
