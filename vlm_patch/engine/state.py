@@ -86,6 +86,7 @@ class GenerationState:
     edge: number of tokens up to and with the last image token.
     tails: the text behind it, where the prompt may go on.
     unsaid: warnings, by what they are about, that hold only if it does not.
+    static: what its steps share on a static cache (a `compiled.StaticStep`).
     """
 
     owner: int
@@ -105,6 +106,7 @@ class GenerationState:
     edge: int = 0
     tails: list[Tail] = field(default_factory=list)
     unsaid: list[tuple[str, str]] = field(default_factory=list)
+    static: Any = None
 
     def select(self, index: Tensor) -> None:
         """Follows the cache when its samples are reordered, picked or repeated; index `[B]`."""
@@ -113,7 +115,9 @@ class GenerationState:
         for tail in self.tails:
             tail.select(index, self.batch)
         if len(index) != self.batch:
-            self.batch, self.step = len(index), None
+            self.batch, self.step, self.static = len(index), None, None
+        elif self.static is not None:
+            self.static.select(self, index)
 
     def follow(self, name: str, layers: Collection[int], past: int) -> None:
         """Notes that a method acts in these layers now. Raises PatchError if it missed tokens."""
@@ -210,6 +214,9 @@ SELECTING = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 
 def attach(cache: Any, generation: GenerationState) -> None:
     """Lets a generation travel with its cache."""
+    before: GenerationState | None = getattr(cache, "vlm_patch", None)
+    if before is not None and (before.owner, before.batch) == (generation.owner, generation.batch):
+        generation.static = before.static  # the addresses stay, also for a graph that was captured
     cache.vlm_patch = generation
     for name in SELECTING:
         if hasattr(type(cache), name):
@@ -223,6 +230,8 @@ def cached(cache: Any, rows: int) -> int:
     if cache is None:
         return 0
     generation: GenerationState | None = getattr(cache, "vlm_patch", None)
+    if generation is not None and generation.static is not None and generation.static.ran:
+        generation.static.catch_up(generation)
     if rows == 1 and generation is not None and isinstance(cache, StaticCache):
         return generation.length
     return int(cache.get_seq_length())

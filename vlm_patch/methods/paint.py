@@ -93,6 +93,8 @@ def boosted(scores: Tensor, strength: Tensor) -> Tensor:
 class BoostState(State):
     """boost: `[B, at least K]`, what the score of each key is raised by."""
 
+    per_key: ClassVar[tuple[str, ...]] = ("boost",)
+
     boost: Any = None
 
 

@@ -122,6 +122,8 @@ def redistribute(weights: Tensor, groups: Tensor, *options: Any, **named: Any) -
 class SinkState(State):
     """groups: by layer, `[B, 4, at least K]`, see `key_groups`."""
 
+    per_key: ClassVar[tuple[str, ...]] = ("groups",)
+
     groups: dict[int, Tensor] = field(default_factory=dict)
 
 
