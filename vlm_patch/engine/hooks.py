@@ -157,7 +157,7 @@ class ForwardHooks:
             actives, kwargs = self._start(forward, generation, switched, kwargs)
         else:
             generation.stock = generation.length
-        static = static_step(cache, generation, self.layout.shard)
+        static = static_step(cache, generation, self.graph, self.layout.shard)
         if static is not None:
             prompt, step = forward.position.prompt_rows > 0, self.layout.next_step
             self.now.settle = lambda: static.settle(generation, actives, prompt, step)
@@ -251,7 +251,7 @@ class ForwardHooks:
         if all(self.graph.off.values()):
             return True
         hidden = args[0] if args else _hidden(kwargs)
-        return traceable(self.graph, self._cache(kwargs), hidden, self.layout.owner) is not None
+        return traceable(self.graph, self._cache(kwargs), hidden) is not None
 
     def trace_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
         """`before_decoder` of a step, or of anything while all methods are off."""
@@ -264,7 +264,7 @@ class ForwardHooks:
             return True
         if args or self.decoder.training or shows_weights(self.decoder, kwargs):
             return False
-        static = traceable(self.graph, cache, _hidden(kwargs), self.layout.owner)
+        static = traceable(self.graph, cache, _hidden(kwargs))
         if static is None:
             return False
         self.graph.run = static.trace(self.graph.off)
