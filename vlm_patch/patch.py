@@ -148,9 +148,9 @@ class Patch:
         if self._tower is not None:
             self._tower.install(undo)
         # an adapter of PEFT calls the forward of its model past its hooks
-        around = passes.before_model, passes.trace_model
-        hooks = dict.fromkeys(self._shells, around)
-        for module, both in {**hooks, decoder: (passes.before_decoder, passes.trace_decoder)}.items():
+        hooks = dict.fromkeys(self._shells, (passes.before_model, passes.trace_model))
+        hooks[decoder] = passes.before_decoder, passes.trace_decoder
+        for module, both in hooks.items():
             handle = module.register_forward_pre_hook(Hook(*both), with_kwargs=True)
             undo.callback(handle.remove)
         after = QuietHook(passes.after_decoder, passes.trace_end, passes.now)
@@ -254,7 +254,7 @@ class Patch:
         return frozenset().union(*self._disabled)
 
     def _switched(self) -> list[tuple[Method, dict[int, Tensor | None]]]:
-        """The methods that are on, and by layer their heads (None: all); compiled steps are told."""
+        """The methods that are on, and by layer their heads (None: all); `Graph.off` is told."""
         off = self._off()
         layers = [(m, self._layers(m.name)) for m in self._methods if m.name not in off]
         on = [(method, by_layer) for method, by_layer in layers if by_layer]

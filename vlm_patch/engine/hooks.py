@@ -304,8 +304,9 @@ def _hidden(kwargs: Mapping[str, Any]) -> Any:
 
 def _forget(cache: Any) -> None:
     """Notes that a static cache takes tokens that no method sees; others are asked their length."""
-    if type(cache) is StaticCache and getattr(cache, "vlm_patch", None) is not None:
-        cache.vlm_patch = None
+    known: Any = cache
+    if type(known) is StaticCache and getattr(known, "vlm_patch", None) is not None:
+        known.vlm_patch = None
 
 
 def _readers(switched: list[tuple[Method, dict[int, Tensor | None]]]) -> list[str]:
