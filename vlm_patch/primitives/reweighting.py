@@ -85,7 +85,7 @@ class KeyReweighting(Method, ABC):
         every = self.groups(layer, forward, state).narrow(-1, 0, total)
         if every.device != forward.image.device:
             every = every.to(forward.image.device)
-        return every if keys == total else every[..., total - keys :], every
+        return every if keys == total else forward.newest(every, keys), every
 
     def _sees_all(self, forward: ForwardContext) -> bool:
         """Whether all heads that it has to see are computed here."""
