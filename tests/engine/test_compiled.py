@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, ours, planted
+from eval.support.agreement import ours, planted
+from tests.support.agreement import NO_PROCESSOR
 from tests.support.family import VARIANTS, Family
 from vlm_patch import GIFT, VAR, VHR, Method, PatchError, State, wrap
 from vlm_patch.engine.attention import REASON

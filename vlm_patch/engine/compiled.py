@@ -389,7 +389,7 @@ def traceable(graph: Graph, cache: Any, hidden: Any) -> StaticStep | None:
     if type(cache) is not StaticCache or generation is None or hidden is None:
         return None
     static: StaticStep | None = generation.static
-    if static is None or static.graph is not graph or not static.ready or generation.unsaid:
+    if static is None or static.graph is not graph or not static.ready or generation.deferred:
         return None
     if hidden.shape[:2] != (static.masks["seen"].shape[0], 1):
         return None
