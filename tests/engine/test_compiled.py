@@ -242,6 +242,23 @@ def test_steps_without_the_graph_in_between() -> None:
     assert graphs() == 2  # a second question leaves GIFT fewer tensors
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tokens_taken_out_of_the_cache(compiled: bool) -> None:
+    """Generated ones, which are generated once more."""
+    model = small()
+    batch = tiny.inputs(model, tiny.ONE_IMAGE)
+    with wrap(model, *few()):
+        run, loop = whole(model) if compiled else model, Loop(model, batch)
+        expected = loop.steps(run, 3).found[1:]
+        loop.cache.crop(-3)
+        loop.mask, loop.found, loop.token = (
+            batch["attention_mask"],
+            [],
+            loop.found[0].argmax(-1, True),
+        )
+        same(loop.steps(run, 3).logits, torch.stack(expected, 1))
+
+
 def test_two_caches_in_turn() -> None:
     model = small()
     batches = [tiny.inputs(model, rows) for rows in (tiny.BATCH_OF_3, OTHER_WORDS)]

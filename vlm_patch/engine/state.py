@@ -210,6 +210,25 @@ class _Selecting:
         return _Selecting, (self.cache(), self.generation, self.name)
 
 
+class _Cropping(_Selecting):
+    """The same for the method of a static cache that takes out its last tokens; what a cache holds
+    that is not static is asked at every forward.
+    """
+
+    def __call__(self, tokens: int) -> None:
+        """tokens: how many, as a number below 0."""
+        cache: Any = self.cache()
+        length = cached(cache, 1) - abs(tokens)
+        getattr(type(cache), self.name)(cache, tokens)
+        self.generation.cut(length)
+        self.generation.length = length
+        if self.generation.static is not None:
+            self.generation.static.length.tensor.fill_(length)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Cropping, (self.cache(), self.generation, self.name)
+
+
 SELECTING = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 """Methods of a cache that reorder, repeat or pick its samples."""
 
@@ -223,6 +242,8 @@ def attach(cache: Any, generation: GenerationState) -> None:
     for name in SELECTING:
         if hasattr(type(cache), name):
             setattr(cache, name, _Selecting(cache, generation, name))
+    if isinstance(cache, StaticCache) and hasattr(type(cache), "crop"):
+        cache.crop = _Cropping(cache, generation, "crop")
 
 
 def cached(cache: Any, rows: int) -> int:
