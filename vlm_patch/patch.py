@@ -133,7 +133,10 @@ class Patch:
         decoder = self._decoder.module
         config: Any = decoder.config
         padding = config.pad_token_id if self._decoder.special.positions_from_padding else None
-        passes = ForwardHooks(decoder, self._layout, self._switched, self._learned, padding)
+        softmax_only = len(self._decoder.layers) == self._decoder.depth
+        passes = self._passes = ForwardHooks(
+            decoder, self._layout, self._switched, self._learned, padding, softmax_only
+        )
         for layer in self._decoder.layers:
             attention.install(layer, passes.now, undo, self)
             if any(method.reads_blocks for method in self._methods):
@@ -225,8 +228,11 @@ class Patch:
         if self._removed:
             lines[0] += " (removed: the model is stock)"
         for method in self._methods:
-            report = f"; {method.report()}" if method.report() else ""
-            lines.append(f"  {values(method)}: {self._where(method)}{report}")
+            reports = [method.report()]
+            if type(method).extra_prompt is not Method.extra_prompt:
+                reports.append(self._passes.extra.report())
+            said = "".join(f"; {report}" for report in reports if report)
+            lines.append(f"  {values(method)}: {self._where(method)}{said}")
         return "\n".join(lines)
 
     __repr__ = describe
