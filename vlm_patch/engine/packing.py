@@ -240,7 +240,7 @@ def _rope_types(config: Any) -> set[Any]:
 def _behind(name: str, value: Any, own: Any, batch: int, rows: int, length: int) -> Any:
     """A decoder input with that of the second prompt behind it."""
     if own is not None:
-        return torch.cat((value, own.to(value.device)), 1)
+        return torch.cat((value, own), 1)
     if name == "cache_position" and value is not None:
         return torch.cat((value, value[-1] + 1 + torch.arange(length, device=value.device)))
     if not any(_per_row(tensor, batch, rows) for tensor in _tensors(value)):
