@@ -229,7 +229,8 @@ class Patch:
             lines[0] += " (removed: the model is stock)"
         for method in self._methods:
             reports = [method.report()]
-            if type(method).extra_prompt is not Method.extra_prompt:
+            own = type(method).extra_prompt is not Method.extra_prompt
+            if own and self.heads[method.name].any():
                 reports.append(self._passes.extra.report())
             said = "".join(f"; {report}" for report in reports if report)
             lines.append(f"  {values(method)}: {self._where(method)}{said}")

@@ -90,11 +90,11 @@ class ExtraPasses:
         return packed
 
     def report(self) -> str:
-        """How a second prompt is read, for people."""
+        """How extra prompts are read, for people."""
         reason = self.packing.obstacle() if self.unpacked is None else self.unpacked
         if reason:
-            return f"its second prompt is read in a forward of its own, since {reason}"
-        return "its second prompt shares the forward of the first"
+            return f"its extra prompt takes a forward of its own: {reason}"
+        return "its extra prompt shares the prompt's forward"
 
     def run(self, run: ForwardHandler, kwargs: dict[str, Any]) -> Any:
         """Runs the decoder once more, inside the forward that is about to start."""

@@ -9,7 +9,7 @@ decoder see the S rows alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from vlm_patch.engine.rows import Watching
 from vlm_patch.method import ExtraPrompt, ForwardContext
 from vlm_patch.models.tensor_parallel import WHOLE, Shard
 
-MOST_ROWS_IN_ONE_CALL = 1024
-"""Rows of all samples up to which one call of the kernel, with a block mask, reads both prompts. A
-GPU launches two calls in the time of more rows than these, and causal kernels without a mask are
-faster."""
+MOST_ROWS_AT_ONCE = {"cuda": 1024}
+"""Rows of all samples, by type of device, up to which one call of sdpa with a block mask reads both
+prompts: a GPU is done with fewer before a second call is launched. Else each prompt has a call of
+its own, which needs no mask where nothing is padded and so runs as fast as the stock model's."""
 KINDS = ("full_attention", "sliding_attention")
 OF_IMAGES = ("image", "pixel", "vis", "deepstack", "mm_encoder")
 """Parts of the names of decoder inputs that belong to image tokens; a row of text needs none."""
@@ -40,7 +40,8 @@ class Packed:
     """What attention serves while the decoder reads both prompts.
 
     inputs: what the decoder is given. rows, extra: S and T. watching: looks at the second prompt.
-    cache: of the prompt; None without one. prompt: what is done in the prompt's rows.
+    cache: of the prompt; None without one. at_once: one call of the kernel reads both prompts, else
+    each has its own. prompt: what is done in the prompt's rows.
     """
 
     inputs: dict[str, Any]
@@ -48,95 +49,106 @@ class Packed:
     extra: int
     watching: Watching
     cache: Any
+    at_once: bool
     prompt: ForwardHandler | None = None
-    _masks: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor]] = field(
+        default_factory=dict
+    )
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """The output `[B, S + T, H, Dv]` of both, and the weights of the prompt."""
         keys = call.key.shape[2] - self.extra
-        prompt = _part(call, slice(None, self.rows), slice(None, keys))
-        second = _part(call, slice(self.rows, None), slice(keys, None))
-        first: Tensor | None = None
-        if len(call.query) * call.query.shape[2] <= MOST_ROWS_IN_ONE_CALL:
-            whole, shown = _kernel(call, self._block_mask(call, keys))
+        whole = first = last = None
+        if self.at_once:
+            whole, _ = _stock(call, self._block_mask(call, keys))
             first, last = whole[:, : self.rows], whole[:, self.rows :]
-            shown = None if shown is None else shown[:, :, : self.rows, :keys]
-            prompt = replace(prompt, stock=lambda: (first, shown))
-            second = replace(second, stock=lambda: (last, None))
+        second = _part(call, slice(self.rows, None), slice(keys, None), last)
         behind, _ = self.watching.attend(second)
+        prompt = _part(call, slice(None, self.rows), slice(None, keys), first)
         assert self.prompt is not None
         output, weights = self.prompt.attend(prompt)
-        return whole if output is first else torch.cat((output, behind), 1), weights
+        if whole is not None and output is first:  # edited in place, if at all
+            return whole, weights
+        return torch.cat((output, behind), 1), weights
 
     def _block_mask(self, call: Call, keys: int) -> Tensor:
         """The layer's mask with what lies between the prompts hidden; once for all its layers."""
-        if id(call.mask) not in self._masks:
+        known = id(call.mask), call.query.device
+        if known not in self._masks:
             if call.mask is None:
-                causal = call.unseen(torch.arange(call.query.shape[2], device=call.query.device))
-                shape = call.query.shape[2], call.key.shape[2]
-                seen = call.query.new_ones(shape, dtype=torch.bool) if causal is None else ~causal
-                mask = seen[None, None]
+                rows = torch.arange(call.query.shape[2], device=call.query.device)
+                seen = rows.new_ones(len(rows), call.key.shape[2], dtype=torch.bool)
+                later = call.unseen(rows)
+                mask = (seen if later is None else ~later)[None, None]
             else:
                 mask = call.mask.clone()
             hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             mask[:, :, : self.rows, keys:] = hidden
             mask[:, :, self.rows :, :keys] = hidden
-            self._masks[id(call.mask)] = call.mask, mask
-        return self._masks[id(call.mask)][1].to(call.query.device)
+            self._masks[known] = call.mask, mask  # both, so that no other mask gets this id
+        return self._masks[known][1]
 
     def start(self) -> None:
         """From here on the cache keeps the prompt's rows alone."""
         if self.cache is not None:
-            self.cache.update = _PromptUpdate(self.cache, self.extra)
+            self.cache.update = _PromptUpdate(self.cache, self.extra, self.at_once)
 
     def finish(self, output: Any) -> Any:
         """The decoder's output without the second prompt, and its cache as it was."""
         if self.cache is not None:
             vars(self.cache).pop("update", None)
         if isinstance(output, tuple):
-            return tuple(map(self._rows, output))
+            return tuple(map(self._cut, output))
         for name, value in (output or {}).items():
-            output[name] = self._rows(value)
+            output[name] = self._cut(value)
         return output
 
-    def _rows(self, value: Any) -> Any:
+    def _cut(self, value: Any) -> Any:
         if type(value) is tuple:
-            return tuple(map(self._rows, value))
+            return tuple(map(self._cut, value))
         rows = self.rows + self.extra
         hidden = isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == rows
         return value[:, : self.rows] if hidden else value
 
 
-def _part(call: Call, rows: slice, keys: slice) -> Call:
-    """The call of some rows and keys."""
-    part = replace(
-        call,
-        query=call.query[:, :, rows],
-        key=call.key[:, :, keys],
-        value=call.value[:, :, keys],
-        mask=None if call.mask is None else call.mask[:, :, rows, keys],
+def _part(call: Call, rows: slice, keys: slice, output: Tensor | None) -> Call:
+    """The call of some rows and keys, whose stock output may be known."""
+    part = Call(
+        call.layer,
+        call.module,
+        call.query[:, :, rows],
+        call.key[:, :, keys],
+        call.value[:, :, keys],
+        None if call.mask is None else call.mask[:, :, rows, keys],
+        call.options,
+        lambda: _stock(part, part.mask) if output is None else (output, None),
+        call.kernel,
     )
-    return replace(part, stock=lambda: _kernel(part, part.mask))
+    return part
 
 
-def _kernel(call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _stock(call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     assert call.kernel is not None
     return call.kernel(call.query, call.key, call.value, mask)
 
 
 @dataclass
 class _PromptUpdate:
-    """Stands in for a cache's `update`, and keeps the last `extra` rows out of it."""
+    """Stands in for a cache's `update`, and keeps the last `extra` rows out of it.
+
+    in_place: as views of what is computed, which takes the memory of these rows and no time.
+    """
 
     cache: Any
     extra: int
+    in_place: bool
 
     def __call__(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         extra = self.extra
         both, more = (key_states, value_states), (layer_idx, *args)
-        if _is_plain(self.cache, layer_idx):  # which costs no copy
+        if self.in_place and _is_plain(self.cache, layer_idx):
             found: tuple[Tensor, Tensor] = type(self.cache).update(
                 self.cache, *both, *more, **kwargs
             )
@@ -185,7 +197,11 @@ class Packing:
         masks = _Masks(forward.valid, extra.inputs["attention_mask"], self._window())
         inputs["attention_mask"] = masks.behind(kwargs.get("attention_mask"))
         watching, cache = Watching(extra.watcher), kwargs.get(self.cache_name)
-        return Packed(inputs, rows, length, watching, cache)
+        total = len(forward.valid) * (rows + length)
+        few = total <= MOST_ROWS_AT_ONCE.get(forward.valid.device.type, 0)
+        config: Any = self.decoder.config
+        at_once = few and config._attn_implementation == "sdpa"
+        return Packed(inputs, rows, length, watching, cache, at_once)
 
     def obstacle(self) -> str | None:
         """What stands against it in the model, whatever the prompt."""
