@@ -62,14 +62,23 @@ class Packed:
         if self.at_once:
             whole, _ = _stock(call, self._block_mask(call, keys))
             first, last = whole[:, : self.rows], whole[:, self.rows :]
-        second = _part(call, slice(self.rows, None), slice(keys, None), last)
-        behind, _ = self.watching.attend(second)
+        behind = self._watch(call, keys, last)
         prompt = _part(call, slice(None, self.rows), slice(None, keys), first)
         assert self.prompt is not None
         output, weights = self.prompt.attend(prompt)
         if whole is not None and output is first:  # edited in place, if at all
             return whole, weights
         return torch.cat((output, behind), 1), weights
+
+    def _watch(self, call: Call, keys: int, output: Tensor | None) -> Tensor:
+        """The output `[B, T, H, Dv]` of the second prompt, which may be known, once it is shown."""
+        watcher = self.watching.watcher
+        if output is not None and watcher.weights is None:  # a part of the call takes longer
+            if watcher.heads is not None:
+                watcher.heads(call.layer, output)
+            return output
+        part = _part(call, slice(self.rows, None), slice(keys, None), output)
+        return self.watching.attend(part)[0]
 
     def _block_mask(self, call: Call, keys: int) -> Tensor:
         """The layer's mask with what lies between the prompts hidden; once for all its layers."""
