@@ -13,20 +13,10 @@ from torch import Tensor, nn
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import (
-    DIMS,
-    NO_PROCESSOR,
-    TAU,
-    answer_logits,
-    error,
-    generate,
-    generated,
-    ours,
-    planted,
-    reference,
-)
+from eval.support.agreement import DIMS, TAU, answer_logits, generated, ours, planted, reference
 from eval.support.reference import logits, trace
 from eval.support.tiny_text import VISION_END
+from tests.support.agreement import NO_PROCESSOR, error, generate
 from tests.support.examples import places
 from vlm_patch import GIFT, VAR, VHR
 from vlm_patch.method import ForwardContext, Method, State

@@ -15,9 +15,10 @@ from eval.runs import generate as eval_generate
 from eval.runs.config import Config
 from eval.runs.samples import Sample
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, ours, planted
-from eval.support.agreement import generate as generated
+from eval.support.agreement import ours, planted
 from eval.support.simulated_device import FAR, REFUSAL, second_device
+from tests.support.agreement import NO_PROCESSOR
+from tests.support.agreement import generate as generated
 from tests.support.on_device import CASES, CPU, answered, moved
 from vlm_patch import wrap
 from vlm_patch.engine import attention, packing, rows, tracker

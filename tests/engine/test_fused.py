@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, error, generate, new_tokens, ours, planted
+from eval.support.agreement import ours, planted
+from tests.support.agreement import NO_PROCESSOR, error, generate, new_tokens
 from vlm_patch import GIFT, VAR, wrap
 from vlm_patch.engine import fused
 from vlm_patch.engine.attention import Call
@@ -242,7 +243,8 @@ def test_without_triton_torch_does_it(interpreter: None, monkeypatch: pytest.Mon
 def test_the_cpu_never_imports_triton() -> None:
     code = (
         "import sys, vlm_patch\n"
-        "from eval.support.agreement import planted, ours, generate\n"
+        "from eval.support.agreement import planted, ours\n"
+        "from tests.support.agreement import generate\n"
         "from eval.support import tiny\n"
         "model = planted('llava')\n"
         "with vlm_patch.wrap(model, *ours(['var'])):\n"

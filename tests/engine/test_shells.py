@@ -19,7 +19,8 @@ from transformers import TextIteratorStreamer, pipeline
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, ours, planted
+from eval.support.agreement import ours, planted
+from tests.support.agreement import NO_PROCESSOR
 from tests.support.untouched import state_of
 from vlm_patch import GIFT, VAR, VHR, PatchError, UnsupportedModelError, unwrap, wrap
 from vlm_patch.engine.attention import SLOT

@@ -28,7 +28,7 @@ from vlm_patch.method import (
 from vlm_patch.primitives import dispatch, launch
 from vlm_patch.primitives.buffers import append, cast
 from vlm_patch.primitives.reweighting import KeyReweighting, reweight
-from vlm_patch.primitives.sink_rules import Found, scaled_tau
+from vlm_patch.primitives.sink_rules import SinkChannels, scaled_tau
 from vlm_patch.primitives.sinks import discover, one_stream
 from vlm_patch.validation import check_flag, check_number, check_whole, check_wholes
 
@@ -161,7 +161,7 @@ class VAR(KeyReweighting):
     exclude_last_layer: bool = True
     require_visual_sink: bool = False
     semantics: str = "paper"
-    found: Found | None = field(default=None, init=False, compare=False)
+    found: SinkChannels | None = field(default=None, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number("VAR move_fraction", self.move_fraction, 0, 1)
