@@ -16,7 +16,8 @@ from transformers import DynamicCache, StaticCache
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, generate, ours, planted
+from eval.support.agreement import ours, planted
+from tests.support.agreement import NO_PROCESSOR, generate
 from tests.support.family import made
 from vlm_patch import VHR, ExtraPrompt, ForwardContext, Method, Watcher
 from vlm_patch.engine import packing
