@@ -26,7 +26,7 @@ from vlm_patch.models.tensor_parallel import WHOLE, Shard
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
 SHARES = "its extra prompt shares the prompt's forward"
-ALONE = "its extra prompt takes a forward of its own: "
+ALONE = "its extra prompt takes a forward of its own, since "
 QUESTION_FIRST = [[1, 9, 30, 31, tiny.IMAGE, 41], [1, tiny.IMAGE, 8, tiny.IMAGE, 9, 22, 50, 60]]
 
 
@@ -381,7 +381,7 @@ def test_forwards_that_cannot_be_shared() -> None:
         ("a StaticCache has places for", (VHR(layers=(1,)),), {"past_key_values": static}),
         ("it was given no positions, and the prompt is padded", ours(("vhr",)), {"batch": padded}),
         ("a method reads the prompt twice", ours(("gift-inside", "vhr")), {}),
-        ("another one shares it", (Second(), VHR(layers=(1,))), {}),
+        ("another one shares the prompt's", (Second(), VHR(layers=(1,))), {}),
     ]
     for reason, methods, options in cases:
         assert described(model, *methods, **options)[0].startswith(ALONE + reason)

@@ -81,7 +81,9 @@ class ExtraPasses:
             try:
                 if twice or packed is not None:
                     raise CannotPack(
-                        "a method reads the prompt twice" if twice else "another one shares it"
+                        "a method reads the prompt twice"
+                        if twice
+                        else "another one shares the prompt's"
                     )
                 packed = self.packing.pack(forward, kwargs, extra)
             except CannotPack as reason:
@@ -93,7 +95,7 @@ class ExtraPasses:
         """How extra prompts are read, for people."""
         reason = self.packing.obstacle() if self.unpacked is None else self.unpacked
         if reason:
-            return f"its extra prompt takes a forward of its own: {reason}"
+            return f"its extra prompt takes a forward of its own, since {reason}"
         return "its extra prompt shares the prompt's forward"
 
     def run(self, run: ForwardHandler, kwargs: dict[str, Any]) -> Any:
