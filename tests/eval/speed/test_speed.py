@@ -240,20 +240,19 @@ def test_every_line_of_the_card_on_tiny_models(card_record: dict[str, Any]) -> N
     """What a card measures, on the CPU; steps are compiled by the backend "eager"."""
     rows = card_record["rows"]
     assert card_record["failed"] == {}
-    assert not [row for row in rows if row["failed"] and row["phase"] != "compiled"]
-    assert not [row for row in rows if row["failed"] and row["kind"] == "again"]
+    assert not [row for row in rows if row["failed"]]
     lines = [goal for goal in goals.CARD if goal.shape in SHAPES]
     asked = {(goal.shape, goal.phase, goal.batch) for goal in lines}
     of_kind = {(row["shape"], row["phase"], row["batch"]) for row in rows}
     assert asked <= of_kind
     for shape, phase, batch in asked:
         key = (shape, phase, batch)
-        found = [r for r in rows if (r["shape"], r["phase"], r["batch"]) == key and not r["failed"]]
+        found = [r for r in rows if (r["shape"], r["phase"], r["batch"]) == key]
         sides = {(row["kind"], row["method"]) for row in found}
         assert phase in ("launches", "waits") or ("again", "") in sides
         if phase == "idle":
             assert ("idle", "all") in sides
-        elif phase != "compiled":
+        else:
             assert {("ours", method) for method in METHODS} <= sides
         assert all(len(row["values"]) >= 1 for row in found)
     table = speed_table.summary(card_record)
