@@ -7,15 +7,12 @@ ratios of neighbours.
 from __future__ import annotations
 
 import json
-import platform
-import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -24,12 +21,11 @@ import torch
 from tqdm import tqdm
 
 from eval.errors import EvalError
-from eval.runs.config import Config
 from eval.runs.generate import best_device
-from eval.runs.provenance import environment
 from eval.speed import table as speed_table
 from eval.speed.clock import Budget
 from eval.speed.compiled import Compiled
+from eval.speed.machine import machine
 from eval.speed.memory import peaks
 from eval.speed.models import Loaded
 from eval.speed.shapes import METHODS, SHAPES, Shape, chosen
@@ -296,32 +292,3 @@ def _methods(names: str | None) -> list[str]:
         except ValueError as error:
             raise EvalError(f"--methods: {error}") from error
     return chosen_methods
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures hold for."""
-    on_cuda = device.type == "cuda"
-    processor = torch.cuda.get_device_name(device) if on_cuda else _processor()
-    return {
-        "processor": processor,
-        **({"triton": _triton()} if on_cuda else {"threads": torch.get_num_threads()}),
-        "system": f"{platform.system()} {platform.machine()}",
-        **environment(Config(device=str(device))),
-    }
-
-
-def _triton() -> str | None:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """The name of the processor, where the system has it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if sys.platform == "linux" and cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
