@@ -193,7 +193,7 @@ def test_with_a_judge(chat: Chat, tmp_path: Path) -> None:
     assert "Are they of one size?" in prompt
     assert "They are." in prompt
     assert "Both look alike." in prompt
-    again = score_files(*given, verdicts=tmp_path / "v.jsonl")
+    again = score_files(*given, judging=TemplateOptions(verdicts=tmp_path / "v.jsonl"))
     assert again["a_acc"] == 1.0
     assert len(chat.asked) == 1
 
