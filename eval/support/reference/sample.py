@@ -52,11 +52,7 @@ class Sample:
         turns = tuple(turn for turn in self.turns if turn.start < end)
         pictures = tuple(one for one in self.pictures if one.places[-1] < end)
         return Sample(
-            self.embeds[:end],
-            self.positions[..., :end],
-            self.image[:end],
-            turns,
-            pictures=pictures,
+            self.embeds[:end], self.positions[..., :end], self.image[:end], turns, pictures=pictures
         )
 
     def followed_by(self, model: Any, ids: Tensor) -> "Sample":
@@ -66,19 +62,11 @@ class Sample:
         positions = torch.cat([self.positions, fresh.expand(*self.positions.shape[:-1], -1)], -1)
         image = torch.cat([self.image, torch.zeros(len(ids), dtype=torch.bool)])
         return Sample(
-            torch.cat([self.embeds, embeds]),
-            positions,
-            image,
-            self.turns,
-            pictures=self.pictures,
+            torch.cat([self.embeds, embeds]), positions, image, self.turns, pictures=self.pictures
         )
 
     def asked(
-        self,
-        model: Any,
-        ids: Tensor,
-        query: Tensor | None = None,
-        content: Tensor | None = None,
+        self, model: Any, ids: Tensor, query: Tensor | None = None, content: Tensor | None = None
     ) -> "Sample":
         """This sample with a further turn fed as ids [n]; query, content bool [n], all by default.
 
