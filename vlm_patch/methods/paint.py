@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -28,16 +27,6 @@ from vlm_patch.validation import check_number, check_wholes
 LOCAL, SUMMARY = TowerRead(0), TowerRead(-2)
 SPATIAL = TowerRead(0, "patches")
 TUKEY = 1.5
-
-
-@lru_cache(maxsize=16)
-def _relative(
-    table: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """A table over its largest number, made once for every device."""
-    with torch.inference_mode(False):  # autograd may meet it later
-        found = torch.tensor(table, device=device, dtype=dtype)
-        return found / found.max()
 
 
 def top(scores: Tensor, fraction: float) -> Tensor:
@@ -91,9 +80,16 @@ def boosted(scores: Tensor, strength: Tensor) -> Tensor:
 
 @dataclass
 class BoostState(State):
-    """boost: `[B, at least K]`, what the score of each key is raised by."""
+    """What PAINT remembers of a generation.
+
+    boost: `[B, at least K]`, what the score of each key is raised by.
+    share: `[B, layers, H]`, how much of that each head takes; None for all.
+    """
+
+    per_key: ClassVar[tuple[str, ...]] = ("boost",)
 
     boost: Any = None
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -199,27 +195,33 @@ class PAINT(Method):
     def tower_reads(self) -> tuple[TowerRead, ...]:
         return (LOCAL, SUMMARY, SPATIAL) if self.rho_sp else (LOCAL, SUMMARY)
 
-    def begin(self, forward: ForwardContext, state: BoostState) -> None:
+    def before_forward(self, forward: ForwardContext, state: BoostState) -> None:
         """Chooses the patches of a prompt; generated tokens are none."""
-        behind = forward.valid.shape[1] - forward.prompt_rows
-        if forward.resumed and not forward.image[:, forward.new].any():
-            behind += forward.prompt_rows  # text that goes on with a prompt read before
-        elif forward.starts:
+        at = forward.position
+        behind = forward.valid.shape[1] - at.prompt_rows
+        if at.resumed and not forward.image[:, forward.new].any():
+            behind += at.prompt_rows  # text that goes on with a prompt read before
+        elif at.starts:
             strengths = self._strengths(forward)
             if state.boost is not None:  # what stood behind may have been cut from the cache
-                state.boost = state.boost[:, : forward.past]
+                state.boost = state.boost[:, : at.past]
                 strengths = strengths.to(state.boost.dtype)
-            state.boost = append(state.boost, strengths, forward.past)
+            state.boost = append(state.boost, strengths, at.past)
+        if self.sensitivity is not None and state.share is None:
+            dtype = torch.promote_types(state.boost.dtype, torch.float32)
+            table = forward.seen.new_tensor(self.sensitivity, dtype=dtype)
+            table = forward.shard.mine(table / table.max(), 1)
+            state.share = table.expand(len(forward.seen), -1, -1)
         if behind:
             nothing = state.boost.new_zeros(len(forward.valid), behind)
-            past = forward.past + forward.valid.shape[1] - behind
+            past = at.past + forward.valid.shape[1] - behind
             state.boost = append(state.boost, nothing, past)
 
     def _strengths(self, forward: ForwardContext) -> Tensor:
         """What the scores of each token of a prompt are raised by, `[B, N]`."""
         patches = forward.patches
         if patches is None:
-            return forward.valid[:, : forward.prompt_rows].float().zero_()
+            return forward.valid[:, : forward.position.prompt_rows].float().zero_()
         strengths = torch.zeros_like(patches.image, dtype=patches.scores[LOCAL].dtype)
         for sample, image in enumerate(patches.image):
             for number in image[image >= 0].unique():
@@ -236,10 +238,10 @@ class PAINT(Method):
         if not (self.alpha or self.beta):
             return None
         rows = forward.last & forward.seen[:, None]
-        if forward.open:  # read up to its image, the question follows
+        if forward.position.may_continue:  # read up to its image, the question follows
             rows = rows & ~forward.image[:, forward.new]
         if self.semantics == "release":
-            rows[:, : forward.prompt_rows] = False
+            rows[:, : forward.position.prompt_rows] = False
         return rows
 
     def edit_scores(
@@ -247,7 +249,7 @@ class PAINT(Method):
     ) -> Tensor:
         strength = forward.newest(state.boost, scores.shape[-1]).to(scores.device)
         strength = cast(strength, scores.dtype)[:, None, None]
-        if self.sensitivity is not None:
-            heads = _relative(self.sensitivity, scores.device, scores.dtype)[layer]
-            strength = strength * forward.shard.mine(heads, 0)[:, None, None]
+        if state.share is not None:
+            share = state.share[:, layer].to(scores.device, scores.dtype)
+            strength = strength * share[:, :, None, None]
         return boosted(scores, strength)

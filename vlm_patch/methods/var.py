@@ -22,21 +22,33 @@ from vlm_patch.method import (
     ForwardContext,
     Method,
     ModelInfo,
+    Phase,
     State,
 )
 from vlm_patch.primitives import dispatch, launch
 from vlm_patch.primitives.buffers import append, cast
 from vlm_patch.primitives.reweighting import KeyReweighting, reweight
-from vlm_patch.primitives.sink_rules import Found, scaled_tau
+from vlm_patch.primitives.sink_rules import SinkChannels, scaled_tau
 from vlm_patch.primitives.sinks import discover, one_stream
 from vlm_patch.validation import check_flag, check_number, check_whole, check_wholes
 
 
-@lru_cache(maxsize=256)
 def _constant(
     values: tuple[float, ...], device: torch.device, dtype: torch.dtype, behind: int = 0
 ) -> Tensor:
-    """A tensor of these values with `behind` dimensions of size 1 behind them, made once."""
+    """A tensor of these values with `behind` dimensions of size 1 behind them, made once; for
+    torch.compile of numbers, which it fuses with what comes of them.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        numbers = [torch.full((1,) * behind, v, device=device, dtype=dtype) for v in values]
+        return torch.stack(numbers)
+    return _made(values, device, dtype, behind)
+
+
+@lru_cache(maxsize=256)
+def _made(
+    values: tuple[float, ...], device: torch.device, dtype: torch.dtype, behind: int
+) -> Tensor:
     with torch.inference_mode(False):  # autograd may meet it later
         return torch.tensor(values, device=device, dtype=dtype).view(-1, *[1] * behind)
 
@@ -48,7 +60,10 @@ def peak_and_norm(hidden: Tensor, dims: Sequence[int], eps: float) -> tuple[Tens
     norm = torch.linalg.vector_norm(hidden, dim=-1)
     if eps:
         norm = (norm.square() + eps * hidden.shape[-1]).sqrt()
-    channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device, torch.long))
+    if torch.compiler.is_dynamo_compiling():
+        channels = torch.stack([hidden[..., channel] for channel in dims], -1)
+    else:
+        channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device, torch.long))
     return torch.linalg.vector_norm(channels, math.inf, dim=-1), norm
 
 
@@ -121,6 +136,8 @@ def redistribute(weights: Tensor, groups: Tensor, *options: Any, **named: Any) -
 class SinkState(State):
     """groups: by layer, `[B, 4, at least K]`, see `key_groups`."""
 
+    per_key: ClassVar[tuple[str, ...]] = ("groups",)
+
     groups: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -160,7 +177,7 @@ class VAR(KeyReweighting):
     exclude_last_layer: bool = True
     require_visual_sink: bool = False
     semantics: str = "paper"
-    found: Found | None = field(default=None, init=False, compare=False)
+    found: SinkChannels | None = field(default=None, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number("VAR move_fraction", self.move_fraction, 0, 1)
@@ -208,7 +225,7 @@ class VAR(KeyReweighting):
         """
         if self.dims is not None:
             return self
-        if forward.past or not forward.ends:
+        if forward.position.past or not forward.position.ends:
             raise PatchError(
                 "VAR does not know the sink channels of this model, and looks for them in a prompt "
                 "that is read at once from its beginning. Run such a prompt first (no "
@@ -226,7 +243,7 @@ class VAR(KeyReweighting):
         object.__setattr__(settled, "found", found)
         return settled
 
-    def finding(self) -> str:
+    def report(self) -> str:
         if self.dims is None:
             return "looks for its sinks at the first prompt"
         if self.found is None:
@@ -244,7 +261,7 @@ class VAR(KeyReweighting):
             return
         hidden = one_stream(hidden)
         dims, tau = _constant(tuple(self.dims), hidden.device, torch.long), self.tau or 0.0
-        fast = forward.generated and not self.release
+        fast = forward.position.phase is Phase.DECODE and not self.release
         if fast and dispatch.possible(hidden.device.type):
             groups = dispatch.tried(
                 ("sink column", str(hidden.device), hidden.dtype, len(dims)),
@@ -253,13 +270,13 @@ class VAR(KeyReweighting):
             )
         else:
             groups = self._groups(hidden, forward)
-        state.groups[layer] = append(state.groups.get(layer), groups, forward.past)
+        state.groups[layer] = append(state.groups.get(layer), groups, forward.position.past)
 
     def _groups(self, hidden: Tensor, forward: ForwardContext) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
         hidden = cast(hidden, torch.promote_types(hidden.dtype, torch.float32))
         kind = hidden.device, hidden.dtype
-        if self.release and not (forward.first and forward.prompt_rows):
+        if self.release and not (forward.position.first_prompt and forward.position.prompt_rows):
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
             peak, norm = peak_and_norm(hidden, self.dims or (), 1e-6 if self.release else 0.0)
@@ -268,8 +285,8 @@ class VAR(KeyReweighting):
             least = torch.addcmul(_constant((torch.finfo(norm.dtype).tiny,), *kind), share, norm)
             sinks = peak > least if self.release else peak >= least
             if self.release:
-                sinks[:, forward.prompt_rows :] = False
-        if not forward.generated:
+                sinks[:, forward.position.prompt_rows :] = False
+        if forward.position.phase is not Phase.DECODE:
             return key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
         sink, other = _constant((0, 1, 0, 1), *kind, 1), _constant((0, 0, 0, 1), *kind, 1)
         return torch.where(sinks.unsqueeze(1), sink, other)
