@@ -237,6 +237,21 @@ class Watcher:
     rows: Tensor | None = None
 
 
+@dataclass
+class ExtraPrompt:
+    """A second prompt that the stock model reads beside a prompt, each of its B samples as many
+    tokens long.
+
+    inputs: what the decoder is given for it: the tokens `[B, T, ...]` under the name they have
+        among `ForwardContext.inputs`, left-padded; attention_mask `[B, T]`, or bool `[B, 1, T, T]`,
+        or a mapping of such by kind of layer; position_ids `[B, T]`.
+    watcher: observes its rows. In each layer it is called before `edit_heads` of that layer.
+    """
+
+    inputs: dict[str, Any]
+    watcher: Watcher
+
+
 ExtraForward: TypeAlias = Callable[[dict[str, Any], Watcher], None]
 """Runs the decoder once more on the given inputs, without a cache and with every method off."""
 
@@ -301,6 +316,14 @@ class Method:
         Returns itself, or what it became by what it found out about the model.
         """
         return self
+
+    def extra_prompt(
+        self, forward: ForwardContext, state: Any, layers: list[int]
+    ) -> ExtraPrompt | None:
+        """Called before a prompt runs, for a second prompt to be read beside it: in the same
+        forward where the model allows it, else in one before; `layers` are the ones switched on.
+        """
+        return None
 
     def report(self) -> str:
         """What it found out about the model, or is yet to find out, for people to read."""

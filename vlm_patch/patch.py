@@ -135,8 +135,15 @@ class Patch:
         decoder = self._decoder.module
         config: Any = decoder.config
         padding = config.pad_token_id if self._decoder.special.positions_from_padding else None
-        passes = ForwardHooks(
-            decoder, self._layout, self._switched, self._learned, padding, graph=self._graph
+        softmax_only = len(self._decoder.layers) == self._decoder.depth
+        passes = self._passes = ForwardHooks(
+            decoder,
+            self._layout,
+            self._switched,
+            self._learned,
+            padding,
+            softmax_only,
+            graph=self._graph,
         )
         for layer in self._decoder.layers:
             attention.install(layer, passes.now, undo, self, passes.graph)
@@ -233,8 +240,12 @@ class Patch:
         if self._removed:
             lines[0] += " (removed: the model is stock)"
         for method in self._methods:
-            report = f"; {method.report()}" if method.report() else ""
-            lines.append(f"  {values(method)}: {self._where(method)}{report}")
+            reports = [method.report()]
+            own = type(method).extra_prompt is not Method.extra_prompt
+            if own and self.heads[method.name].any():
+                reports.append(self._passes.extra.report())
+            said = "".join(f"; {report}" for report in reports if report)
+            lines.append(f"  {values(method)}: {self._where(method)}{said}")
         return "\n".join(lines)
 
     __repr__ = describe

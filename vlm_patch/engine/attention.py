@@ -42,11 +42,16 @@ REASON = (
 """What fullgraph=True says of everything else."""
 
 Stock: TypeAlias = Callable[[], tuple[Tensor, Tensor | None]]
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""The stock attention of given query, key, value and mask."""
 
 
 @dataclass
 class Call:
-    """One call of a layer's attention: query `[B, H, S, D]`, key and value `[B, KV, K, D]`."""
+    """One call of a layer's attention: query `[B, H, S, D]`, key and value `[B, KV, K, D]`.
+
+    stock: what the stock attention makes of it. kernel: the same of any query, key, value and mask.
+    """
 
     layer: int
     module: Any
@@ -56,6 +61,7 @@ class Call:
     mask: Tensor | None
     options: dict[str, Any]
     stock: Stock
+    kernel: Kernel | None = None
 
     def without_tail(self, keys: int) -> Call:
         """The call without the unused rest of a static cache, behind its first `keys` entries."""
@@ -319,6 +325,7 @@ def _served(
         attention_mask,
         seen,
         lambda: kernel(shown, query, key, value, attention_mask, **options),
+        lambda *given: kernel(shown, *given, **options),
     )
     if run is slot.graph.run:
         return _attend(run, call)
@@ -334,15 +341,18 @@ def _attend(run: ForwardHandler, call: Call) -> tuple[Tensor, Tensor | None]:
 
 def _outside_autocast(run: ForwardHandler, call: Call) -> tuple[Tensor, Tensor | None]:
     """Autocast is for the stock kernel; rows that are edited keep float32."""
-    device, stock = call.query.device.type, call.stock
+    device = call.query.device.type
     dtype = torch.get_autocast_dtype(device)
 
-    def cast() -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(device, dtype=dtype):
-            return stock()
+    def inside(run_stock: Any) -> Any:
+        def cast(*given: Any) -> Any:
+            with torch.autocast(device, dtype=dtype):
+                return run_stock(*given)
+
+        return cast
 
     with torch.autocast(device, enabled=False):
-        return run.attend(replace(call, stock=cast))
+        return run.attend(replace(call, stock=inside(call.stock), kernel=inside(call.kernel)))
 
 
 _attend_untraced = outside(_attend)

@@ -13,7 +13,8 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from vlm_patch.engine.attention import HANDLER_ARGUMENT, Call, Graph, ThreadState, outside
 from vlm_patch.engine.compiled import TracedStep, static_step, traceable
-from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, shows_weights
+from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, cache_name, shows_weights
+from vlm_patch.engine.packing import Packed, Packing
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
 from vlm_patch.engine.state import GenerationState, attach
 from vlm_patch.engine.tracker import PromptTracker, carries_images
@@ -91,7 +92,7 @@ class ForwardHooks:
 
     switched: the methods that are on, each with its layers and their heads; asked at every forward.
     learned: told of a method that found out something about the model. padding: the padding token,
-    where the decoder counts its positions by it and takes none.
+    where the decoder counts its positions by it and takes none. softmax_only: see `Packing`.
     """
 
     decoder: nn.Module
@@ -99,12 +100,20 @@ class ForwardHooks:
     switched: Callable[[], list[tuple[Method, dict[int, Tensor | None]]]]
     learned: Callable[[Method, Method], None]
     padding: int | None = None
+    softmax_only: bool = True
     now: ThreadState = field(default_factory=ThreadState)
     graph: Graph = field(default_factory=Graph)
 
     def __post_init__(self) -> None:
-        self.extra = ExtraPasses(self.decoder, self.learned, self.padding, self.now)
-        self.cache_name = self.extra.cache_name
+        self.cache_name = cache_name(self.decoder)
+        packing = Packing(
+            self.decoder,
+            self.cache_name,
+            self.softmax_only,
+            self.padding is not None,
+            self.layout.shard,
+        )
+        self.extra = ExtraPasses(self.decoder, self.learned, self.padding, self.now, packing)
 
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model."""
@@ -167,10 +176,12 @@ class ForwardHooks:
         """Forward hook of the decoder, called after errors too."""
         if self.now.inside:
             return None
-        first, settle = self.now.first, self.now.settle
+        run, first, settle = self.now.run, self.now.first, self.now.settle
         self.now.run = self.now.first = self.now.settle = None
         if settle is not None and output is not None:
             settle()
+        if isinstance(run, Packed):
+            return run.finish(output)
         if first is None or output is None:
             return None
         for name, dim in (("last_hidden_state", 1), ("hidden_states", 1), ("attentions", 2)):
@@ -186,6 +197,8 @@ class ForwardHooks:
             if run is None:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
+            if isinstance(run, Packed):
+                hidden, run = hidden[:, : run.rows], run.prompt
             if isinstance(run, Watching) and run.watcher.block is not None:
                 run.watcher.block(layer, hidden)
             elif isinstance(run, Editing):
@@ -216,9 +229,10 @@ class ForwardHooks:
                 generation.follow(method.name, layers, forward.position.past)
             elif method.tower_reads():
                 generation.follow(method.name, (), forward.position.past)
+        prompts = []
         if forward.position.starts:
-            for active in actives:
-                self.extra.probe(active, forward)
+            found = [self.extra.probe(active, forward) for active in actives]
+            prompts = [extra for extra in found if extra is not None]
         at_end = any(active.method.edits_prompt_end for active in actives)
         if at_end and forward.position.starts and forward.position.resumed:
             forward = self.extra.read_again(forward, generation, actives, kwargs)
@@ -226,6 +240,7 @@ class ForwardHooks:
             self.extra.keep_tail(forward, generation, kwargs)
         shows = shows_weights(self.decoder, kwargs)
         late = [active for active in actives if _late(active, forward)]
+        packed = self.extra.read_extra(prompts, forward, kwargs, bool(late))
         if late:
             forward, kwargs = self.extra.read_first(forward, actives, late, kwargs)
         for active in actives:
@@ -238,6 +253,9 @@ class ForwardHooks:
             run = Editing(forward, actives, shows)
         generation.step = None if forward.position.prompt_rows else run
         self.now.run = run
+        if packed is not None:
+            packed.prompt, self.now.run, kwargs = run, packed, packed.inputs
+            packed.start()
         if self.decoder.training and _runs_layers_again(self.decoder):
             kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler()
         return actives, kwargs
@@ -304,9 +322,9 @@ def _hidden(kwargs: Mapping[str, Any]) -> Any:
 
 def _forget(cache: Any) -> None:
     """Notes that a static cache takes tokens that no method sees; others are asked their length."""
-    known: Any = cache
-    if type(known) is StaticCache and getattr(known, "vlm_patch", None) is not None:
-        known.vlm_patch = None
+    static = type(cache) is StaticCache
+    if static and getattr(cache, "vlm_patch", None) is not None:
+        cache.vlm_patch = None
 
 
 def _readers(switched: list[tuple[Method, dict[int, Tensor | None]]]) -> list[str]:

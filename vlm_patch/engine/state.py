@@ -242,7 +242,8 @@ def attach(cache: Any, generation: GenerationState) -> None:
     for name in SELECTING:
         if hasattr(type(cache), name):
             setattr(cache, name, _Selecting(cache, generation, name))
-    if isinstance(cache, StaticCache) and hasattr(type(cache), "crop"):
+    kind = type(cache)
+    if issubclass(kind, StaticCache) and hasattr(kind, "crop"):
         cache.crop = _Cropping(cache, generation, "crop")
 
 
