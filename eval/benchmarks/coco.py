@@ -43,10 +43,7 @@ _NAMED = re.compile(
 
 Rules: TypeAlias = Literal["pattern", "wordnet"]
 # what the words of a caption are read as
-RULES: Mapping[str, Callable[[str], list[str]]] = {
-    "pattern": singulars,
-    "wordnet": wordnet.lemmas,
-}
+RULES: Mapping[str, Callable[[str], list[str]]] = {"pattern": singulars, "wordnet": wordnet.lemmas}
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,7 @@ def topic(row: Row, names: Sequence[str]) -> str:
 
 
 def join(
-    questions: Sequence[Row],
-    answers: Sequence[Row],
-    files: tuple[Path, Path],
-    subset: bool = False,
+    questions: Sequence[Row], answers: Sequence[Row], files: tuple[Path, Path], subset: bool = False
 ) -> Joined:
     """The answers in the questions' order, by the rule above; `files` are (questions, answers).
 

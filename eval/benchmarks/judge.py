@@ -134,21 +134,6 @@ class Judge:
         return reply
 
 
-def judge_of(
-    judge: str | None, judge_model: str | None, verdicts: Path | None, **settings: Any
-) -> Judge | None:
-    """The judge that command-line options ask for; None where they ask for none."""
-    if (judge is None) != (judge_model is None):
-        raise EvalError("a judge needs both --judge URL and --judge-model NAME.")
-    if judge is None or judge_model is None:
-        return None if verdicts is None else Judge(verdicts)
-    if not judge.startswith(("http://", "https://")):
-        raise EvalError(f"--judge {judge}: expected an address such as http://localhost:8000/v1.")
-    if verdicts is None:
-        raise EvalError("--judge needs --verdicts FILE, to which its replies are appended.")
-    return Judge(verdicts, Endpoint(judge, judge_model, **settings))
-
-
 @dataclass(frozen=True)
 class Template:
     """A prompt with fields in braces.
@@ -180,6 +165,68 @@ class Template:
 def shipped(name: str) -> Path:
     """A prompt of our own wording."""
     return Path(__file__).parent / "prompts" / f"{name}.txt"
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The options of a benchmark that a judge may score.
+
+    judge (URL): endpoint of the OpenAI chat form (default: off)
+    judge_model (NAME): model to ask there
+    verdicts: file of its replies, appended to; alone: score these
+    """
+
+    judge: str | None = None
+    judge_model: str | None = None
+    verdicts: Path | None = None
+
+    def open(self, **settings: Any) -> Judge | None:
+        """The judge that is named, None where none is; `settings` are those of `Endpoint`."""
+        if (self.judge is None) != (self.judge_model is None):
+            raise EvalError("a judge needs both --judge URL and --judge-model NAME.")
+        if self.judge is None or self.judge_model is None:
+            return None if self.verdicts is None else Judge(self.verdicts)
+        if not self.judge.startswith(("http://", "https://")):
+            raise EvalError(
+                f"--judge {self.judge}: expected an address such as http://localhost:8000/v1."
+            )
+        if self.verdicts is None:
+            raise EvalError("--judge needs --verdicts FILE, to which its replies are appended.")
+        return Judge(self.verdicts, Endpoint(self.judge, self.judge_model, **settings))
+
+    def required(self, benchmark: str, **settings: Any) -> Judge:
+        """The same of a benchmark without a score of its own."""
+        if (named := self.open(**settings)) is None:
+            raise EvalError(
+                f"{benchmark} needs a judge, and none is named: --judge URL --judge-model NAME "
+                "--verdicts FILE; or --export FILE for the published script."
+            )
+        return named
+
+    @property
+    def name(self) -> str:
+        return self.judge_model or f"verdicts {self.verdicts}"
+
+
+@dataclass(frozen=True)
+class TemplateOptions(JudgeOptions):
+    """The same of a benchmark whose prompt for the judge may be another.
+
+    template: prompt for the judge (default: our own wording)
+    """
+
+    template: Path | None = None
+
+    def prompt(self, name: str) -> Template:
+        """The template that is named, or the shipped one."""
+        return Template.load(self.template or shipped(name))
+
+    def named(self, prompt: Template) -> dict[str, str]:
+        """What the scores say of the judge."""
+        return {"judge": self.name, "template": prompt.name}
+
+
+NO_JUDGE = TemplateOptions()
 
 
 def _template_of(script: Path) -> str:

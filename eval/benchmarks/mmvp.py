@@ -27,7 +27,7 @@ from eval.benchmarks.base import (
 )
 from eval.benchmarks.intervals import Numbers, Tally
 from eval.benchmarks.joining import join
-from eval.benchmarks.judge import Template, judge_of, shipped
+from eval.benchmarks.judge import NO_JUDGE, Template, TemplateOptions
 from eval.benchmarks.parsers import first_word
 from eval.benchmarks.rows import Row, read_text
 from eval.errors import EvalError
@@ -106,10 +106,7 @@ def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
 def score_files(
     answers: Path,
     questions: Path,
-    judge: str | None = None,
-    judge_model: str | None = None,
-    verdicts: Path | None = None,
-    template: Path | None = None,
+    judging: TemplateOptions = NO_JUDGE,
     labels: Labels = "published",
     subset: bool = False,
 ) -> dict[str, Any]:
@@ -119,27 +116,22 @@ def score_files(
 
     answers: rows with question_id and response
     questions: Questions.csv
-    judge (URL): endpoint of the OpenAI chat form (default: off)
-    judge_model (NAME): model to ask there
-    verdicts: file of its replies, appended to; alone: score these
-    template: prompt for the judge (default: our own wording)
     labels: as published, or four of them corrected
     subset: leave out answers to questions that are not in the file
     """
     known = read_questions(questions, labels)
     joined = join(_rows(known, questions), read_answers(answers), (questions, answers), subset)
     texts = [answer_text(row) for row in joined.rows]
-    endpoint = judge_of(judge, judge_model, verdicts)
+    judge = judging.open()
     notes = {"joined_by": joined.by, "flags": joined.notes}
-    if endpoint is None:
+    if judge is None:
         scores = score(_read(known, texts)) | notes
         return {**scores, "variant": "letters", "labels": labels, "judge": None}
-    prompt = Template.load(template or shipped("mmvp"))
-    replies = endpoint.replies(_prompts(known, texts, prompt))
+    prompt = judging.prompt("mmvp")
+    replies = judge.replies(_prompts(known, texts, prompt))
     words = [first_word(reply) for reply in replies.values()]
     result = score([None if word is None else word == "yes" for word in words])
-    how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**result, **notes, "variant": "judge", "labels": labels, **how}
+    return {**result, **notes, "variant": "judge", "labels": labels, **judging.named(prompt)}
 
 
 def _rows(questions: Sequence[Question], path: Path) -> list[Row]:

@@ -19,7 +19,7 @@ from eval.benchmarks.base import Benchmark
 from eval.benchmarks.chair.files import read_captions
 from eval.benchmarks.coco import Rules, Vocabulary
 from eval.benchmarks.intervals import Numbers, measure
-from eval.benchmarks.judge import Template, judge_of, shipped
+from eval.benchmarks.judge import NO_JUDGE, TemplateOptions
 from eval.errors import EvalError
 
 SHORT = 3
@@ -96,10 +96,7 @@ def score_files(
     truth: Path,
     synonyms: Path | None = None,
     rules: Rules = "pattern",
-    judge: str | None = None,
-    judge_model: str | None = None,
-    verdicts: Path | None = None,
-    template: Path | None = None,
+    judging: TemplateOptions = NO_JUDGE,
 ) -> dict[str, Any]:
     """Object HalBench responses, by rules or a judge: response and mention level.
 
@@ -109,24 +106,20 @@ def score_files(
     truth (OBJECTS.json|COCO_DIR): objects file or COCO folder
     synonyms: synonyms_refine.txt (default: what ships)
     rules: how responses are read
-    judge (URL): endpoint of the OpenAI chat form (default: off)
-    judge_model (NAME): model to ask there
-    verdicts: file of its replies, appended to; alone: score these
-    template: prompt for the judge (default: our own wording)
     """
     vocabulary = Vocabulary.load(synonyms, rules)
     pairs, objects, echoes = read_captions(responses, truth, vocabulary)
-    chosen = judge_of(judge, judge_model, verdicts)
-    if chosen is None:
+    judge = judging.open()
+    if judge is None:
         scores = score(pairs, objects, vocabulary)
         return {**scores, "flags": [*scores["flags"], *echoes]}
-    prompt = Template.load(template or shipped("object_halbench"))
+    prompt = judging.prompt("object_halbench")
     prompts = {
         f"{number}/{image}": prompt.fill(answer=text)
         for number, (image, text) in enumerate(pairs, 1)
         if not short(text)
     }
-    lists = {key: phrases(reply) for key, reply in chosen.replies(prompts).items()}
+    lists = {key: phrases(reply) for key, reply in judge.replies(prompts).items()}
     listed = [
         ". ".join(f"a {phrase}" for phrase in lists.get(f"{number}/{image}") or ())
         for number, (image, _) in enumerate(pairs, 1)
@@ -135,8 +128,7 @@ def score_files(
     scores["flags"] += echoes
     if unread := [*lists.values()].count(None):
         scores["flags"].append(f"{unread} replies of the judge hold no list: they name no object")
-    how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**scores, **how}
+    return {**scores, **judging.named(prompt)}
 
 
 def phrases(reply: str) -> list[str] | None:

@@ -16,8 +16,3 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def is_first_process() -> bool:
     """Whether this process prints: of those that a launcher started, only the first does."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def changes(settings: list[str] | None, limit: int | None) -> list[str]:
-    """The settings that the command line changes, as KEY=VALUE."""
-    return [*(settings or ()), *([] if limit is None else [f"limit={limit}"])]

@@ -2,7 +2,8 @@
 
 `truth_file` is `--truth-file`, its type and default are the function's, and what it means is a line
 `truth_file (METAVAR): meaning` of the function's docstring. Arguments that Python takes by position
-only have no dashes. One that is not given is left to the function's own default.
+only have no dashes; one that is a dataclass stands for its fields. What is not given is left to the
+function's own default.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import NoneType, UnionType
 from typing import Any
 
@@ -41,34 +42,56 @@ class Command:
         self.add_options(commands.add_parser(name or self.function.__name__, help=self.help))
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        for name, settings in self._options():
+        for name, settings in _options(self.function):
             parser.add_argument(name, **settings)
         if self.prints:
             parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.set_defaults(command=self)
 
-    def _options(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        lines = str(inspect.getdoc(self.function)).splitlines()
-        found = [match.groups() for line in lines if (match := _MEANING.fullmatch(line))]
-        meanings = {name: (metavar, meaning) for name, metavar, meaning in found}
-        hints = typing.get_type_hints(self.function)
-        for name, parameter in inspect.signature(self.function).parameters.items():
-            settings = _settings(hints[name], parameter.default, *meanings[name])
-            if parameter.kind is parameter.POSITIONAL_ONLY:
-                yield name, settings
-            else:
-                needed = parameter.default is parameter.empty
-                # `all_` is `--all`: an argument does not hide a name of Python's
-                option = f"--{name.rstrip('_').replace('_', '-')}"
-                yield option, {"dest": name, "required": needed, **settings}
-
     def __call__(self, given: argparse.Namespace) -> None:
-        parameters = inspect.signature(self.function).parameters.values()
-        values = {each.name: getattr(given, each.name) for each in parameters}
-        first = [values.pop(it.name) for it in parameters if it.kind is it.POSITIONAL_ONLY]
-        result = self.function(*first, **{k: v for k, v in values.items() if v is not None})
+        result = _called(self.function, given)
         if self.prints:
             print_result(result, given.json)
+
+
+def _options(function: Callable[..., Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and settings of every argument for argparse."""
+    meanings = _meanings(function)
+    hints = typing.get_type_hints(function.__init__ if is_dataclass(function) else function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(hints[name]):
+            yield from _options(hints[name])
+            continue
+        settings = _settings(hints[name], parameter.default, *meanings[name])
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            yield name, settings
+        else:
+            needed = parameter.default is parameter.empty
+            # `all_` is `--all`: an argument does not hide a name of Python's
+            option = f"--{name.rstrip('_').replace('_', '-')}"
+            yield option, {"dest": name, "required": needed, **settings}
+
+
+def _meanings(function: Callable[..., Any]) -> dict[str, tuple[str | None, str]]:
+    """Metavar and meaning of every argument, those of base classes too."""
+    owners = reversed(inspect.getmro(function)) if isinstance(function, type) else [function]
+    lines = [line for owner in owners for line in str(inspect.getdoc(owner)).splitlines()]
+    matches = [match.groups() for line in lines if (match := _MEANING.fullmatch(line))]
+    return {name: (metavar, meaning) for name, metavar, meaning in matches}
+
+
+def _called(function: Callable[..., Any], given: argparse.Namespace) -> Any:
+    """What the function returns for these arguments."""
+    hints = typing.get_type_hints(function.__init__ if is_dataclass(function) else function)
+    first, more = [], {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        group = hints[name] if is_dataclass(hints[name]) else None
+        value = getattr(given, name) if group is None else _called(group, given)
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            first.append(value)
+        elif value is not None:
+            more[name] = value
+    return function(*first, **more)
 
 
 def _settings(hint: Any, default: Any, metavar: str | None, meaning: str) -> dict[str, Any]:

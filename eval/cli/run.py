@@ -2,34 +2,22 @@
 
 from pathlib import Path
 
-from eval.cli import changes, is_first_process
-from eval.cli.engine import Name, engine_of
+from eval.cli import is_first_process
 from eval.cli.function import Command
+from eval.cli.options import HERE, UNCHANGED, Changes, Engines
 from eval.reports import table
 from eval.runs import runner
 from eval.runs.config import load
 
 
-def run(
-    config: Path,
-    /,
-    out: Path,
-    limit: int | None = None,
-    set_: list[str] | None = None,
-    engine: Name = "local",
-    workers: int | None = None,
-) -> None:
+def run(config: Path, /, out: Path, changes: Changes = UNCHANGED, engines: Engines = HERE) -> None:
     """Generate answers by a configuration and score them.
 
     config: a YAML file, see configs/
     out: the run folder; an interrupted run is resumed
-    limit: only so many images a split and task
-    set_ (KEY=VALUE): for example gift.alpha=4
-    engine: where models are loaded
-    workers: of ray (default: one per accelerator, or 1)
     """
-    settings = load(config, changes(set_, limit))
-    runner.run(settings, out, engine=engine_of(engine, workers))
+    settings = load(config, changes.settings)
+    runner.run(settings, out, engine=engines.open())
     if is_first_process():
         print(table.markdown([out]))
 

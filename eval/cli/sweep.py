@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from eval.cli import changes, is_first_process
-from eval.cli.engine import Name, engine_of
+from eval.cli import is_first_process
 from eval.cli.function import Command
+from eval.cli.options import HERE, UNCHANGED, Changes, Engines
 from eval.studies import sweep as study
 
 
@@ -16,10 +16,8 @@ def sweep(
     grid_heads: str | None = None,
     measure: str | None = None,
     tune_split: str | None = None,
-    limit: int | None = None,
-    set_: list[str] | None = None,
-    engine: Name = "local",
-    workers: int | None = None,
+    changes: Changes = UNCHANGED,
+    engines: Engines = HERE,
 ) -> None:
     """Tune the methods on some images, report others.
 
@@ -29,14 +27,10 @@ def sweep(
     grid_heads (layers|heads): methods on in one at a time
     measure: what is tuned (default: the main one of the first task)
     tune_split: default: one half of the images of each split
-    limit: only so many images a split and task
-    set_ (KEY=VALUE): for example gift.alpha=4
-    engine: where models are loaded
-    workers: of ray (default: one per accelerator, or 1)
     """
-    changed, grids = tuple(changes(set_, limit)), tuple(grid or ())
+    changed, grids = tuple(changes.settings), tuple(grid or ())
     plan = study.Sweep(config, changed, grids, grid_heads, measure, tune_split)
-    result = study.sweep(plan, out, engine=engine_of(engine, workers))
+    result = study.sweep(plan, out, engine=engines.open())
     if is_first_process():
         print(study.markdown(result, out))
 

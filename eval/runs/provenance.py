@@ -11,15 +11,7 @@ import torch
 from eval.runs import generate
 from eval.runs.config import Config
 
-PACKAGES = (
-    "vlm-patch",
-    "torch",
-    "transformers",
-    "accelerate",
-    "tokenizers",
-    "numpy",
-    "pillow",
-)
+PACKAGES = ("vlm-patch", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pillow")
 
 
 def environment(config: Config) -> dict[str, Any]:

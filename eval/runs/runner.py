@@ -6,7 +6,7 @@ Scoring reads the folder alone and always gives the same bytes of metrics.json f
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.utils import gather_object
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from eval.benchmarks import registry
 from eval.errors import EvalError
 from eval.runs import batches, generate, splitting, workers
 from eval.runs import samples as dataset
+from eval.runs.batches import Batch
 from eval.runs.config import Config, recorded
 from eval.runs.folder import RunFolder
 from eval.runs.provenance import environment
@@ -73,25 +74,15 @@ def _answer(
     ]
     if not todo:
         return
-    name = folder.path.name
     if launch.is_main_process:
         folder.metrics.unlink(missing_ok=True)
         if settled:
-            notice(
-                f"{folder.path}: {len(settled)} of {len(samples)} samples are answered, resuming"
-            )
+            done = f"{len(settled)} of {len(samples)} samples are answered"
+            notice(f"{folder.path}: {done}, resuming")
     rank = None if launch.num_processes == 1 else launch.process_index
     mine = splitting.share(todo, config)
     provenance: workers.Provenance = {}
-    with (
-        tqdm(
-            desc=name if rank is None else f"{name}, process {rank + 1} of {launch.num_processes}",
-            total=sum(len(batch.samples) for batch in mine),
-            unit=" answers",
-            disable=not launch.is_main_process,
-        ) as bar,
-        closing(engine(mine, config, load)) as answered,
-    ):
+    with _bar(folder, mine, rank) as bar, closing(engine(mine, config, load)) as answered:
         for results, made in answered:
             if made != provenance and launch.is_main_process:
                 folder.remember(made)
@@ -103,6 +94,17 @@ def _answer(
     if launch.is_main_process:
         for made in everyone:
             folder.remember(made)
+
+
+def _bar(folder: RunFolder, mine: Sequence[Batch], rank: int | None) -> "tqdm[NoReturn]":
+    """The progress of this process's share; only the main process shows it."""
+    launch, name = splitting.processes(), folder.path.name
+    return tqdm(
+        desc=name if rank is None else f"{name}, process {rank + 1} of {launch.num_processes}",
+        total=sum(len(batch.samples) for batch in mine),
+        unit=" answers",
+        disable=not launch.is_main_process,
+    )
 
 
 def _check_complete(folder: RunFolder, samples: Sequence[Sample]) -> None:

@@ -55,11 +55,7 @@ def worker(config: Config, load: Load) -> Iterator[Worker]:
     """Load the model and keep the methods of the run on it until the end of the block."""
     model, processor = load(config)
     notes: list[str] = []
-    with (
-        pixel_limit(config.max_pixels),
-        _noting(notes),
-        wrapped(model, processor, config) as patch,
-    ):
+    with pixel_limit(config.max_pixels), _noting(notes), wrapped(model, processor, config) as patch:
         made: Provenance = {"environments": [environment(config)], "notes": notes}
         yield Worker(BatchRunner(model, processor, config), patch, made)
 

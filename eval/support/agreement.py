@@ -43,10 +43,7 @@ PAIRS: dict[str, tuple[Method, Any]] = {
         Vhr((0, 1, 2, 3), alpha=1.7, filter=False),
         VHR(alpha=1.7, layers=(0, 1, 2, 3), filter=False),
     ),
-    "paint": (
-        Paint(0.7, 0.4, 0.25, (1, 2, 3)),
-        PAINT(0.7, 0.4, 0.25, layers=(1, 2, 3)),
-    ),
+    "paint": (Paint(0.7, 0.4, 0.25, (1, 2, 3)), PAINT(0.7, 0.4, 0.25, layers=(1, 2, 3))),
     "paint-release": (
         Paint(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
         PAINT(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),

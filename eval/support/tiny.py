@@ -319,10 +319,7 @@ def single(model: Any, batch: Mapping[str, Tensor], row: int) -> dict[str, Tenso
 
 
 def samples(
-    model: Any,
-    batch: Mapping[str, Tensor],
-    generated: Tensor | None = None,
-    **masks: Tensor | None,
+    model: Any, batch: Mapping[str, Tensor], generated: Tensor | None = None, **masks: Tensor | None
 ) -> list[Sample]:
     """One reference sample per row of `batch`; model must be unpatched.
 

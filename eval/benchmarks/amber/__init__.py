@@ -178,10 +178,7 @@ def _require_items(numbers: Sequence[int], items: Mapping[int, Item]) -> None:
 
 
 def _generative(
-    described: Sequence[tuple[Item, str]],
-    lexicon: Lexicon,
-    nouns: str,
-    similarity: str,
+    described: Sequence[tuple[Item, str]], lexicon: Lexicon, nouns: str, similarity: str
 ) -> Tally:
     read, similar = words.reader(nouns), words.similarity(similarity)
     judged = [judge(read(text, lexicon), item, lexicon, similar) for item, text in described]

@@ -9,7 +9,7 @@ from eval.benchmarks.answers import answer_text, read_answers
 from eval.benchmarks.hallusionbench import Key, Question, score, score_parsed, verdict_of
 from eval.benchmarks.hallusionbench.diagnosis import diagnose
 from eval.benchmarks.joining import capped
-from eval.benchmarks.judge import Judge, Template, judge_of, shipped
+from eval.benchmarks.judge import NO_JUDGE, Judge, Template, TemplateOptions, shipped
 from eval.benchmarks.parsers import ParserName
 from eval.benchmarks.rows import Row, read_rows
 from eval.errors import EvalError
@@ -19,10 +19,7 @@ def score_files(
     answers: Path,
     questions: Path,
     parser: ParserName = "strict",
-    judge: str | None = None,
-    judge_model: str | None = None,
-    verdicts: Path | None = None,
-    template: Path | None = None,
+    judging: TemplateOptions = NO_JUDGE,
     same_template: Path | None = None,
 ) -> dict[str, Any]:
     """HallusionBench answers, by a parser or a judge.
@@ -33,10 +30,6 @@ def score_files(
     answers: rows with model_prediction
     questions: HallusionBench.json
     parser: how an answer is read without a judge
-    judge (URL): endpoint of the OpenAI chat form (default: off)
-    judge_model (NAME): model to ask there
-    verdicts: file of its replies, appended to; alone: score these
-    template: prompt for the judge (default: our own wording)
     same_template: prompt that holds two answers together
     """
     known = {question.key: question for question in read_questions(questions)}
@@ -44,15 +37,15 @@ def score_files(
     answered = _questions_of(rows, known, questions)
     texts = [answer_text(row) for row in rows]
     sizes = {"answered": len(answered), "all_questions": len(known)}
-    chosen = judge_of(judge, judge_model, verdicts)
-    if chosen is None:
+    judge = judging.open()
+    if judge is None:
         return {**score_parsed(answered, texts, parser), **sizes}
-    prompt = Template.load(template or shipped("hallusionbench"))
-    values = _judged(chosen, prompt, answered, texts)
+    prompt = judging.prompt("hallusionbench")
+    values = _judged(judge, prompt, answered, texts)
     second = Template.load(same_template or shipped("hallusionbench_same"))
-    same = _judged_same(chosen, second, answered, texts, values)
-    how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**score(answered, values, same), **sizes, **how, "same_template": second.name}
+    same = _judged_same(judge, second, answered, texts, values)
+    how = judging.named(prompt) | {"same_template": second.name}
+    return {**score(answered, values, same), **sizes, **how}
 
 
 def _judged(
