@@ -13,7 +13,8 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from vlm_patch.engine.attention import HANDLER_ARGUMENT, Call, ThreadState
 from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, cache_name, shows_weights
-from vlm_patch.engine.packing import Packed, Packing
+from vlm_patch.engine.packed import Packed
+from vlm_patch.engine.packing import Packing
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
 from vlm_patch.engine.state import GenerationState, attach
 from vlm_patch.engine.tracker import PromptTracker, carries_images
