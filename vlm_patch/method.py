@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlm_patch.models.tensor_parallel import WHOLE, Shard
+from vlm_patch.primitives.buffers import StaticLength
 from vlm_patch.validation import check_wholes
 
 
@@ -22,12 +23,15 @@ class State:
     tensors with the batch first, dicts of such tensors by layer, or None; all have a default.
 
     The engine makes one per generation, lets it travel with the cache, and reorders its samples
-    as beams are.
+    as beams are. per_key: names of the fields whose last dimension is the keys so far, or more of
+    them; a compiled step finds room there for all keys of its static cache.
 
         @dataclass
         class Seen(State):
             mass: dict[int, Tensor] = field(default_factory=dict)  # by layer, [B, H]
     """
+
+    per_key: ClassVar[tuple[str, ...]] = ()
 
     def select(self, index: Tensor) -> None:
         """Keeps the samples `index` `[B]`, which may be reordered or repeated."""
@@ -128,7 +132,7 @@ class Phase(Enum):
 class Position:
     """Where the rows of a forward stand in their conversation.
 
-    past: number of cached tokens.
+    past: number of cached tokens; in a compiled step a `StaticLength`.
     phase: what the rows are.
     prompt_rows: number of rows, the first ones, that are of a prompt; those behind were generated
         or drafted.
@@ -141,7 +145,7 @@ class Position:
         None without an image in these rows.
     """
 
-    past: int = 0
+    past: Any = 0
     phase: Phase = Phase.PREFILL
     prompt_rows: int = 0
     first_prompt: bool = False
@@ -209,7 +213,9 @@ class ForwardContext:
 
             image = forward.newest(forward.image, weights.shape[-1])
         """
-        total = self.image.shape[1]
+        total, past = self.image.shape[1], self.position.past
+        if isinstance(past, StaticLength):
+            return past.newest(mask, keys)
         return mask[..., total - keys : total]
 
 

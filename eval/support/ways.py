@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, cache_utils
+from transformers import CompileConfig, DynamicCache, cache_utils
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import vlm_patch
@@ -587,6 +587,17 @@ def compiled(names: Names) -> float:
         model.forward = torch.compile(plain, backend="eager")
         output = generate(model, batch, 4, cache_implementation="static")
     model.forward = plain
+    return off(model, batch, output, names)
+
+
+@mode("compiled, fullgraph", "the steps of generate traced whole, a static cache")
+def compiled_whole(names: Names) -> float:
+    model, config = planted("llava"), CompileConfig(fullgraph=True, backend="eager")
+    config.mode, config._compile_all_devices = None, True  # type: ignore[assignment]
+    batch = prompt(model, tiny.BATCH_OF_3)
+    with vlm_patch.wrap(model, *ours(names)):
+        torch.compiler.reset()
+        output = generate(model, batch, cache_implementation="static", compile_config=config)
     return off(model, batch, output, names)
 
 

@@ -133,16 +133,6 @@ def test_data_parallel_is_refused() -> None:
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_full_graph_is_refused(in_place: bool) -> None:
-    model = planted("llava")
-    if in_place:
-        model.compile(fullgraph=True, backend="eager")
-    shell = model if in_place else torch.compile(model, fullgraph=True, backend="eager")
-    with pytest.raises(UnsupportedModelError, match="compile it with fullgraph=False"):
-        wrap(shell, "vhr")
-
-
 def test_a_pipeline_that_holds_a_compiled_model() -> None:
     from PIL import Image
 

@@ -163,6 +163,45 @@ def test_a_compiled_loop(mode: str) -> None:
         close(f"compiled, {mode}", one, other)
 
 
+@pytest.mark.parametrize("side", [*("var", "gift", "vhr", "paint"), "all and paint"])
+@torch.no_grad()
+def test_a_step_as_one_graph(side: str) -> None:
+    """Captured as a CUDA graph, for a second prompt too; then `generate`, which compiles itself."""
+    on_card = DEVICE.type == "cuda"
+    how: Any = {"mode": "reduce-overhead"} if on_card else {"backend": "eager"}
+    model = planted("llava", kv_heads=2)
+    prompts = [[*tiny.ONE_IMAGE[0], *more] for more in ((), (27, 28))]
+    batches = [moved(tiny.inputs(model, [ids]), DEVICE) for ids in prompts]
+    model.to(DEVICE)
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    with vlm_patch.wrap(model, *ours(SIDES[side])):
+        run = torch.compile(model.forward, fullgraph=True, **how)
+        cache: Any = StaticCache(config=model.config, max_cache_len=64)
+        for batch in batches:
+            found = []
+            for forward in (model.forward, run):
+                cache.reset()
+                step = model(**batch, past_key_values=cache, use_cache=True).logits[:, -1:]
+                found.append([step])
+                for _ in range(5):
+                    torch.compiler.cudagraph_mark_step_begin()
+                    token = {"input_ids": step.argmax(-1), "past_key_values": cache}
+                    step = forward(**token, use_cache=True).logits[:, -1:].clone()
+                    found[-1].append(step)
+            for one, other in zip(*found, strict=True):
+                close(f"one graph, {side}", one, other)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert counters["inductor"]["cudagraph_skips"] == 0
+        expected = torch.cat([step.argmax(-1) for step in found[0]], 1)
+        options = {"cache_implementation": "static", "do_sample": False, "max_new_tokens": 6}
+        answer = model.generate(**batches[1], **options, min_new_tokens=6)
+        assert torch.equal(answer[:, -6:-3], expected[:, :3])
+        assert not counters["graph_break"]
+        assert counters["inductor"]["cudagraph_skips"] == 0
+
+
 # ---- the demo
 
 

@@ -157,6 +157,8 @@ class GazeState(State):
     groups: `[B, 4, at least K]`, see `key_groups`, once the map is made.
     """
 
+    per_key: ClassVar[tuple[str, ...]] = ("edge", "row_before", "change", "groups")
+
     read: Tensor | None = None
     blind: Tensor | None = None
     edge: dict[int, Tensor] = field(default_factory=dict)
@@ -260,11 +262,10 @@ class GIFT(KeyReweighting):
                     "gift is on, but was off when the prompt was read, so it has no map. Switch it "
                     "on before the prompt."
                 )
-            if forward.image.shape[1] > at.past and state.groups is not None:
+            if state.groups is not None:
                 nothing = torch.zeros_like(state.groups[..., :1])
                 nothing[:, 3] = 1
-                rows = forward.image.shape[1] - at.past
-                nothing = nothing.expand(-1, -1, rows)
+                nothing = nothing.expand(-1, -1, forward.valid.shape[1])
                 state.groups = append(state.groups, nothing, at.past)
             return
         if at.starts:
