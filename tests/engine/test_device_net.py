@@ -35,9 +35,9 @@ ALL = ("var", "gift", "vhr")
 @pytest.fixture(autouse=True)
 def _nothing_is_kept() -> Iterator[None]:
     """VAR keeps its constants, planted ones too."""
-    var._constant.cache_clear()
+    var._made.cache_clear()
     yield
-    var._constant.cache_clear()
+    var._made.cache_clear()
 
 
 def caught() -> AbstractContextManager[Any]:
