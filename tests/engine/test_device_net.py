@@ -21,7 +21,7 @@ from tests.support.agreement import NO_PROCESSOR
 from tests.support.agreement import generate as generated
 from tests.support.on_device import CASES, CPU, answered, moved
 from vlm_patch import wrap
-from vlm_patch.engine import attention, packing, rows, tracker
+from vlm_patch.engine import attention, packed, packing, rows, tracker
 from vlm_patch.methods import gift, var, vhr
 from vlm_patch.primitives import reweighting, sink_rules, sinks
 from vlm_patch.prompts import masks
@@ -35,9 +35,9 @@ ALL = ("var", "gift", "vhr")
 @pytest.fixture(autouse=True)
 def _nothing_is_kept() -> Iterator[None]:
     """VAR keeps its constants, planted ones too."""
-    var._constant.cache_clear()
+    var._made.cache_clear()
     yield
-    var._constant.cache_clear()
+    var._made.cache_clear()
 
 
 def caught() -> AbstractContextManager[Any]:
@@ -78,7 +78,7 @@ LEFT_BEHIND: dict[str, tuple[Any, str, Case]] = {
     "GIFT's heads": (gift, "top_heads", acting),
     "GIFT's shares": (gift, "gaze_shares", acting),
     "VHR's extra pass": (vhr, "without_image", acting),
-    "VHR's block mask": (packing.Packed, "_block_mask", in_one_call),
+    "VHR's block mask": (packed.Packed, "_block_mask", in_one_call),
     "VHR's positions": (packing, "_positions", acting),
     "VHR's distance": (vhr, "divergence", acting),
     "VHR's choice": (vhr, "above_median", acting),
@@ -124,7 +124,7 @@ class Forgetful(ModuleType):
 FORGETTING: dict[str, tuple[ModuleType, Case]] = {
     "var": (var, acting),
     "vhr": (vhr, acting),
-    "packing": (packing, in_one_call),
+    "two prompts": (packed, in_one_call),
     "attention": (attention, one_prompt),
     "editing": (rows, switched),
 }

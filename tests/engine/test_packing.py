@@ -369,7 +369,7 @@ def test_models_that_need_two_forwards(facts: dict[str, Any], reason: str | None
 
 def test_heads_split_over_processes_need_two_forwards() -> None:
     decoder = Mock(config=SimpleNamespace(_attn_implementation="sdpa"))
-    found = Packing(decoder, "cache", True, False, Shard(2, 0)).obstacle()
+    found = Packing(decoder, "cache", True, False, Shard(0, 2)).obstacle()
     assert found == "its heads are split over processes"
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vlm_patch.engine.attention import ForwardHandler, ThreadState
-from vlm_patch.engine.packing import CannotPack, Packed, Packing, of_image
+from vlm_patch.engine.packed import Packed
+from vlm_patch.engine.packing import CannotPack, Packing, of_image
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
 from vlm_patch.engine.state import GenerationState, Tail
 from vlm_patch.errors import PatchError

@@ -14,7 +14,8 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from vlm_patch.engine.attention import HANDLER_ARGUMENT, Call, Graph, ThreadState, outside
 from vlm_patch.engine.compiled import TracedStep, static_step, traceable
 from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, cache_name, shows_weights
-from vlm_patch.engine.packing import Packed, Packing
+from vlm_patch.engine.packed import Packed
+from vlm_patch.engine.packing import Packing
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
 from vlm_patch.engine.state import GenerationState, attach
 from vlm_patch.engine.tracker import PromptTracker, carries_images
