@@ -166,7 +166,7 @@ def test_a_compiled_loop(mode: str) -> None:
 @pytest.mark.parametrize("side", [*("var", "gift", "vhr", "paint"), "all and paint"])
 @torch.no_grad()
 def test_a_step_as_one_graph(side: str) -> None:
-    """Captured as a CUDA graph, also for a second prompt; then `generate`, which compiles itself."""
+    """Captured as a CUDA graph, for two prompts; then `generate`, which compiles by itself."""
     on_card = DEVICE.type == "cuda"
     how: Any = {"mode": "reduce-overhead"} if on_card else {"backend": "eager"}
     model = planted("llava", kv_heads=2)
