@@ -304,9 +304,8 @@ def _hidden(kwargs: Mapping[str, Any]) -> Any:
 
 def _forget(cache: Any) -> None:
     """Notes that a static cache takes tokens that no method sees; others are asked their length."""
-    known: Any = cache
-    if type(known) is StaticCache and getattr(known, "vlm_patch", None) is not None:
-        known.vlm_patch = None
+    if type(cache) is StaticCache and getattr(cache, "vlm_patch", None) is not None:
+        setattr(cache, "vlm_patch", None)  # noqa: B010
 
 
 def _readers(switched: list[tuple[Method, dict[int, Tensor | None]]]) -> list[str]:

@@ -243,7 +243,7 @@ def attach(cache: Any, generation: GenerationState) -> None:
         if hasattr(type(cache), name):
             setattr(cache, name, _Selecting(cache, generation, name))
     if isinstance(cache, StaticCache) and hasattr(type(cache), "crop"):
-        cache.crop = _Cropping(cache, generation, "crop")
+        setattr(cache, "crop", _Cropping(cache, generation, "crop"))  # noqa: B010
 
 
 def cached(cache: Any, rows: int) -> int:
