@@ -251,11 +251,8 @@ def test_tokens_taken_out_of_the_cache(compiled: bool) -> None:
         run, loop = whole(model) if compiled else model, Loop(model, batch)
         expected = loop.steps(run, 3).found[1:]
         loop.cache.crop(-3)
-        loop.mask, loop.found, loop.token = (
-            batch["attention_mask"],
-            [],
-            loop.found[0].argmax(-1, True),
-        )
+        loop.mask, loop.token = batch["attention_mask"], loop.found[0].argmax(-1, keepdim=True)
+        loop.found = []
         same(loop.steps(run, 3).logits, torch.stack(expected, 1))
 
 
