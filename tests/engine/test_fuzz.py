@@ -125,6 +125,8 @@ def forward(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
     given = dict(batch)
     if case.build.kind != "qwen2-vl":  # as generate() gives them
         given["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    # a cached prompt that ends in its image is the beginning of one, whose question follows
+    given["use_cache"] = not (batch["input_ids"][:, -1] == tiny.IMAGE).any()
     with torch.no_grad():
         said = model(**given).logits
     return lambda: (
