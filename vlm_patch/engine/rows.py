@@ -10,9 +10,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vlm_patch.engine import fused
 from vlm_patch.engine.attention import Call, check, softmax
+from vlm_patch.engine.kernels.layer import (
+    Edit,
+    LayerKernel,
+    Rows,
+    finds_groups,
+    serves,
+    write_groups,
+)
 from vlm_patch.method import ForwardContext, Method, State, Watcher
+from vlm_patch.primitives import dispatch
 from vlm_patch.primitives.reweighting import KeyReweighting
 
 WEIGHTS_BUDGET = 64 * 2**20
@@ -109,14 +117,14 @@ class LayerPlan:
     output_gains: the methods that may scale its head outputs, with their heads `[H]`, None for all.
     plan: the rows in chunks.
     replaces_all_rows: every row and head is edited, so that the stock kernel need not run.
-    fused: that is one key reweighting and nothing else, which kernels of our own can do.
+    kernels: that do all of it, where they can; those of an only row need no stock kernel either.
     """
 
     tasks: list[RowEdit]
     output_gains: list[tuple[ActiveMethod, Tensor | None]]
     plan: RowPlan
     replaces_all_rows: bool
-    fused: bool
+    kernels: list[LayerKernel]
 
 
 class Editing:
@@ -133,7 +141,11 @@ class Editing:
         self._edited = [active.method.edited_rows(forward) for active in actives]
         self._watched = [active.method.watched_rows(forward) for active in actives]
         self._plans: dict[Any, RowPlan] = {}
+        self._spans: dict[Any, list[tuple[tuple[int, ...], Rows]]] = {}
+        self._kernels: dict[Any, LayerKernel] = {}
         self._work: dict[int, LayerPlan | None] = {}
+        self._entering: dict[int, tuple[ActiveMethod, Tensor]] = {}
+        self._finders = [active for active in actives if _finds_groups(active.method)]
 
     def serves(self, actives: list[ActiveMethod], forward: ForwardContext) -> bool:
         """Whether as many rows are edited by the same methods in the same layers and heads."""
@@ -151,14 +163,55 @@ class Editing:
         """Takes the next generated tokens."""
         self.forward = forward
 
+    def enter_block(self, layer: int, hidden: Tensor) -> None:
+        """Shows methods the residual stream `[B, S, D]` entering a block.
+
+        Where kernels find what a method looks for, it is left to those of the attention to come for
+        a generated token, and to one of its own for other rows.
+        """
+        forward = self.forward.on(hidden.device)
+        fast = dispatch.possible(hidden.device.type) and hidden.ndim == 3 and hidden.stride(2) == 1
+        for active in self.actives:
+            if not active.method.reads_blocks or layer not in active.heads:
+                continue
+            if not fast or active not in self._finders:
+                active.method.observe_hidden(layer, hidden, forward, active.state)
+            elif forward.generated and layer not in self._entering:
+                self._entering[layer] = active, hidden
+            else:
+                self._find_groups(layer, hidden, active, forward)
+
+    def _find_groups(
+        self, layer: int, hidden: Tensor, active: ActiveMethod, forward: ForwardContext
+    ) -> None:
+        method: Any = active.method
+
+        def found() -> Tensor:
+            groups: Tensor = method.groups(layer, forward, active.state)
+            return groups[..., forward.new].transpose(1, 2)
+
+        def by_torch() -> Tensor:
+            method.observe_hidden(layer, hidden, forward, active.state)
+            return found()
+
+        def by_kernel() -> Tensor:
+            write_groups(method, layer, hidden, forward, active.state)
+            return found()
+
+        kind = ("groups", method.name, str(hidden.device), hidden.dtype, hidden.shape[2])
+        dispatch.tried(kind, by_kernel, by_torch)
+
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
         if call.layer not in self._work:
             self._work[call.layer] = self._prepare(call)
-        work = self._work[call.layer]
+        work, entering = self._work[call.layer], self._entering.pop(call.layer, None)
+        output = None if work is None else self._by_kernels(call, work, entering)
+        if output is None:
+            self._look_at(call.layer, entering)
         if work is None:
             return call.stock()
         cut = call.without_tail(self.forward.image.shape[1])
-        output = self._rows(cut, work)
+        output = self._rows(cut, work) if output is None else output
         for active, heads in work.output_gains:
             gain = self._gain(call.layer, output, active, heads)
             if gain is not None:
@@ -179,12 +232,78 @@ class Editing:
             for _, parts in plan
             for part in parts
         )
-        alone = (
-            replaces_all_rows
-            and len(tasks) == 1
-            and isinstance(tasks[0].active.method, KeyReweighting)
+        kernels = self._layer_kernels(call, tasks)
+        return LayerPlan(tasks, output_gains, plan, replaces_all_rows, kernels)
+
+    def _layer_kernels(self, call: Call, tasks: list[RowEdit]) -> list[LayerKernel]:
+        """The kernels that do all of the tasks, one for each set of methods that share rows; none
+        where they cannot.
+        """
+        if not 0 < len(tasks) <= 2 or not all(map(_reweights, tasks)) or not serves(call):
+            return []
+        names = call.query.device, tuple(task.key for task in tasks)
+        if names not in self._spans:
+            self._spans[names] = _spans(tasks)
+        entering, found = self._entering.get(call.layer), []
+        for of, rows in self._spans[names]:
+            edits: list[Any] = [tasks[i] for i in of]
+            own = [Edit(e.active.method, e.active.state, e.heads) for e in edits]
+            hidden = None
+            if (
+                entering is not None
+                and rows.picked is None
+                and any(e.active is entering[0] for e in edits)
+            ):
+                hidden = entering[1]
+            look = call.mask is None, hidden is None, call.scaling, call.options.get("softcap")
+            shapes = call.query.shape, call.key.shape, call.value.shape[3], call.query.dtype
+            switched = call.layer if any(e.heads is not None for e in edits) else None
+            key = names, of, look, shapes, switched
+            if key not in self._kernels:
+                self._kernels[key] = LayerKernel(call, own, rows, hidden)
+            found.append(self._kernels[key])
+        return found
+
+    def _by_kernels(
+        self, call: Call, work: LayerPlan, entering: tuple[ActiveMethod, Tensor] | None
+    ) -> Tensor | None:
+        """The head outputs of the kernels; None where they cannot do this call."""
+        kernels = work.kernels
+        hidden = (
+            entering[1] if entering is not None and kernels and kernels[0].sees_hidden else None
         )
-        return LayerPlan(tasks, output_gains, plan, replaces_all_rows, alone and fused.serves(call))
+        if not kernels or not all(kernel.fits(call, hidden) for kernel in kernels):
+            return None
+        forward = self.forward.on(call.query.device)
+        if entering is not None and hidden is not None:
+            active: Any = entering[0]
+            active.method.make_room(call.layer, forward, active.state)
+        elif entering is not None:
+            self._look_at(call.layer, entering)
+
+        def by_kernels() -> Tensor:
+            output = None if kernels[0].rows.picked is None else _packed(_writable(call))
+            for kernel in kernels:
+                output = kernel(
+                    *(call.layer, call.query, call.key, call.value, call.mask, forward),
+                    hidden=hidden,
+                    output=output,
+                )
+            assert output is not None
+            return output
+
+        def by_torch() -> Tensor:
+            self._look_at(call.layer, entering)
+            return self._rows(call.without_tail(forward.image.shape[1]), work)
+
+        return dispatch.tried(kernels[0].kind, by_kernels, by_torch)
+
+    def _look_at(self, layer: int, entering: tuple[ActiveMethod, Tensor] | None) -> None:
+        """Shows a method what `enter_block` left to the kernels."""
+        if entering is not None:
+            (active, hidden), forward = entering, self.forward
+            forward = forward.on(hidden.device)
+            active.method.observe_hidden(layer, hidden, forward, active.state)
 
     def _gain(
         self, layer: int, output: Tensor, active: ActiveMethod, heads: Tensor | None
@@ -215,8 +334,6 @@ class Editing:
 
     def _rows(self, call: Call, work: LayerPlan) -> Tensor:
         """The head outputs `[B, S, H, Dv]`: stock, with the edited rows in their place."""
-        if work.fused and fused.serves(call):
-            return self._fused(call, work.tasks[0].active)
         output: Tensor | None = None
         for rows, parts in work.plan:
             weights = self._weights(call, rows, parts, work.tasks)
@@ -247,11 +364,6 @@ class Editing:
             before = shown[:, :, rows, :keys]
             shown[:, :, rows, :keys] = torch.where(keep, weights.to(shown.dtype), before)
         return shown
-
-    def _fused(self, call: Call, active: ActiveMethod) -> Tensor:
-        method: Any = active.method
-        keys, forward = call.key.shape[2], self.forward.on(call.query.device)
-        return fused.attend(call, *method.parts(keys, call.layer, forward, active.state))
 
     def _weights(
         self, call: Call, rows: Tensor, parts: list[RowChunk], tasks: list[RowEdit]
@@ -299,6 +411,43 @@ def _heads(active: ActiveMethod, call: Call) -> Tensor | None:
     """The heads of a layer that are on, where it computes; None for all of them."""
     heads = active.heads[call.layer]
     return None if heads is None else heads.to(call.query.device)
+
+
+def _finds_groups(method: Method) -> bool:
+    return isinstance(method, KeyReweighting) and finds_groups(method)
+
+
+def _reweights(task: RowEdit) -> bool:
+    """Whether an edit is a key reweighting and nothing else."""
+    kind = type(task.active.method)
+    return (
+        issubclass(kind, KeyReweighting)
+        and kind.edit_weights is KeyReweighting.edit_weights
+        and task.stage is Stage.WEIGHTS
+    )
+
+
+def _spans(tasks: list[RowEdit]) -> list[tuple[tuple[int, ...], Rows]]:
+    """The rows that are edited by the same tasks, for each such set of them."""
+    found = []
+    everywhere = torch.stack([task.mask for task in tasks])
+    for number in range(1, 2 ** len(tasks)):
+        of = tuple(i for i in range(len(tasks)) if number >> i & 1)
+        wanted = everywhere.new_tensor([i in of for i in range(len(tasks))])
+        mask = (everywhere == wanted[:, None, None]).all(0)
+        index = mask.any(0).nonzero().flatten()
+        if len(index):
+            first, last = int(index[0]), int(index[-1])
+            alone = mask.shape[1] == 1 and bool(mask.all())
+            picked = None if alone else mask.contiguous().view(torch.uint8)
+            found.append((of, Rows(first, last + 1 - first, picked)))
+    return found
+
+
+def _packed(output: Tensor) -> Tensor:
+    """Head outputs whose heads lie next to each other, as the kernels write them."""
+    packed = output.stride(3) == 1 and output.stride(2) == output.shape[3]
+    return output if packed else output.contiguous()
 
 
 def _chunks(tasks: list[RowEdit], size: int) -> RowPlan:

@@ -24,9 +24,9 @@ from vlm_patch.method import (
     ModelInfo,
     State,
 )
-from vlm_patch.primitives import dispatch, launch
 from vlm_patch.primitives.buffers import append
-from vlm_patch.primitives.reweighting import KeyReweighting, reweight
+from vlm_patch.primitives.reweighting import Formula, KeyReweighting, reweight
+from vlm_patch.primitives.triton import jit, tl
 from vlm_patch.validation import check_number, check_wholes
 
 MOST_ALPHA = 80.0
@@ -102,6 +102,13 @@ def key_groups(image: Tensor, query: Tensor, gain: Tensor) -> Tensor:
     )
 
 
+def text_groups(like: Tensor, count: int) -> Tensor:
+    """`key_groups` of `count` keys that are neither image nor question, `[B, 4, count]`."""
+    groups = torch.zeros_like(like[..., :1])
+    groups[:, 3] = 1
+    return groups.expand(-1, -1, count)
+
+
 def gaze_shares(masses: Tensor, beta: float = 1.0, head_fraction: float = 0.5) -> Tensor:
     """How the image and the question of a row are reweighed (paper, section 3).
 
@@ -124,6 +131,33 @@ def gaze_shares(masses: Tensor, beta: float = 1.0, head_fraction: float = 0.5) -
     shares = (shares / total).masked_fill(empty, 0.0)
     shares[:, 3:] += empty
     return shares
+
+
+@jit
+def top_of_a_row(mass: Any, inside: Any, count: Any) -> Any:
+    """`top_heads`: 1 for the `count` heads with the largest mass, else 0; `[H]`."""
+    head = tl.arange(0, mass.shape[0])
+    mass = tl.where(inside, mass, -1.0)
+    larger = mass[None, :] > mass[:, None]
+    earlier = (mass[None, :] == mass[:, None]) & (head[None, :] < head[:, None])
+    rank = tl.sum((larger | earlier).to(tl.int32), 1)
+    return tl.where(rank < count, 1.0, 0.0)
+
+
+@jit
+def gaze_shares_of_a_row(
+    image: Any, gain: Any, query: Any, every: Any, inside: Any, beta: Any, count: Any, unused: Any
+) -> Any:
+    """`gaze_shares` of one row; masses `[H]`."""
+    looking = top_of_a_row(image, inside, count)
+    mass, gained = tl.sum(looking * image, 0), tl.sum(looking * gain, 0)
+    more = gained / tl.maximum(mass, 1.1754943508222875e-38)
+    pace = top_of_a_row(query, inside, count) * (beta * more + (beta - 1))
+    total = 1 + looking * gain + pace * query
+    left = total > 0
+    divisor = tl.where(left, total, 1.0)
+    kept = tl.where(left, 1.0 / divisor, 0.0)
+    return tl.zeros_like(kept), kept * looking, kept * pace, 1.0 / divisor
 
 
 def amplify(
@@ -259,12 +293,10 @@ class GIFT(KeyReweighting):
                     "gift is on, but was off when the prompt was read, so it has no map. Switch it "
                     "on before the prompt."
                 )
-            if forward.image.shape[1] > forward.past and state.groups is not None:
-                nothing = torch.zeros_like(state.groups[..., :1])
-                nothing[:, 3] = 1
-                rows = forward.image.shape[1] - forward.past
-                nothing = nothing.expand(-1, -1, rows)
-                state.groups = append(state.groups, nothing, forward.past)
+            total = forward.image.shape[1]
+            if state.groups is not None and state.groups.shape[-1] < total:
+                new = text_groups(state.groups, total - forward.past)
+                state.groups = append(state.groups, new, forward.past, new[..., :1])
             return
         if forward.starts:
             edges = state.edge
@@ -337,7 +369,8 @@ class GIFT(KeyReweighting):
             # the sum in place of the mean: the gain is the same for a map of any scale
             gain = saliency_gain(torch.stack(maps).sum(0), forward.image, self.alpha or 0.0)
             groups = key_groups(forward.image, forward.query, gain)
-            state.groups = append(state.groups, groups, 0)
+            # what is written behind the prompt is text: nothing is left to do for a new token
+            state.groups = append(state.groups, groups, 0, text_groups(groups, 1))
         return state.groups
 
     def _layer_map(self, layer: int, forward: ForwardContext, state: GazeState) -> Tensor:
@@ -357,14 +390,11 @@ class GIFT(KeyReweighting):
         )
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
-        heads, beta, fraction = masses.shape[2], self.beta, self.head_fraction
-        if masses.shape[3] > 1 or not dispatch.possible(masses.device.type):
-            return gaze_shares(masses, beta, fraction)
-        return dispatch.tried(
-            ("gaze shares", str(masses.device), heads),
-            lambda: launch.gaze_shares(masses, beta, how_many(heads, fraction)),
-            lambda: gaze_shares(masses, beta, fraction),
-        )
+        return gaze_shares(masses, self.beta, self.head_fraction)
+
+    def formula(self, heads: int) -> Formula | None:
+        numbers = self.beta, float(how_many(heads, self.head_fraction)), 0.0
+        return Formula(gaze_shares_of_a_row, numbers)
 
 
 def _check_saliency_layer(given: Any) -> None:

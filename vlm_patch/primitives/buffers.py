@@ -17,18 +17,21 @@ def has_room(buffer: Tensor, total: int) -> bool:
     return writable and buffer.shape[-1] >= total
 
 
-def append(buffer: Tensor | None, new: Tensor, past: int) -> Tensor:
+def append(buffer: Tensor | None, new: Tensor, past: int, rest: Tensor | None = None) -> Tensor:
     """The buffer `[B, ..., at least past + S]` with `new` `[B, ..., S]` behind its first `past`
     entries; None is an empty one.
 
     Writes into `buffer` where it has room, so that a step of decoding writes one column; a full
-    one is replaced by one of twice the size. Keep what is returned:
+    one is replaced by one of twice the size. rest `[B, ..., 1]`: what entries hold that were not
+    written yet, else 0. Keep what is returned:
 
         state.groups = append(state.groups, groups, forward.past)
     """
     total = past + new.shape[-1]
     if buffer is None or not has_room(buffer, total):
         larger = new.new_zeros(*new.shape[:-1], max(256, 2 * total))
+        if rest is not None:
+            larger.copy_(rest)
         if buffer is not None:
             larger[..., :past] = buffer[..., :past]
         buffer = larger
