@@ -134,7 +134,7 @@ def gaze_shares(masses: Tensor, beta: float = 1.0, head_fraction: float = 0.5) -
 
 
 @jit
-def top_of_a_row(mass: Any, inside: Any, count: Any) -> Any:
+def top_of_a_row(mass: tl.tensor, inside: tl.tensor, count: tl.tensor) -> Any:
     """`top_heads`: 1 for the `count` heads with the largest mass, else 0; `[H]`."""
     head = tl.arange(0, mass.shape[0])
     mass = tl.where(inside, mass, -1.0)
@@ -146,7 +146,14 @@ def top_of_a_row(mass: Any, inside: Any, count: Any) -> Any:
 
 @jit
 def gaze_shares_of_a_row(
-    image: Any, gain: Any, query: Any, every: Any, inside: Any, beta: Any, count: Any, unused: Any
+    image: tl.tensor,
+    gain: tl.tensor,
+    query: tl.tensor,
+    every: tl.tensor,
+    inside: tl.tensor,
+    beta: tl.tensor,
+    count: tl.tensor,
+    unused: tl.tensor,
 ) -> Any:
     """`gaze_shares` of one row; masses `[H]`."""
     looking = top_of_a_row(image, inside, count)

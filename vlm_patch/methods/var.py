@@ -111,7 +111,14 @@ def sink_shares(
 
 @jit
 def sink_shares_of_a_row(
-    image: Any, sinks: Any, rest: Any, every: Any, inside: Any, move: Any, rho: Any, least: Any
+    image: tl.tensor,
+    sinks: tl.tensor,
+    rest: tl.tensor,
+    every: tl.tensor,
+    inside: tl.tensor,
+    move: tl.tensor,
+    rho: tl.tensor,
+    least: tl.tensor,
 ) -> Any:
     """`sink_shares` in the paper's semantics; masses `[H]`."""
     enough = tl.maximum(rho * image, 1.1754943508222875e-38)
@@ -122,12 +129,12 @@ def sink_shares_of_a_row(
 
 @jit
 def sink_groups(
-    hidden: Any,
-    image: Any,
-    size: Any,
-    dims: Any,
-    count: Any,
-    tau: Any,
+    hidden: tl.tensor,
+    image: tl.tensor,
+    size: tl.tensor,
+    dims: tl.tensor,
+    count: tl.tensor,
+    tau: tl.tensor,
     WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
 ) -> Any:

@@ -162,6 +162,7 @@ def attend(
     WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Rows `first` to `first + rows` of the `new` ones, edited; grid (tiles * SPLITS, KV, B).
 
@@ -187,13 +188,15 @@ def attend(
         last = tl.minimum(rows - 1, (tile * M + M - 1) // LINES // SHARED)
         high = tl.minimum(high, keys - new + first + last + 1)
     if PICKED:
-        at = picked + sample * picked_sample + first + row
-        wanted = tl.max(tl.load(at, mask=real, other=0).to(tl.int32), 0)
+        flags = picked + sample * picked_sample + first + row
+        wanted = tl.max(tl.load(flags, mask=real, other=0).to(tl.int32), 0)
         high = tl.where(wanted > 0, high, low)
     channel, read = tl.arange(0, DW), tl.arange(0, VW)
     here = query + sample_64 * query_sample + head[:, None] * query_head
     here += (first + row)[:, None] * query_row + channel[None, :]
     asked = tl.load(here, mask=real[:, None] & (channel[None, :] < D), other=0.0)
+    if WIDE:
+        asked = asked.to(tl.float32)
     sample_groups = groups + sample * 4 * step + behind
     if LINES == 16:
         sample_more = more + sample * 4 * more_step + behind
@@ -226,6 +229,8 @@ def attend(
             mask=inside[None, :] & (channel[:, None] < D),
             other=0.0,
         )
+        if WIDE:
+            block = block.to(tl.float32)
         score = tl.dot(asked, block, input_precision=PRECISION) * scaling
         if CAPPED:
             score = softcap * (1 - 2 / (tl.exp(2 * score / softcap) + 1))
@@ -275,8 +280,11 @@ def attend(
             mask=inside[:, None] & (read[None, :] < V),
             other=0.0,
         )
+        weight = weight.to(block.dtype)
+        if WIDE:
+            weight, block = weight.to(tl.float32), block.to(tl.float32)
         found = found * shrink[:, None]
-        found += tl.dot(weight.to(block.dtype), block, input_precision=PRECISION)
+        found += tl.dot(weight, block, input_precision=PRECISION)
         highest = higher
     unit = (sample * KV + group) * (tl.num_programs(0) // SPLITS) + tile
     size_of_part = M * (VW + 2)

@@ -161,6 +161,7 @@ class LayerKernel:
             "WIDTH": 1 if hidden is None else power_of_2(hidden.shape[-1]),
             "COUNT": 1 if self.column is None else power_of_2(len(self.column.indices)),
             "PRECISION": "ieee" if exact else "tf32",
+            "WIDE": call.query.device.type == "cpu",
         }
         large = self.tile * max(wide, shape["VW"]) > 64 * 128 or (exact and self.tile > 16)
         stages = 2 if exact or wide > 128 else 3
