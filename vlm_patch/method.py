@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -108,15 +109,58 @@ class Patches:
     image: Tensor
 
 
+class Phase(Enum):
+    """What the rows of a forward are.
+
+    PREFILL: a whole prompt, perhaps with drafted tokens behind it.
+    CHUNK: a part of a prompt that is read in several forwards.
+    DECODE: one generated token.
+    DRAFT: several tokens that the model or its assistant wrote.
+    """
+
+    PREFILL = "prefill"
+    CHUNK = "chunk"
+    DECODE = "decode"
+    DRAFT = "draft"
+
+
+@dataclass
+class Position:
+    """Where the rows of a forward stand in their conversation.
+
+    past: number of cached tokens.
+    phase: what the rows are.
+    prompt_rows: number of rows, the first ones, that are of a prompt; those behind were generated
+        or drafted.
+    first_prompt: it is the first prompt of its conversation.
+    starts, ends: the prompt's first, its last row is among the rows.
+    resumed: the rows resume a prompt of which an earlier forward read a part, taking it for a whole
+        one.
+    may_continue: more of the prompt may follow in a later forward.
+    last_image_row: index of the last row with an image token, of the sample whose image ends first;
+        None without an image in these rows.
+    """
+
+    past: int = 0
+    phase: Phase = Phase.PREFILL
+    prompt_rows: int = 0
+    first_prompt: bool = False
+    starts: bool = False
+    ends: bool = True
+    resumed: bool = False
+    may_continue: bool = False
+    last_image_row: int | None = None
+
+
 MASKS = ("image", "query", "content", "valid", "text", "last", "seen")
 
 
 @dataclass
 class ForwardContext:
-    """One forward of the decoder: B samples, S new rows, K keys so far (`past` cached ones and the
-    S new). All masks are bool.
+    """One forward of the decoder: B samples, S new rows, K keys so far (`position.past` cached ones
+    and the S new). All masks are bool.
 
-    past: number of cached tokens.
+    position: where the rows stand in the conversation.
     image, query, content: `[B, K]`, keys that are image tokens, tokens of the user's question, its
         content words.
     valid: `[B, S]`, rows that are no padding.
@@ -125,23 +169,12 @@ class ForwardContext:
     seen: `[B]`, samples with an image.
     reading: the rows hold a new question, and this is the pass in which methods observe it.
     inputs: the arguments of the decoder.
-    generated: the one row is a generated token.
-    prompt_rows: number of rows, the first ones, that are of a prompt; those behind were generated
-        or drafted.
-    first: it is the first prompt of its conversation.
-    starts, ends: its first, its last row is among the rows; a long prompt may be read in several
-        forwards.
-    resumed: the rows go on with a prompt of which an earlier forward read a part, taking it for a
-        whole one.
-    open: more of the prompt may follow in a later forward.
-    edge: the last row with an image token, of the sample whose image ends first; None without an
-        image in these rows.
     shard: which heads this process holds; what compares heads must gather them first.
     patches: of a prompt that starts here and has images, if a method reads the vision tower.
     copies: the same on other devices.
     """
 
-    past: int
+    position: Position
     image: Tensor
     query: Tensor
     content: Tensor
@@ -151,14 +184,6 @@ class ForwardContext:
     seen: Tensor
     reading: bool
     inputs: dict[str, Any] = field(repr=False)
-    generated: bool = False
-    prompt_rows: int = 0
-    first: bool = False
-    starts: bool = False
-    ends: bool = True
-    resumed: bool = False
-    open: bool = False
-    edge: int | None = None
     shard: Shard = WHOLE
     patches: Patches | None = field(default=None, repr=False)
     # not a field of `replace`: a copy of other rows would be taken for one of these
@@ -176,7 +201,7 @@ class ForwardContext:
     @property
     def new(self) -> slice:
         """Where the S new rows stand among the K keys."""
-        return slice(self.past, self.image.shape[1])
+        return slice(self.position.past, self.image.shape[1])
 
     def newest(self, mask: Tensor, keys: int) -> Tensor:
         """The last `keys` of the K keys of a mask or of key weights `[B, ..., K]`, which are those
@@ -259,7 +284,7 @@ class Method:
         """The attention of the vision tower it wants to see; it finds it in `forward.patches`."""
         return ()
 
-    def settles(self, forward: ForwardContext) -> bool:
+    def decides_on_last_row(self, forward: ForwardContext) -> bool:
         """Whether it chooses something in this forward by the prompt's last row."""
         return False
 
@@ -271,11 +296,11 @@ class Method:
         """
         return self
 
-    def finding(self) -> str:
+    def report(self) -> str:
         """What it found out about the model, or is yet to find out, for people to read."""
         return ""
 
-    def begin(self, forward: ForwardContext, state: Any) -> None:
+    def before_forward(self, forward: ForwardContext, state: Any) -> None:
         """Called when a forward starts: the place to forget the prompt before."""
 
     def observe_hidden(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm_patch import heads
 from vlm_patch.engine import attention
-from vlm_patch.engine.generate_guard import GuardedGenerate, check_options, told
+from vlm_patch.engine.generate_guard import GuardedGenerate, check_options, prompt_inputs
 from vlm_patch.engine.hooks import ForwardHooks, Hook, QuietHook
 from vlm_patch.engine.tower import tower_of
 from vlm_patch.engine.tracker import PromptTracker
@@ -65,14 +65,14 @@ def unwrap(model: Any) -> bool:
         vlm_patch.unwrap(model)  # at the top of a notebook cell that wraps the model
         patch = vlm_patch.wrap(model, VAR())
     """
-    found = {
+    result = {
         id(p): p
         for layer in inspect_model(unwrapped(model)[-1]).layers
         if (p := attention.patch_on(layer))
     }
-    for patch in found.values():
+    for patch in result.values():
         patch.remove()
-    return bool(found)
+    return bool(result)
 
 
 class Patch:
@@ -192,7 +192,7 @@ class Patch:
         generator = self._decoder.generator
         check_options(arguments, generator.generation_config)
         inner, mask_name = generator is not self._base, self._decoder.special.mask
-        prompt = told(arguments, generator.generation_config, inner, mask_name)
+        prompt = prompt_inputs(arguments, generator.generation_config, inner, mask_name)
         reading = any(method.tower_reads() for method, _ in self._switched())
         listening = self._tower.generating(arguments) if self._tower and reading else nullcontext()
         with self._layout.generating(prompt), listening:
@@ -225,8 +225,8 @@ class Patch:
         if self._removed:
             lines[0] += " (removed: the model is stock)"
         for method in self._methods:
-            finding = f"; {method.finding()}" if method.finding() else ""
-            lines.append(f"  {values(method)}: {self._where(method)}{finding}")
+            report = f"; {method.report()}" if method.report() else ""
+            lines.append(f"  {values(method)}: {self._where(method)}{report}")
         return "\n".join(lines)
 
     __repr__ = describe

@@ -60,9 +60,9 @@ class Probe(Method):
     reads_blocks: ClassVar[bool] = True
     seen: dict[str, Tensor] = field(default_factory=dict)
 
-    def begin(self, forward: ForwardContext, state: State) -> None:
+    def before_forward(self, forward: ForwardContext, state: State) -> None:
         embeds = forward.inputs.get("inputs_embeds")
-        if forward.past == 0:
+        if forward.position.past == 0:
             self.seen["image"] = forward.image & forward.valid
             if embeds is not None:
                 self.seen["entering"] = embeds.clone()
@@ -70,7 +70,7 @@ class Probe(Method):
     def observe_hidden(
         self, layer: int, hidden: Tensor, forward: ForwardContext, state: State
     ) -> None:
-        if forward.past == 0 and layer == 0 and hidden.shape[:2] == forward.valid.shape:
+        if forward.position.past == 0 and layer == 0 and hidden.shape[:2] == forward.valid.shape:
             self.seen["entering"] = hidden.clone()
 
 

@@ -211,7 +211,7 @@ class Spy(Method):
         self.query: list[list[int]] = []
         self.content: list[list[int]] = []
 
-    def begin(self, forward: ForwardContext, state: State) -> None:
+    def before_forward(self, forward: ForwardContext, state: State) -> None:
         if forward.reading:
             self.query = [places(row) for row in forward.query]
             self.content = [places(row) for row in forward.content]

@@ -18,7 +18,7 @@ from torch import Tensor
 from eval.support import tiny
 from eval.support.agreement import NO_PROCESSOR, error, generate, new_tokens, ours, planted
 from tests.support.kernel_rows import EDITS, SHAPES, Shape, case, far
-from vlm_patch import GIFT, VAR, ForwardContext, KeyReweighting, State, wrap
+from vlm_patch import GIFT, VAR, ForwardContext, KeyReweighting, Position, State, wrap
 from vlm_patch.engine.kernels import layer as layers
 from vlm_patch.methods import var
 from vlm_patch.primitives import dispatch
@@ -122,7 +122,7 @@ def test_sinks_among_the_rows_of_a_prompt(
     made = case([VAR(tau=3.0, dims=dims)], Shape(keys=5, new=5))
     forward, state = made.forward, var.SinkState()
     forward.image = torch.cat((torch.zeros(1, 2, dtype=torch.bool), image), 1)
-    forward.past, forward.new = 2, slice(2, 7)
+    forward.position, forward.new = Position(2), slice(2, 7)
     layers.write_groups(made.edits[0].method, 0, hidden, forward, state)
     expected = var.key_groups(image, column[:, 1][None] > 0).float()
     assert torch.equal(state.groups[0][..., 2:7], expected)

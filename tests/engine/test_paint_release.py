@@ -105,13 +105,13 @@ def test_sets(
 ) -> None:
     """And the rows of the tower that they are made of."""
     seen: list[ForwardContext] = []
-    begin = PAINT.begin
+    before = PAINT.before_forward
 
     def keep(self: PAINT, forward: ForwardContext, state: State) -> None:
         seen.append(forward)
-        begin(self, forward, state)
+        before(self, forward, state)
 
-    monkeypatch.setattr(PAINT, "begin", keep)
+    monkeypatch.setattr(PAINT, "before_forward", keep)
     model, meta = model_of(dtype=dtype), SETTINGS[setting]
     with wrap(model, method(setting)), torch.no_grad():
         model(**inputs(sample, dtype))

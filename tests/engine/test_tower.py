@@ -29,8 +29,8 @@ class Looks(Method):
     def tower_reads(self) -> tuple[TowerRead, ...]:
         return CLS, COLUMNS
 
-    def begin(self, forward: ForwardContext, state: State) -> None:
-        if forward.starts:
+    def before_forward(self, forward: ForwardContext, state: State) -> None:
+        if forward.position.starts:
             self.seen.update(patches=forward.patches, embeds=forward.inputs["inputs_embeds"])
 
 

@@ -31,7 +31,7 @@ class Spy(Method):
     words: str | Tensor = "all"
     forwards: list[ForwardContext] = field(default_factory=list)
 
-    def begin(self, forward: ForwardContext, state: State) -> None:
+    def before_forward(self, forward: ForwardContext, state: State) -> None:
         masks = {name: getattr(forward, name).clone() for name in MASKS}
         self.forwards.append(replace(forward, **masks))
 
@@ -67,7 +67,7 @@ def masks(forward: ForwardContext) -> dict[str, list[list[int]]]:
 def test_one_image() -> None:
     model = tiny.llava()
     found = run(model, tiny.inputs(model, tiny.ONE_IMAGE))
-    assert (found.past, found.reading, found.new) == (0, True, slice(0, 25))
+    assert (found.position.past, found.reading, found.new) == (0, True, slice(0, 25))
     assert found.seen.tolist() == [True]
     assert masks(found) == {
         "image": [to(3, 19)],
@@ -168,7 +168,7 @@ def test_generated_tokens_are_text_and_no_question(build: Any) -> None:
         model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     prompt, *steps = spy.forwards
     length = batch["input_ids"].shape[1]
-    assert [step.past for step in steps] == [length, length + 1, length + 2]
+    assert [step.position.past for step in steps] == [length, length + 1, length + 2]
     for count, step in enumerate(steps, start=1):
         assert not step.reading
         for name in ("image", "query", "content"):
@@ -200,7 +200,7 @@ def turns(
 
 def test_a_second_turn_keeps_the_image_and_asks_anew() -> None:
     _, step, turn = turns(tiny.llava(), tiny.BATCH_OF_3, torch.tensor([[61, 70, 71]] * 3))
-    assert (step.past, turn.past, turn.reading) == (27, 28, True)
+    assert (step.position.past, turn.position.past, turn.reading) == (27, 28, True)
     assert masks(turn) == {
         "image": [to(5, 21), to(1, 17), to(7, 23)],
         "query": [[29, 30]] * 3,  # the first of the new tokens ends the answer

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import GIFT
-from vlm_patch.method import ForwardContext, ModelInfo
+from vlm_patch.method import ForwardContext, ModelInfo, Position
 from vlm_patch.methods.gift import (
     GazeState,
     amplify,
@@ -286,7 +286,7 @@ def reading(content: Tensor, image: Tensor) -> ForwardContext:
     """The forward of a prompt with these masks `[B, S]`."""
     true = torch.ones_like(image)
     return ForwardContext(
-        past=0,
+        position=Position(prompt_rows=image.shape[1], first_prompt=True, starts=True),
         image=image,
         query=content,
         content=content,
@@ -296,9 +296,6 @@ def reading(content: Tensor, image: Tensor) -> ForwardContext:
         seen=image.any(1),
         reading=True,
         inputs={},
-        prompt_rows=image.shape[1],
-        first=True,
-        starts=True,
     )
 
 

@@ -12,7 +12,7 @@ import vlm_patch
 from eval.support import tiny
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import VAR, PatchError
-from vlm_patch.method import ForwardContext, ModelInfo
+from vlm_patch.method import ForwardContext, ModelInfo, Position
 from vlm_patch.methods.var import SinkState, key_groups, redistribute, sink_score
 from vlm_patch.primitives.sink_rules import scaled_tau
 
@@ -233,7 +233,7 @@ def acts(method: VAR, hidden: Tensor) -> bool:
     """Whether a row is edited where BOS, 4 image tokens and a text token enter layer 2 so."""
     true = torch.ones(1, 6, dtype=torch.bool)
     forward = ForwardContext(
-        past=0,
+        position=Position(prompt_rows=6, first_prompt=True, starts=True),
         image=IMAGE[None],
         query=true,
         content=true,
@@ -243,9 +243,6 @@ def acts(method: VAR, hidden: Tensor) -> bool:
         seen=true[:, 0],
         reading=True,
         inputs={},
-        prompt_rows=6,
-        first=True,
-        starts=True,
     )
     weights, state = tensor(GIVEN["attention"])[None, :, None], SinkState()
     method.observe_hidden(2, hidden[None], forward, state)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, places, tensor
 from vlm_patch import VHR
-from vlm_patch.method import ForwardContext, ModelInfo
+from vlm_patch.method import ForwardContext, ModelInfo, Position
 from vlm_patch.methods.vhr import (
     HeadState,
     above_median,
@@ -114,7 +114,7 @@ def forward_of(rows: int, seen: tuple[bool, ...] = (True,)) -> ForwardContext:
     image = torch.zeros_like(true)
     image[:, 1] = torch.tensor(seen)
     return ForwardContext(
-        past=0,
+        position=Position(prompt_rows=rows, first_prompt=True, starts=True),
         image=image,
         query=~image,
         content=~image,
@@ -124,9 +124,6 @@ def forward_of(rows: int, seen: tuple[bool, ...] = (True,)) -> ForwardContext:
         seen=torch.tensor(seen),
         reading=True,
         inputs={},
-        prompt_rows=rows,
-        first=True,
-        starts=True,
     )
 
 

@@ -196,9 +196,9 @@ def test_what_sinks_are_looked_for_in(
         return
     calls: list[tuple[Tensor, ...]] = []
 
-    def catch(*args: Tensor) -> sinks.Found:
+    def catch(*args: Tensor) -> sinks.SinkChannels:
         calls.append(args)
-        return sinks.Found((3,), 2.0)
+        return sinks.SinkChannels((3,), 2.0)
 
     monkeypatch.setattr(sinks, "judge", catch)
     with vlm_patch.wrap(tiny.model, VAR()) as patch:

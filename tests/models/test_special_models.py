@@ -42,8 +42,8 @@ class Seen(Method):
     words: str = "all"
     masks: list[ForwardContext] = field(default_factory=list)
 
-    def begin(self, forward: ForwardContext, state: State) -> None:
-        if forward.past == 0:
+    def before_forward(self, forward: ForwardContext, state: State) -> None:
+        if forward.position.past == 0:
             self.masks.append(forward)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.on_device import CPU, moved
-from vlm_patch import GIFT, VAR
+from vlm_patch import GIFT, VAR, Phase, Position
 from vlm_patch.engine.attention import Call
 from vlm_patch.engine.kernels.layer import Edit, LayerKernel, Rows
 from vlm_patch.methods import gift, var
@@ -110,7 +110,7 @@ class Case:
         call, stock = self.call, None
         for edit in self.edits:
             if self.hidden is not None and edit.method.reads_blocks:
-                edit.state.groups[0][..., self.forward.past :] = STOCK
+                edit.state.groups[0][..., self.forward.position.past :] = STOCK
         if self.rows.picked is not None:
             shape = (*call.query.shape[::2], call.query.shape[1], call.value.shape[3])
             stock = call.query.new_full(shape, STOCK)
@@ -157,7 +157,8 @@ def case(
     mask[1, ..., : shape.keys // 3] = False
     image = torch.zeros(2, total, dtype=torch.bool)
     image[:, total // 4 : total // 2] = True
-    forward = SimpleNamespace(image=image, past=total - new, shard=WHOLE, generated=new == 1)
+    phase = Phase.DECODE if new == 1 else Phase.PREFILL
+    forward = SimpleNamespace(shard=WHOLE, position=Position(total - new, phase))
     forward.new = slice(total - new, total)
     forward.image = image.to(device)
     on = moved(torch.arange(heads) % 2 == 0, device) if shape.switched else None
@@ -207,5 +208,3 @@ def far(found: Tensor, expected: Tensor, where: Tensor) -> float:
     """The largest difference in the rows and heads `where`."""
     apart = (found.float() - expected.float()).abs().amax(-1)
     return float(apart.masked_fill(~where, 0.0).max())
-
-

@@ -63,7 +63,7 @@ def check_error_in_method(
     ask: Ask,
     methods: Sequence[Any],
     method: Any,
-    stage: str = "begin",
+    stage: str = "before_forward",
 ) -> None:
     """An error in a method reaches the caller, and the next prompt runs as if it were the first."""
     with wrap(model, *methods):

@@ -17,7 +17,7 @@ from vlm_patch.engine.attention import ForwardHandler, ThreadState
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
 from vlm_patch.engine.state import GenerationState, Tail
 from vlm_patch.errors import PatchError
-from vlm_patch.method import ForwardContext, Method, Watcher
+from vlm_patch.method import ForwardContext, Method, Phase, Watcher
 
 OLD_CACHE_NAME = "past_key_values"
 OF_IMAGES = ("image", "pixel", "vis", "deepstack", "mm_encoder")
@@ -68,17 +68,17 @@ class ExtraPasses:
         self, forward: ForwardContext, generation: GenerationState, kwargs: dict[str, Any]
     ) -> None:
         """Keeps the rows behind the image, of a prompt that may go on."""
-        rows = forward.valid.shape[1]
-        text = rows if forward.edge is None else rows - 1 - forward.edge
-        if forward.edge is not None or not forward.resumed:
+        at, rows = forward.position, forward.valid.shape[1]
+        text = rows if at.last_image_row is None else rows - 1 - at.last_image_row
+        if at.last_image_row is not None or not at.resumed:
             generation.tails = []
-        if not forward.open or not text:
+        if not at.may_continue or not text:
             return
         image = bool(forward.image[:, -text:].any())
         partial = image and any(v is not None and _of_image(name) for name, v in kwargs.items())
         _, inputs = _last_rows(forward, kwargs, text)
         inputs.pop(self.cache_name, None)
-        past = forward.past + rows - text
+        past = at.past + rows - text
         generation.tails.append(Tail(past, text, _copied(inputs), partial))
 
     def read_again(
@@ -93,7 +93,7 @@ class ExtraPasses:
         It was read as the end of a prompt: its last row was edited, which this one's must not be,
         and what it asks about was taken from the beginning of the question alone.
         """
-        tails, start, past = generation.tails, generation.edge, forward.past
+        tails, start, past = generation.tails, generation.edge, forward.position.past
         if not forward.image[:, :past].any() or start in (0, past):
             return forward
         cache: Any = kwargs[self.cache_name]
@@ -112,9 +112,9 @@ class ExtraPasses:
         for tail in tails:
             part = _part(forward, generation, tail)
             for active in actives:
-                active.method.begin(part, active.state)
+                active.method.before_forward(part, active.state)
             self.run(Editing(part, stock, False), {**tail.inputs, self.cache_name: cache})
-            forward = replace(forward, starts=False)
+            forward = replace(forward, position=replace(forward.position, starts=False))
         return forward
 
     def read_first(
@@ -128,16 +128,16 @@ class ExtraPasses:
 
         What is left to run is its last token and what was drafted behind it, on the same cache,
         since such an edit changes no other row; or all of it, where no cache can be cut or another
-        method settles something by that row.
+        method decides something by that row.
         """
         for active in actives:
-            active.method.begin(forward, active.state)
+            active.method.before_forward(forward, active.state)
         first = [replace(a, heads={}) if a in late else a for a in actives]
         cache: Any = kwargs.get(self.cache_name)
-        again = any(a.method.settles(forward) for a in actives if a not in late)
+        again = any(a.method.decides_on_last_row(forward) for a in actives if a not in late)
         again |= bool(forward.image[:, -1].any()) or _last_is_seen(forward, kwargs)
         if again or not _can_be_cut(cache):
-            if forward.past:
+            if forward.position.past:
                 raise PatchError(
                     f"{late[0].method.name} watches a layer that is not below those it edits, "
                     "which behind a cache needs one that can be cut: use a DynamicCache of a "
@@ -148,7 +148,7 @@ class ExtraPasses:
             return replace(forward, reading=False), kwargs
         shows = shows_weights(self.decoder, kwargs)
         self.now.first = self.run(Editing(forward, first, shows), kwargs)
-        left = forward.valid.shape[1] - forward.prompt_rows + 1
+        left = forward.valid.shape[1] - forward.position.prompt_rows + 1
         cache.crop(-left)
         return _last_rows(forward, kwargs, left)
 
@@ -181,7 +181,7 @@ def _last_is_seen(forward: ForwardContext, kwargs: Mapping[str, Any]) -> bool:
     """Whether other rows of the prompt look at its last token, as in PaliGemma's prefix."""
     given = kwargs.get("attention_mask")
     masks = list(given.values()) if isinstance(given, Mapping) else [given]
-    last = forward.past + forward.valid.shape[1] - 1
+    last = forward.position.past + forward.valid.shape[1] - 1
     for mask in masks:
         if isinstance(mask, Tensor) and mask.ndim == 4:
             seen = mask[:, 0, :-1, min(last, mask.shape[-1] - 1)]
@@ -223,16 +223,16 @@ def _last_rows(
         return value[:, -left:] if per_row else value
 
     inputs = {name: cut(name, value) for name, value in kwargs.items() if not _of_image(name)}
+    past = forward.position.past + rows - left
+    position = replace(forward.position, past=past, prompt_rows=1, starts=False)
     step = replace(
         forward,
-        past=forward.past + rows - left,
+        position=position,
         valid=forward.valid[:, -left:],
         text=forward.text[:, -left:],
         last=forward.last[:, -left:],
         reading=False,
         inputs=inputs,
-        prompt_rows=1,
-        starts=False,
     )
     return step, inputs
 
@@ -255,9 +255,17 @@ def _part(forward: ForwardContext, generation: GenerationState, tail: Tail) -> F
         mask[:, :total] for mask in (forward.image, forward.query, forward.content)
     )
     valid = generation.keys.valid[:, tail.past - generation.start : total - generation.start]
+    position = replace(
+        forward.position,
+        past=tail.past,
+        phase=Phase.CHUNK,
+        prompt_rows=tail.rows,
+        ends=False,
+        last_image_row=None,
+    )
     return replace(
         forward,
-        past=tail.past,
+        position=position,
         image=image,
         query=query,
         content=content,
@@ -265,10 +273,6 @@ def _part(forward: ForwardContext, generation: GenerationState, tail: Tail) -> F
         text=~image[:, tail.past :] & valid & (image.cumsum(1)[:, tail.past :] > 0),
         last=torch.zeros_like(valid),
         inputs=tail.inputs,
-        prompt_rows=tail.rows,
-        starts=forward.starts,
-        ends=False,
-        edge=None,
     )
 
 

@@ -132,7 +132,7 @@ class ForwardHooks:
         if cache is None and kept:
             config: Any = module.config
             cache = kwargs[self.cache_name] = DynamicCache(config=config)
-        if cache is not None and forward.past == 0:
+        if cache is not None and forward.position.past == 0:
             attach(cache, generation)
         if generation.pictured:
             kwargs = self._start(forward, generation, switched, kwargs)
@@ -182,30 +182,30 @@ class ForwardHooks:
                 state = generation.states[method.name] = method.state()
             actives.append(ActiveMethod(method, state, layers))
             if method.reads_blocks:
-                generation.follow(method.name, layers, forward.past)
+                generation.follow(method.name, layers, forward.position.past)
             elif method.tower_reads():
-                generation.follow(method.name, (), forward.past)
-        if forward.starts:
+                generation.follow(method.name, (), forward.position.past)
+        if forward.position.starts:
             for active in actives:
                 self.extra.probe(active, forward)
         at_end = any(active.method.edits_prompt_end for active in actives)
-        if at_end and forward.starts and forward.resumed:
+        if at_end and forward.position.starts and forward.position.resumed:
             forward = self.extra.read_again(forward, generation, actives, kwargs)
-        if at_end and forward.prompt_rows:
+        if at_end and forward.position.prompt_rows:
             self.extra.keep_tail(forward, generation, kwargs)
         shows = shows_weights(self.decoder, kwargs)
         late = [active for active in actives if _late(active, forward)]
         if late:
             forward, kwargs = self.extra.read_first(forward, actives, late, kwargs)
         for active in actives:
-            active.method.begin(forward, active.state)
+            active.method.before_forward(forward, active.state)
         run: Editing | None = generation.step
         if run is not None and run.serves(actives, forward):
             run.go_on(forward)
             run.shows = shows
         else:
             run = Editing(forward, actives, shows)
-        generation.step = None if forward.prompt_rows else run
+        generation.step = None if forward.position.prompt_rows else run
         self.now.run = run
         if self.decoder.training and _runs_layers_again(self.decoder):
             kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler()
@@ -242,7 +242,7 @@ def _check(cache: Any) -> None:
 
 def _late(active: ActiveMethod, forward: ForwardContext) -> bool:
     """Whether a method edits, in this forward, a layer that is not above all that it watches."""
-    watched = active.method.watched_rows(forward) if forward.ends else None
+    watched = active.method.watched_rows(forward) if forward.position.ends else None
     if watched is None or not active.heads or max(watched[0]) < min(active.heads):
         return False
     edited = active.method.edited_rows(forward)

@@ -19,7 +19,7 @@ from vlm_patch.engine.kernels.layer import (
     serves,
     write_groups,
 )
-from vlm_patch.method import ForwardContext, Method, State, Watcher
+from vlm_patch.method import ForwardContext, Method, Phase, State, Watcher
 from vlm_patch.primitives import dispatch
 from vlm_patch.primitives.reweighting import KeyReweighting
 
@@ -176,7 +176,7 @@ class Editing:
                 continue
             if not fast or active not in self._finders:
                 active.method.observe_hidden(layer, hidden, forward, active.state)
-            elif forward.generated and layer not in self._entering:
+            elif forward.position.phase is Phase.DECODE and layer not in self._entering:
                 self._entering[layer] = active, hidden
             else:
                 self._find_groups(layer, hidden, active, forward)

@@ -21,10 +21,12 @@ KEY_MASKS = ("image", "query", "content")
 
 @dataclass
 class Tail:
-    """The text at the end of a cached part of a prompt, to be run again if the prompt goes on.
+    """The text at the end of a cached part of a prompt, to be run again if the prompt is resumed.
 
-    past: how many tokens stand before its rows. rows: how many it has. inputs: what its decoder
-    forward was given, but for the cache. partial: inputs of image tokens are missing.
+    past: how many tokens stand before its rows.
+    rows: how many it has.
+    inputs: what its decoder forward was given, but for the cache.
+    partial: inputs of image tokens are missing.
     """
 
     past: int
@@ -85,7 +87,7 @@ class GenerationState:
     open: more of the prompt may follow in a later forward.
     edge: number of tokens up to and with the last image token.
     tails: the text behind it, where the prompt may go on.
-    unsaid: warnings, by what they are about, that hold only if it does not.
+    deferred: warnings, by what they are about, that hold only if it does not.
     """
 
     owner: int
@@ -104,7 +106,7 @@ class GenerationState:
     open: bool = False
     edge: int = 0
     tails: list[Tail] = field(default_factory=list)
-    unsaid: list[tuple[str, str]] = field(default_factory=list)
+    deferred: list[tuple[str, str]] = field(default_factory=list)
 
     def select(self, index: Tensor) -> None:
         """Follows the cache when its samples are reordered, picked or repeated; index `[B]`."""

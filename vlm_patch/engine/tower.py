@@ -172,8 +172,8 @@ class Tower(threading.local):
         with torch.no_grad():
             for read in self.reads:
                 if self.index(read) == call.layer:
-                    found = received(call, read.rows, self.cls, self.shard)
-                    self.scores.setdefault(read, []).append(found)
+                    result = received(call, read.rows, self.cls, self.shard)
+                    self.scores.setdefault(read, []).append(result)
         return call.stock()
 
     def place(self, image: Tensor, name: str) -> Patches:
@@ -196,7 +196,7 @@ class Tower(threading.local):
         numbers = [torch.full_like(scores, i) for i, scores in enumerate(first)]
         # at least float32, which holds every integer of images exactly
         number = _put(numbers, image, name)
-        scores = {read: _put(found, image, name) for read, found in images.items()}
+        scores = {read: _put(result, image, name) for read, result in images.items()}
         real = ~scores[self.reads[0]].isnan()
         if self.way is shuffled:  # several tiles are one image, whose tokens stand together
             number = (image & ~nn.functional.pad(image, (1, 0))[:, :-1]).cumsum(1) - 1

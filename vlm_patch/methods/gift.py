@@ -290,9 +290,10 @@ class GIFT(KeyReweighting):
     def default_layers(self, depth: int) -> Sequence[int]:
         return self.layers or ()
 
-    def begin(self, forward: ForwardContext, state: GazeState) -> None:
+    def before_forward(self, forward: ForwardContext, state: GazeState) -> None:
+        at = forward.position
         if not forward.reading:
-            if state.blind is not None and not forward.prompt_rows:
+            if state.blind is not None and not at.prompt_rows:
                 _say_blind(state.blind)
                 state.blind = None
             if state.read is None:
@@ -302,23 +303,23 @@ class GIFT(KeyReweighting):
                 )
             total = forward.image.shape[1]
             if state.groups is not None and state.groups.shape[-1] < total:
-                new = text_groups(state.groups, total - forward.past)
-                state.groups = append(state.groups, new, forward.past, new[..., :1])
+                new = text_groups(state.groups, total - at.past)
+                state.groups = append(state.groups, new, at.past, new[..., :1])
             return
-        if forward.starts:
+        if at.starts:
             edges = state.edge
-            if forward.resumed and not edges and forward.image[:, : forward.past].any():
+            if at.resumed and not edges and forward.image[:, : at.past].any():
                 raise PatchError(
                     "gift is on, but was off when the beginning of this prompt was read, with its "
                     "image. Switch it on before the prompt."
                 )
             state.clear()
             state.read = forward.seen
-            if forward.resumed:
+            if at.resumed:
                 state.edge, state.row_before = edges, dict(edges)
         blind = forward.seen & ~forward.query.any(1)
-        if forward.ends and blind.any():
-            if forward.open:  # the question may follow
+        if at.ends and blind.any():
+            if at.may_continue:  # the question may follow
                 state.blind = blind
             else:
                 _say_blind(blind)
@@ -328,14 +329,15 @@ class GIFT(KeyReweighting):
 
     def watched_rows(self, forward: ForwardContext) -> tuple[Sequence[int], Tensor] | None:
         """Rows of content words and the rows before them, which may end the forward before."""
+        at = forward.position
         if not forward.reading:
             return None
         content = forward.content[:, forward.new]
         before = rows_before(content, forward.valid)
-        if not forward.ends:
+        if not at.ends:
             before[:, -1] = True
-        if forward.edge is not None:  # the row before the question, if that comes later
-            before[:, forward.edge] = True
+        if at.last_image_row is not None:  # the row before the question, if that comes later
+            before[:, at.last_image_row] = True
         return self.saliency_layers, content | before
 
     def observe(
@@ -344,11 +346,11 @@ class GIFT(KeyReweighting):
         """Adds up the positive change of the content rows per head and key; may be called in chunks
         of rows, and in several forwards.
         """
-        keys = forward.image.shape[1]
+        at, keys = forward.position, forward.image.shape[1]
         # keys out of a sliding window have no weight; to autograd the map is a constant
         weights = pad(weights.detach(), (keys - weights.shape[-1], 0))
-        edge = rows == (-1 if forward.edge is None else forward.edge)
-        if forward.edge is not None and edge.any():
+        edge = rows == (-1 if at.last_image_row is None else at.last_image_row)
+        if at.last_image_row is not None and edge.any():
             state.edge[layer] = weights[:, :, edge]
         before = state.row_before.get(layer)
         valid = forward.valid[:, rows]

@@ -199,27 +199,28 @@ class PAINT(Method):
     def tower_reads(self) -> tuple[TowerRead, ...]:
         return (LOCAL, SUMMARY, SPATIAL) if self.rho_sp else (LOCAL, SUMMARY)
 
-    def begin(self, forward: ForwardContext, state: BoostState) -> None:
+    def before_forward(self, forward: ForwardContext, state: BoostState) -> None:
         """Chooses the patches of a prompt; generated tokens are none."""
-        behind = forward.valid.shape[1] - forward.prompt_rows
-        if forward.resumed and not forward.image[:, forward.new].any():
-            behind += forward.prompt_rows  # text that goes on with a prompt read before
-        elif forward.starts:
+        at = forward.position
+        behind = forward.valid.shape[1] - at.prompt_rows
+        if at.resumed and not forward.image[:, forward.new].any():
+            behind += at.prompt_rows  # text that goes on with a prompt read before
+        elif at.starts:
             strengths = self._strengths(forward)
             if state.boost is not None:  # what stood behind may have been cut from the cache
-                state.boost = state.boost[:, : forward.past]
+                state.boost = state.boost[:, : at.past]
                 strengths = strengths.to(state.boost.dtype)
-            state.boost = append(state.boost, strengths, forward.past)
+            state.boost = append(state.boost, strengths, at.past)
         if behind:
             nothing = state.boost.new_zeros(len(forward.valid), behind)
-            past = forward.past + forward.valid.shape[1] - behind
+            past = at.past + forward.valid.shape[1] - behind
             state.boost = append(state.boost, nothing, past)
 
     def _strengths(self, forward: ForwardContext) -> Tensor:
         """What the scores of each token of a prompt are raised by, `[B, N]`."""
         patches = forward.patches
         if patches is None:
-            return forward.valid[:, : forward.prompt_rows].float().zero_()
+            return forward.valid[:, : forward.position.prompt_rows].float().zero_()
         strengths = torch.zeros_like(patches.image, dtype=patches.scores[LOCAL].dtype)
         for sample, image in enumerate(patches.image):
             for number in image[image >= 0].unique():
@@ -236,10 +237,10 @@ class PAINT(Method):
         if not (self.alpha or self.beta):
             return None
         rows = forward.last & forward.seen[:, None]
-        if forward.open:  # read up to its image, the question follows
+        if forward.position.may_continue:  # read up to its image, the question follows
             rows = rows & ~forward.image[:, forward.new]
         if self.semantics == "release":
-            rows[:, : forward.prompt_rows] = False
+            rows[:, : forward.position.prompt_rows] = False
         return rows
 
     def edit_scores(

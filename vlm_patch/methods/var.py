@@ -22,11 +22,12 @@ from vlm_patch.method import (
     ForwardContext,
     Method,
     ModelInfo,
+    Phase,
     State,
 )
 from vlm_patch.primitives.buffers import append, cast, has_room
 from vlm_patch.primitives.reweighting import Formula, KeyReweighting, NewKeyGroups, reweight
-from vlm_patch.primitives.sink_rules import Found, scaled_tau
+from vlm_patch.primitives.sink_rules import SinkChannels, scaled_tau
 from vlm_patch.primitives.sinks import discover, one_stream
 from vlm_patch.primitives.triton import jit, tl
 from vlm_patch.validation import check_flag, check_number, check_whole, check_wholes
@@ -200,7 +201,7 @@ class VAR(KeyReweighting):
     exclude_last_layer: bool = True
     require_visual_sink: bool = False
     semantics: str = "paper"
-    found: Found | None = field(default=None, init=False, compare=False)
+    found: SinkChannels | None = field(default=None, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number("VAR move_fraction", self.move_fraction, 0, 1)
@@ -248,7 +249,7 @@ class VAR(KeyReweighting):
         """
         if self.dims is not None:
             return self
-        if forward.past or not forward.ends:
+        if forward.position.past or not forward.position.ends:
             raise PatchError(
                 "VAR does not know the sink channels of this model, and looks for them in a prompt "
                 "that is read at once from its beginning. Run such a prompt first (no "
@@ -266,7 +267,7 @@ class VAR(KeyReweighting):
         object.__setattr__(settled, "found", found)
         return settled
 
-    def finding(self) -> str:
+    def report(self) -> str:
         if self.dims is None:
             return "looks for its sinks at the first prompt"
         if self.found is None:
@@ -284,7 +285,7 @@ class VAR(KeyReweighting):
             return
         hidden = one_stream(hidden)
         groups = self._groups(hidden, forward)
-        state.groups[layer] = append(state.groups.get(layer), groups, forward.past)
+        state.groups[layer] = append(state.groups.get(layer), groups, forward.position.past)
 
     def new_key_groups(self) -> NewKeyGroups | None:
         if not self.dims or self.release:
@@ -296,14 +297,14 @@ class VAR(KeyReweighting):
     def make_room(self, layer: int, forward: ForwardContext, state: SinkState) -> None:
         buffer, total = state.groups.get(layer), forward.image.shape[1]
         if buffer is None or not has_room(buffer, total):
-            new = forward.image.new_zeros(len(forward.image), 4, total - forward.past)
-            state.groups[layer] = append(buffer, new.float(), forward.past)
+            new = forward.image.new_zeros(len(forward.image), 4, total - forward.position.past)
+            state.groups[layer] = append(buffer, new.float(), forward.position.past)
 
     def _groups(self, hidden: Tensor, forward: ForwardContext) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
         hidden = cast(hidden, torch.promote_types(hidden.dtype, torch.float32))
         kind = hidden.device, hidden.dtype
-        if self.release and not (forward.first and forward.prompt_rows):
+        if self.release and not (forward.position.first_prompt and forward.position.prompt_rows):
             sinks = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
             peak, norm = peak_and_norm(hidden, self.dims or (), 1e-6 if self.release else 0.0)
@@ -312,8 +313,8 @@ class VAR(KeyReweighting):
             least = torch.addcmul(_constant((torch.finfo(norm.dtype).tiny,), *kind), share, norm)
             sinks = peak > least if self.release else peak >= least
             if self.release:
-                sinks[:, forward.prompt_rows :] = False
-        if not forward.generated:
+                sinks[:, forward.position.prompt_rows :] = False
+        if forward.position.phase is not Phase.DECODE:
             return key_groups(forward.image[:, forward.new], sinks).to(hidden.dtype)
         sink, other = _constant((0, 1, 0, 1), *kind, 1), _constant((0, 0, 0, 1), *kind, 1)
         return torch.where(sinks.unsqueeze(1), sink, other)

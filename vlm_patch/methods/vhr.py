@@ -69,7 +69,7 @@ def without_image(forward: ForwardContext) -> dict[str, Any]:
     position_ids `[B, T]`, T the longest text of the batch. The mask is `[B, 1, T, T]` where text
     looks ahead (PaliGemma's prefix), which the decoder would not do by itself.
     """
-    keep = (forward.valid & ~forward.image[:, forward.new])[:, : forward.prompt_rows]
+    keep = (forward.valid & ~forward.image[:, forward.new])[:, : forward.position.prompt_rows]
     length = max(1, int(keep.sum(1).max()))
     order = keep.long().argsort(dim=1, stable=True)[:, -length:]
     samples = torch.arange(len(order), device=order.device)[:, None]
@@ -185,23 +185,23 @@ class VHR(Method):
     def default_layers(self, depth: int) -> Sequence[int]:
         return self.layers or ()
 
-    def settles(self, forward: ForwardContext) -> bool:
-        return forward.first and forward.prompt_rows > 0
+    def decides_on_last_row(self, forward: ForwardContext) -> bool:
+        return forward.position.first_prompt and forward.position.prompt_rows > 0
 
     def probe(
         self, forward: ForwardContext, state: HeadState, layers: list[int], run: ExtraForward
     ) -> Method:
         """The image-ablated forward: keeps the last row's head outputs of layers that are on."""
-        if not forward.first:
+        if not forward.position.first_prompt:
             return self
-        if forward.resumed:
+        if forward.position.resumed:
             raise PatchError(
                 "vhr chooses its heads by the last row of the prompt and amplifies them in all "
-                f"rows before it, of which {forward.past} are cached already: give the whole "
-                "prompt, with its image, without a cache, or generate inside "
+                f"rows before it, of which {forward.position.past} are cached already: give the "
+                "whole prompt, with its image, without a cache, or generate inside "
                 '`with patch.disabled("vhr"):` (before a new turn, feed the answer token by token)'
             )
-        if not forward.ends:
+        if not forward.position.ends:
             raise PatchError(
                 "vhr chooses its heads by the last row of the prompt and amplifies them in all "
                 "rows before it, so a prompt cannot be read in chunks: leave prefill_chunk_size "
@@ -217,11 +217,11 @@ class VHR(Method):
         run(inputs, Watcher(heads=keep))
         return self
 
-    def begin(self, forward: ForwardContext, state: HeadState) -> None:
+    def before_forward(self, forward: ForwardContext, state: HeadState) -> None:
         """Heads are chosen anew by every pass over the first prompt, and kept from then on."""
-        if self.settles(forward):
+        if self.decides_on_last_row(forward):
             state.gain.clear()
-        elif forward.starts and forward.image[:, forward.new].any():
+        elif forward.position.starts and forward.image[:, forward.new].any():
             warnings.warn(
                 "VHR keeps the heads that it chose at the conversation's first prompt, also for "
                 "the image of this later turn. For heads of its own, give that turn without a "
@@ -240,7 +240,7 @@ class VHR(Method):
                     "a conversation's first prompt is read, with its image. Switch layers before "
                     "the prompt."
                 )
-            outputs = output[:, forward.prompt_rows - 1].detach(), state.text[layer]
+            outputs = output[:, forward.position.prompt_rows - 1].detach(), state.text[layer]
             chosen = self.choose(*(forward.shard.gather(heads, 1) for heads in outputs))
             chosen = forward.shard.mine(chosen, 1)
             gain = torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)

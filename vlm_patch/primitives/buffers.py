@@ -25,7 +25,7 @@ def append(buffer: Tensor | None, new: Tensor, past: int, rest: Tensor | None = 
     one is replaced by one of twice the size. rest `[B, ..., 1]`: what entries hold that were not
     written yet, else 0. Keep what is returned:
 
-        state.groups = append(state.groups, groups, forward.past)
+        state.groups = append(state.groups, groups, forward.position.past)
     """
     total = past + new.shape[-1]
     if buffer is None or not has_room(buffer, total):

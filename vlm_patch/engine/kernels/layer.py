@@ -338,7 +338,7 @@ def write_groups(
     launch(attend.columns, (hidden.device, hidden.dtype), constants, num_warps=8)(
         (hidden.shape[1], hidden.shape[0], 1),
         (hidden, image.view(torch.uint8), table, dims),
-        (forward.past, len(column.indices), *image.stride(), table.stride(1)),
+        (forward.position.past, len(column.indices), *image.stride(), table.stride(1)),
         (size, *hidden.stride()[:2]),
         (column.number,),
         aligned=1,
