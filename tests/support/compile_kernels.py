@@ -4,8 +4,6 @@ import. Prints the registers that spill.
 """
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,7 +81,7 @@ def variants() -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
 def compiled(kernel: Any, half: str, constants: dict[str, Any], warps: int, card: int) -> Any:
     types = {n: "constexpr" if n in constants else kind(n, half) for n in kernel.arg_names}
     places = {name: place for place, name in enumerate(kernel.arg_names)}
-    even = [n for n in types if types[n] == f"*{half}" or STRIDED.match(n) and types[n] == "i32"]
+    even = [n for n in types if types[n] == f"*{half}" or (STRIDED.match(n) and types[n] == "i32")]
     source = ASTSource(
         fn=kernel,
         signature=types,
