@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -18,9 +19,10 @@ from torch import Tensor
 from eval.support import tiny
 from eval.support.agreement import NO_PROCESSOR, error, generate, new_tokens, ours, planted
 from tests.support.kernel_rows import EDITS, SHAPES, Shape, case, far
-from vlm_patch import GIFT, VAR, ForwardContext, KeyReweighting, Position, State, wrap
+from vlm_patch import GIFT, VAR, VHR, ForwardContext, KeyReweighting, Position, State, wrap
 from vlm_patch.engine.kernels import layer as layers
 from vlm_patch.methods import var
+from vlm_patch.models.tensor_parallel import WHOLE
 from vlm_patch.primitives import dispatch
 from vlm_patch.primitives import launch as launching
 
@@ -128,6 +130,27 @@ def test_sinks_among_the_rows_of_a_prompt(
     assert torch.equal(state.groups[0][..., 2:7], expected)
 
 
+@pytest.mark.parametrize("heads", [3, 8])
+@pytest.mark.parametrize(
+    ("semantics", "filtered"), [("release", True), ("paper", True), ("release", False)]
+)
+def test_the_heads_that_vhr_chooses(
+    semantics: str, filtered: bool, heads: int, interpreter: None
+) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    outputs = torch.randn(2, 4, heads, 12, generator=generator)
+    with_image, text = outputs.unbind()
+    with_image[1, 1], text[1, 1] = 9.0, -9.0  # an outlier in both
+    with_image[2] = text[2]  # no head is above the median
+    method = VHR(alpha=3.0, filter=filtered, semantics=semantics)
+    seen = torch.tensor([True, True, True, False])
+    forward: Any = SimpleNamespace(shard=WHOLE, seen=seen)
+    found = method._launch(with_image, text, forward)
+    chosen = method.choose(with_image, text)
+    assert torch.equal(found, torch.where(chosen & seen[:, None], 3.0, 1.0))
+    assert bool(chosen[1, 1]) != filtered
+
+
 # ---- whole generations
 
 
@@ -194,6 +217,7 @@ def test_generations_equal_the_reference(
         output = generate(model, batch, steps=3, **options)
     assert error(model, batch, output, names) <= CLOSE
     assert launched["attend"]
+    assert bool(launched["reinforced_heads"]) == ("vhr" in names)
 
 
 def test_some_heads_are_off(launched: Counter[str]) -> None:

@@ -12,12 +12,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vlm_patch.engine.kernels import attend
-from vlm_patch.methods import gift, var
+from vlm_patch.methods import gift, var, vhr
 
 CARDS = {"A100": 80, "H100": 90}
-FLOATS = {"scaling", "softcap", "number", "n0", "n1", "n2", "p0", "p1", "p2"}
-MODEL = {"query", "key", "value", "output", "hidden"}
-BYTES = {"mask", "picked", "on", "on_more", "image"}
+FLOATS = {"alpha", "scaling", "softcap", "number", "n0", "n1", "n2", "p0", "p1", "p2"}
+MODEL = {"query", "key", "value", "output", "hidden", "with_image", "text_only"}
+BYTES = {"seen", "mask", "picked", "on", "on_more", "image"}
 STRIDED = re.compile("query_|key_|value_|output_")
 LLAVA = {"KV": 32, "SHARED": 1, "D": 128, "DW": 128, "V": 128, "VW": 128, "N": 64}
 QWEN = {**LLAVA, "KV": 4, "SHARED": 7}
@@ -43,7 +43,7 @@ def variants() -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
     local = {"FORMULA": var.sink_shares_of_a_row}
     new = {"COLUMN": var.sink_groups}
     prompt = {"M": 64, "SPLITS": 1, "PICKED": True}
-    exact = {"PRECISION": "ieee"}
+    exact = {"PRECISION": "ieee", "N": 32}
     grouped = {"KV": 4, "SHARED": 7, "M": 32}
     every = dict.fromkeys(("MASKED", "CAPPED", "SWITCHED", "GAIN"), True)
     both = {"LINES": 16, "SPLITS": 4}
@@ -54,7 +54,7 @@ def variants() -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
         "var, grouped, everything": ("bf16", {**local, **new, **grouped, **every}),
         "var, prompt": ("bf16", {**local, **prompt, "CAUSAL": True}),
         "var, prompt, grouped, masked": ("bf16", {**local, **prompt, **grouped, **every, "M": 64}),
-        "var, prompt, fp32": ("fp32", {**local, **prompt, **exact, "CAUSAL": True}),
+        "var, prompt, fp32": ("fp32", {**local, **prompt, **exact, "CAUSAL": True, "M": 32}),
         "gift": ("bf16", {}),
         "gift, prompt": ("bf16", {**prompt, "CAUSAL": True, "M": 16, "SPLITS": 4}),
         "var and gift": ("bf16", {**both, **new}),
@@ -64,8 +64,9 @@ def variants() -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
         ),
     }
     for name, (half, look) in looks.items():
-        exact_rows = half == "fp32" and "prompt" in name
-        yield name, attend.attend, half, {**row, **look}, 8 if exact_rows else 4
+        made = {**row, **look}
+        large = made["M"] > 16 and (half == "fp32" or made["MASKED"])
+        yield name, attend.attend, half, made, 8 if large else 4
     keep = ("LINES", "KV", "SHARED", "V", "VW", "M", "SPLITS", "PICKED")
     gaze = {"FORMULA": gift.gaze_shares_of_a_row, "SECOND": gift.gaze_shares_of_a_row}
     end = {name: row[name] for name in keep} | {"HEADS": 32, "HW": 32, "GAIN": False}
@@ -75,6 +76,9 @@ def variants() -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
     given = {"FORMULA": None, "SECOND": None}
     for name, look in {"gift": {}, "var and gift": two, "given": given}.items():
         yield f"finish, {name}", attend.finish, "bf16", {**end, **look}, 2
+    choice = {"HEADS": 32, "HW": 32, "D": 128, "DW": 128}
+    choice |= dict.fromkeys(("SQUARED", "FILTER", "GUARDED"), True)
+    yield "vhr", vhr.reinforced_heads, "bf16", choice, 4
     yield "columns", attend.columns, "bf16", {**new, "WIDTH": 4096, "COUNT": 2}, 8
 
 

@@ -211,17 +211,26 @@ class Editing:
         if work is None:
             return call.stock()
         cut = call.without_tail(self.forward.image.shape[1])
-        output = self._rows(cut, work) if output is None else output
+        if output is None:
+            output = self._scaled(call.layer, self._rows(cut, work), work)
+        return output, self._shown(call.stock()[1], cut, work) if self.shows else None
+
+    def _scaled(self, layer: int, output: Tensor, work: LayerPlan) -> Tensor:
+        """Head outputs `[B, S, H, Dv]` multiplied by the methods' gains."""
         for active, heads in work.output_gains:
-            gain = self._gain(call.layer, output, active, heads)
+            gain = self._gain(layer, output, active, heads)
             if gain is not None:
                 gain = gain.to(output.dtype)[:, None, :, None]
                 output = output * gain if output.requires_grad else output.mul_(gain)
-        return output, self._shown(call.stock()[1], cut, work) if self.shows else None
+        return output
 
     def _prepare(self, call: Call) -> LayerPlan | None:
         tasks = list(self._tasks(call))
-        output_gains = [(a, _heads(a, call)) for a in self.actives if call.layer in a.heads]
+        output_gains = [
+            (active, _heads(active, call))
+            for active in self.actives
+            if call.layer in active.heads and active.method.edits_heads
+        ]
         if not tasks and not output_gains:
             return None
         if tasks:
@@ -232,12 +241,12 @@ class Editing:
             for _, parts in plan
             for part in parts
         )
-        kernels = self._layer_kernels(call, tasks)
+        kernels = self._layer_kernels(call, tasks, _settled(call.layer, output_gains) is not None)
         return LayerPlan(tasks, output_gains, plan, replaces_all_rows, kernels)
 
-    def _layer_kernels(self, call: Call, tasks: list[RowEdit]) -> list[LayerKernel]:
+    def _layer_kernels(self, call: Call, tasks: list[RowEdit], settled: bool) -> list[LayerKernel]:
         """The kernels that do all of the tasks, one for each set of methods that share rows; none
-        where they cannot.
+        where they cannot. settled: the gain of the head outputs is known.
         """
         if not 0 < len(tasks) <= 2 or not all(map(_reweights, tasks)) or not serves(call):
             return []
@@ -258,9 +267,10 @@ class Editing:
             look = call.mask is None, hidden is None, call.scaling, call.options.get("softcap")
             shapes = call.query.shape, call.key.shape, call.value.shape[3], call.query.dtype
             switched = call.layer if any(e.heads is not None for e in edits) else None
-            key = names, of, look, shapes, switched
+            scaled = settled and rows.picked is None
+            key = names, of, look, shapes, switched, scaled
             if key not in self._kernels:
-                self._kernels[key] = LayerKernel(call, own, rows, hidden)
+                self._kernels[key] = LayerKernel(call, own, rows, hidden, scaled)
             found.append(self._kernels[key])
         return found
 
@@ -273,6 +283,10 @@ class Editing:
             entering[1] if entering is not None and kernels and kernels[0].sees_hidden else None
         )
         if not kernels or not all(kernel.fits(call, hidden) for kernel in kernels):
+            return None
+        scaled = kernels[0].scaled
+        gain = _settled(call.layer, work.output_gains) if scaled else None
+        if scaled and gain is None:
             return None
         forward = self.forward.on(call.query.device)
         if entering is not None and hidden is not None:
@@ -287,6 +301,7 @@ class Editing:
                 output = kernel(
                     *(call.layer, call.query, call.key, call.value, call.mask, forward),
                     hidden=hidden,
+                    gain=gain,
                     output=output,
                 )
             assert output is not None
@@ -294,9 +309,11 @@ class Editing:
 
         def by_torch() -> Tensor:
             self._look_at(call.layer, entering)
-            return self._rows(call.without_tail(forward.image.shape[1]), work)
+            output = self._rows(call.without_tail(forward.image.shape[1]), work)
+            return self._scaled(call.layer, output, work) if scaled else output
 
-        return dispatch.tried(kernels[0].kind, by_kernels, by_torch)
+        output = dispatch.tried(kernels[0].kind, by_kernels, by_torch)
+        return output if scaled else self._scaled(call.layer, output, work)
 
     def _look_at(self, layer: int, entering: tuple[ActiveMethod, Tensor] | None) -> None:
         """Shows a method what `enter_block` left to the kernels."""
@@ -425,6 +442,17 @@ def _reweights(task: RowEdit) -> bool:
         and kind.edit_weights is KeyReweighting.edit_weights
         and task.stage is Stage.WEIGHTS
     )
+
+
+def _settled(layer: int, gains: list[tuple[ActiveMethod, Tensor | None]]) -> Tensor | None:
+    """The gain `[B, H]` of the head outputs, if one method alone has one, for all heads, and knows
+    it before them.
+    """
+    if len(gains) != 1 or gains[0][1] is not None:
+        return None
+    active = gains[0][0]
+    gain = active.method.settled_gain(layer, active.state)
+    return gain if gain is not None and gain.dtype == torch.float32 else None
 
 
 def _spans(tasks: list[RowEdit]) -> list[tuple[tuple[int, ...], Rows]]:

@@ -45,7 +45,7 @@ class Launch:
         first: Any = tensors[0]
         device = first.get_device()
         low = reduce(or_, pointers[:aligned]) & 15 | reduce(or_, strides)
-        straight = not low & ~ALIGNED and reduce(or_, integers) < 2**31
+        straight = not low & ~ALIGNED and reduce(or_, integers, 0) < 2**31
         if straight and self.bound is not None and torch.cuda.current_device() == device:
             run, function, packed = self.bound
             stream = torch._C._cuda_getCurrentRawStream(device)

@@ -98,9 +98,10 @@ class LayerKernel:
         self.masked, self.sees_hidden = call.mask is not None, hidden is not None
         self.lines = GROUPS ** len(edits)
         lines = self.lines * rows.count * (self.heads // self.kv)
-        self.tile = min(LARGEST_TILE, max(16, power_of_2(lines)))
+        exact = query.dtype == torch.float32
+        self.tile = min(LARGEST_TILE // (1 + exact), max(16, power_of_2(lines)))
         self.tiles = -(-lines // self.tile)
-        self.block = 64 if max(self.size, self.width) <= 128 else 32
+        self.block = 32 if exact or max(self.size, self.width) > 128 else 64
         units = self.batch * self.kv * self.tiles
         self.splits = splits(call.key.shape[2], units, self.block, device)
         self.part = self.tile * (max(16, power_of_2(self.width)) + 2)
@@ -163,7 +164,9 @@ class LayerKernel:
             "PRECISION": "ieee" if exact else "tf32",
             "WIDE": call.query.device.type == "cpu",
         }
-        large = self.tile * max(wide, shape["VW"]) > 64 * 128 or (exact and self.tile > 16)
+        # registers: a full tile fits into those of 4 warps only without masks and grouped heads
+        large = self.tile > 32 and (exact or self.masked or wide > 128 or self.heads > self.kv)
+        large |= exact and self.tile > 16
         stages = 2 if exact or wide > 128 else 3
         warps = 8 if large else 4
         return launch(
