@@ -118,6 +118,7 @@ class LayerPlan:
     plan: the rows in chunks.
     replaces_all_rows: every row and head is edited, so that the stock kernel need not run.
     kernels: that do all of it, where they can; those of an only row need no stock kernel either.
+    trusted: they have agreed with plain torch.
     """
 
     tasks: list[RowEdit]
@@ -125,6 +126,7 @@ class LayerPlan:
     plan: RowPlan
     replaces_all_rows: bool
     kernels: list[LayerKernel]
+    trusted: bool = False
 
 
 class Editing:
@@ -300,9 +302,7 @@ class Editing:
             for kernel in kernels:
                 output = kernel(
                     *(call.layer, call.query, call.key, call.value, call.mask, forward),
-                    hidden=hidden,
-                    gain=gain,
-                    output=output,
+                    *(hidden, gain, output),
                 )
             assert output is not None
             return output
@@ -312,7 +312,12 @@ class Editing:
             output = self._rows(call.without_tail(forward.image.shape[1]), work)
             return self._scaled(call.layer, output, work) if scaled else output
 
-        output = dispatch.tried(kernels[0].kind, by_kernels, by_torch)
+        if not work.trusted:
+            work.trusted = dispatch.agree(kernels[0].kind, by_kernels, by_torch)
+            if not work.trusted:
+                work.kernels = []
+                return None
+        output = by_kernels()
         return output if scaled else self._scaled(call.layer, output, work)
 
     def _look_at(self, layer: int, entering: tuple[ActiveMethod, Tensor] | None) -> None:

@@ -324,7 +324,7 @@ class VHR(Method):
         (batch, heads, size), text_only = with_image.shape, text_only.contiguous()
         release = self.semantics == "release"
         gain = torch.empty(batch, heads, device=with_image.device)
-        seen = forward.seen.contiguous().view(torch.uint8)
+        seen = forward.seen.contiguous()
         constants = {
             **{"HEADS": heads, "HW": power_of_2(heads), "D": size, "DW": power_of_2(size)},
             **{"SQUARED": release, "FILTER": self.filter, "GUARDED": release},

@@ -42,9 +42,14 @@ def tried(kind: Hashable, launch: Callable[[], Tensor], twin: Callable[[], Tenso
 
     A card or a Triton on which a kernel fails costs speed and a warning, never a wrong answer.
     """
+    return launch() if agree(kind, launch, twin) else twin()
+
+
+def agree(kind: Hashable, launch: Callable[[], Tensor], twin: Callable[[], Tensor]) -> bool:
+    """Whether `launch()` agreed with `twin()` on the first call of this kind."""
     if kind not in _verdicts:
         _verdicts[kind] = _agree(kind, launch, twin().clone())
-    return launch() if _verdicts[kind] else twin()
+    return _verdicts[kind]
 
 
 def _agree(kind: Hashable, launch: Callable[[], Tensor], exact: Tensor) -> bool:

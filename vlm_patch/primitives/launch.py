@@ -33,34 +33,48 @@ class Launch:
         self,
         grid: tuple[int, int, int],
         tensors: Sequence[Tensor | None],
-        integers: Sequence[int],
-        strides: Sequence[int],
-        floats: Sequence[float] = (),
+        integers: tuple[int, ...],
+        strides: tuple[int, ...],
+        floats: tuple[float, ...] = (),
         aligned: int = 4,
+        kept: Kept | None = None,
     ) -> None:
         """Arguments in the kernel's order. strides, and the first `aligned` tensors, are those
-        whose alignment it was compiled for.
+        whose alignment it was compiled for. kept: more tensors, behind the others.
         """
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        first: Any = tensors[0]
-        device = first.get_device()
         low = reduce(or_, pointers[:aligned]) & 15 | reduce(or_, strides)
         straight = not low & ~ALIGNED and reduce(or_, integers, 0) < 2**31
-        if straight and self.bound is not None and torch.cuda.current_device() == device:
-            run, function, packed = self.bound
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            more = (*pointers, *integers, *strides, *floats, *self.values)
-            run(*grid, stream, function, packed, None, None, None, *more)
-            return
+        if straight and self.bound is not None:
+            device, run, function, packed = self.bound
+            if torch.cuda.current_device() == device:
+                more = () if kept is None else kept.pointers
+                stream = torch._C._cuda_getCurrentRawStream(device)
+                numbers = (*integers, *strides, *floats, *self.values)
+                run(*grid, stream, function, packed, None, None, None, *pointers, *more, *numbers)
+                return
+        given = [*tensors, *(() if kept is None else kept.tensors)]
+        bytes_ = [
+            t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in given
+        ]
+        first: Any = tensors[0]
         with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
             compiled = self.kernel[grid](
-                *tensors, *integers, *strides, *floats, **self.constants, **self.options
+                *bytes_, *integers, *strides, *floats, **self.constants, **self.options
             )
-        if straight and self.bound is None:
-            self.bound = _bound(compiled)
+        if straight and self.bound is None and first.is_cuda:
+            self.bound = _bound(compiled, first.get_device())
 
 
-def _bound(compiled: Any) -> Any:
+class Kept:
+    """Tensors that are given to a kernel again and again, with their addresses."""
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self.tensors = tensors
+        self.pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def _bound(compiled: Any, device: int) -> Any:
     """What a compiled kernel is called by, where this is known; nothing in the interpreter."""
     import triton
 
@@ -68,7 +82,7 @@ def _bound(compiled: Any) -> Any:
     names = ("run", "function", "packed_metadata")
     if not KNOWN[0] <= version <= KNOWN[1] or not all(hasattr(compiled, n) for n in names):
         return None
-    return tuple(getattr(compiled, name) for name in names)
+    return device, *(getattr(compiled, name) for name in names)
 
 
 _launches: dict[Hashable, Launch] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_patch.engine.attention import Call
 from vlm_patch.method import ForwardContext
 from vlm_patch.primitives import dispatch
-from vlm_patch.primitives.launch import Launch, launch, processors, scratch
+from vlm_patch.primitives.launch import Kept, Launch, launch, processors, scratch
 from vlm_patch.primitives.reweighting import Formula, KeyReweighting, NewKeyGroups
 from vlm_patch.primitives.triton import power_of_2
 
@@ -94,6 +94,7 @@ class LayerKernel:
         query, device = call.query, call.query.device
         self.edits, self.rows, self.scaled = edits, rows, scaled
         self.batch, self.heads, self.new, self.size = query.shape
+        self.shape = query.shape
         self.kv, self.width = call.key.shape[1], call.value.shape[3]
         self.masked, self.sees_hidden = call.mask is not None, hidden is not None
         self.lines = GROUPS ** len(edits)
@@ -106,7 +107,7 @@ class LayerKernel:
         self.splits = splits(call.key.shape[2], units, self.block, device)
         self.part = self.tile * (max(16, power_of_2(self.width)) + 2)
         self.room = units * self.splits * self.part, units
-        self.on = [None if e.on is None else e.on.to(device).view(torch.uint8) for e in edits]
+        self.on = [None if edit.on is None else edit.on.to(device) for edit in edits]
         self.formulas: list[Any] = [_formula(edit.method, self.heads) for edit in edits]
         self.known = None not in self.formulas
         self.local = self.known and len(edits) == 1 and not edits[0].method.compares_heads
@@ -114,10 +115,12 @@ class LayerKernel:
         self.slot = 0
         self.column: Any = None
         self.indices: Tensor | None = None
+        self.partial = query.new_empty(0)
         if hidden is not None:
             self.slot = next(i for i, edit in enumerate(edits) if finds_groups(edit.method))
             self.column = edits[self.slot].method.new_key_groups()
             self.indices = indices(self.column, device)
+        self.count = 0 if self.indices is None else len(self.indices)
         self.compiled_for = device, query.dtype, None if hidden is None else hidden.dtype
         names = "+".join(edit.method.name for edit in edits)
         where = "rows" if rows.picked is not None else "row"
@@ -129,10 +132,11 @@ class LayerKernel:
     def fits(self, call: Call, hidden: Tensor | None) -> bool:
         """Whether a later call is of the kind that this object was made for."""
         return (
-            call.query.shape == (self.batch, self.heads, self.new, self.size)
+            call.query.shape == self.shape
             and (call.mask is not None) == self.masked
             and (hidden is not None) == self.sees_hidden
-            and serves(call)
+            and call.query.stride(3) == call.key.stride(3) == call.value.stride(3) == 1
+            and not torch.is_grad_enabled()
         )
 
     def _shape(self) -> dict[str, Any]:
@@ -146,7 +150,9 @@ class LayerKernel:
         from vlm_patch.engine.kernels import attend
 
         softcap, wide = call.options.get("softcap"), max(16, power_of_2(self.size))
-        self.floats = call.scaling, float(softcap or 0.0), getattr(self.column, "number", 0.0)
+        number = getattr(self.column, "number", 0.0)
+        self.floats = call.scaling, float(softcap or 0.0), float(number), *self.numbers[0]
+        self.floats_to_finish = *self.numbers[0], *self.numbers[-1]
         exact, shape = call.query.dtype == torch.float32, self._shape()
         constants = {
             **shape,
@@ -209,40 +215,40 @@ class LayerKernel:
             output = query.new_empty(self.batch, self.new, self.heads, self.width)
         total = forward.image.shape[1]
         keys = min(total, key.shape[2])  # without the unused rest of a static cache
-        tables = self.tables(layer, forward, query.device)
-        first, last, rows = tables[0], tables[-1], self.rows
+        tables, rows = self.tables(layer, forward, query.device), self.rows
+        first, last = tables[0], tables[-1]
         partial, arrived = scratch(query.device, *self.room)
-        per = self.splits * self.block
-        picked, count = rows.picked, 0 if self.indices is None else len(self.indices)
+        if self.partial is not partial:
+            self._keep(partial, arrived)
+        q, k, v, o = query.stride(), key.stride(), value.stride(), output.stride()
+        seen = (0, 0, 0) if mask is None else mask.stride()
+        picked, stream = rows.picked, () if hidden is None else (hidden.shape[2], hidden.stride(0))
         self.attend(
             (self.tiles * self.splits, self.kv, self.batch),
+            (query, key, value, output, first, last, mask, gain, hidden),
             (
-                *(query, key, value, output, first, last),
-                None if mask is None else mask.view(torch.uint8),
-                *(picked, self.on[0], gain, hidden, self.indices, partial, arrived),
-            ),
-            (
-                *(keys, self.new, rows.first, rows.count, -(-keys // per) * self.block),
+                *(keys, self.new, rows.first, rows.count),
+                -(-keys // (self.splits * self.block)) * self.block,
                 *(total - keys, first.stride(1), last.stride(1)),
-                *(
-                    (0, 0)
-                    if mask is None
-                    else mask.expand(self.batch, 1, self.new, -1).stride()[::2]
-                ),
+                0 if mask is None or mask.shape[0] == 1 else seen[0],
+                0 if mask is None or mask.shape[2] == 1 else seen[2],
                 0 if picked is None else picked.stride(0),
-                *((0, 0, 0) if hidden is None else (hidden.shape[2], count, hidden.stride(0))),
+                self.count,
+                *(stream or (0, 0)),
             ),
-            (
-                *query.stride()[:3],
-                *key.stride()[:3],
-                *value.stride()[:3],
-                *output.stride()[:2],
-            ),
-            (*self.floats, *self.numbers[0]),
+            (q[0], q[1], q[2], k[0], k[1], k[2], v[0], v[1], v[2], o[0], o[1]),
+            self.floats,
+            kept=self.kept,
         )
         if self.finish is not None:
-            self._finish_rows(output, partial, forward, tables, gain)
+            self._finish_rows(output, forward, tables, gain)
         return output
+
+    def _keep(self, partial: Tensor, arrived: Tensor) -> None:
+        picked, on = self.rows.picked, self.on
+        self.partial = partial
+        self.kept = Kept(picked, on[0], self.indices, partial, arrived)
+        self.kept_to_finish = Kept(picked, on[0], on[-1], partial)
 
     def tables(self, layer: int, forward: ForwardContext, device: torch.device) -> list[Tensor]:
         """The groups `[B, 4, >= K]` of each method; they may move from token to token."""
@@ -255,28 +261,29 @@ class LayerKernel:
     def _finish_rows(
         self,
         output: Tensor,
-        partial: Tensor,
         forward: ForwardContext,
         tables: list[Tensor],
         gain: Tensor | None,
     ) -> None:
         rows, finish = self.rows, self.finish
         assert finish is not None
-        ranks = any(edit.method.compares_ranks(forward) for edit in self.edits)
-        given = None if self.known and not ranks else self._given(partial, forward, tables)
+        torch_works_them_out = not self.known or any(
+            edit.method.compares_ranks(forward) for edit in self.edits
+        )
         finish(
             (rows.count, self.heads, self.batch),
-            (partial, output, rows.picked, self.on[0], self.on[-1], gain, given),
+            (output, gain, self._given(forward, tables) if torch_works_them_out else None),
             (rows.first, self.tiles, 0 if rows.picked is None else rows.picked.stride(0)),
             output.stride()[:2],
-            (*self.numbers[0], *self.numbers[-1]),
-            aligned=2,
+            self.floats_to_finish,
+            aligned=1,
+            kept=self.kept_to_finish,
         )
 
-    def masses(self, partial: Tensor) -> Tensor:
+    def masses(self) -> Tensor:
         """The masses `[B, LINES, H, R]` of what `attend` left."""
         shape = (self.batch, self.kv, self.tiles, self.splits, self.part)
-        stats = partial[: self.room[0]].view(shape)[..., -2 * self.tile :]
+        stats = self.partial[: self.room[0]].view(shape)[..., -2 * self.tile :]
         peaks, sums = stats[..., : self.tile], stats[..., self.tile :]
         best = peaks.amax(3)
         sums = (sums * (peaks - best[:, :, :, None]).exp()).sum(3)
@@ -287,9 +294,9 @@ class LayerKernel:
         masses: Tensor = sums / sums[..., -1:]
         return masses.permute(0, 4, 1, 3, 2).flatten(2, 3)
 
-    def _given(self, partial: Tensor, forward: ForwardContext, tables: list[Tensor]) -> Tensor:
+    def _given(self, forward: ForwardContext, tables: list[Tensor]) -> Tensor:
         """The coefficients `[B, R, H, LINES]` of the lines, worked out by torch."""
-        total, masses = forward.image.shape[1], self.masses(partial)
+        total, masses = forward.image.shape[1], self.masses()
         shares = masses.new_ones(self.batch, 1, *masses.shape[2:])
         for place, (edit, table) in enumerate(zip(self.edits, tables, strict=True)):
             grid = masses
@@ -340,7 +347,7 @@ def write_groups(
     }
     launch(attend.columns, (hidden.device, hidden.dtype), constants, num_warps=8)(
         (hidden.shape[1], hidden.shape[0], 1),
-        (hidden, image.view(torch.uint8), table, dims),
+        (hidden, image, table, dims),
         (forward.position.past, len(column.indices), *image.stride(), table.stride(1)),
         (size, *hidden.stride()[:2]),
         (column.number,),
