@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from vlm_patch.engine.attention import Call, check, softmax
-from vlm_patch.engine.kernels.layer import (
-    Edit,
-    LayerKernel,
-    Rows,
-    finds_groups,
-    serves,
-    write_groups,
-)
+from vlm_patch.engine.kernels.choice import LayerKernels
+from vlm_patch.engine.kernels.layer import LayerKernel, finds_groups, write_groups
 from vlm_patch.method import ForwardContext, Method, Phase, State, Watcher
 from vlm_patch.primitives import dispatch
 from vlm_patch.primitives.reweighting import KeyReweighting
@@ -143,8 +137,7 @@ class Editing:
         self._edited = [active.method.edited_rows(forward) for active in actives]
         self._watched = [active.method.watched_rows(forward) for active in actives]
         self._plans: dict[Any, RowPlan] = {}
-        self._spans: dict[Any, list[tuple[tuple[int, ...], Rows]]] = {}
-        self._kernels: dict[Any, LayerKernel] = {}
+        self._kernels = LayerKernels()
         self._work: dict[int, LayerPlan | None] = {}
         self._entering: dict[int, tuple[ActiveMethod, Tensor]] = {}
         self._finders = [active for active in actives if _finds_groups(active.method)]
@@ -164,6 +157,7 @@ class Editing:
     def go_on(self, forward: ForwardContext) -> None:
         """Takes the next generated tokens."""
         self.forward = forward
+        self._entering.clear()  # of a forward that an error ended
 
     def enter_block(self, layer: int, hidden: Tensor) -> None:
         """Shows methods the residual stream `[B, S, D]` entering a block.
@@ -243,38 +237,9 @@ class Editing:
             for _, parts in plan
             for part in parts
         )
-        kernels = self._layer_kernels(call, tasks, _settled(call.layer, output_gains) is not None)
+        settled = _settled(call.layer, output_gains) is not None
+        kernels = self._kernels.of(call, tasks, self._entering.get(call.layer), settled)
         return LayerPlan(tasks, output_gains, plan, replaces_all_rows, kernels)
-
-    def _layer_kernels(self, call: Call, tasks: list[RowEdit], settled: bool) -> list[LayerKernel]:
-        """The kernels that do all of the tasks, one for each set of methods that share rows; none
-        where they cannot. settled: the gain of the head outputs is known.
-        """
-        if not 0 < len(tasks) <= 2 or not all(map(_reweights, tasks)) or not serves(call):
-            return []
-        names = call.query.device, tuple(task.key for task in tasks)
-        if names not in self._spans:
-            self._spans[names] = _spans(tasks)
-        entering, found = self._entering.get(call.layer), []
-        for of, rows in self._spans[names]:
-            edits: list[Any] = [tasks[i] for i in of]
-            own = [Edit(e.active.method, e.active.state, e.heads) for e in edits]
-            hidden = None
-            if (
-                entering is not None
-                and rows.picked is None
-                and any(e.active is entering[0] for e in edits)
-            ):
-                hidden = entering[1]
-            look = call.mask is None, hidden is None, call.scaling, call.options.get("softcap")
-            shapes = call.query.shape, call.key.shape, call.value.shape[3], call.query.dtype
-            switched = call.layer if any(e.heads is not None for e in edits) else None
-            scaled = settled and rows.picked is None
-            key = names, of, look, shapes, switched, scaled
-            if key not in self._kernels:
-                self._kernels[key] = LayerKernel(call, own, rows, hidden, scaled)
-            found.append(self._kernels[key])
-        return found
 
     def _by_kernels(
         self, call: Call, work: LayerPlan, entering: tuple[ActiveMethod, Tensor] | None
@@ -439,16 +404,6 @@ def _finds_groups(method: Method) -> bool:
     return isinstance(method, KeyReweighting) and finds_groups(method)
 
 
-def _reweights(task: RowEdit) -> bool:
-    """Whether an edit is a key reweighting and nothing else."""
-    kind = type(task.active.method)
-    return (
-        issubclass(kind, KeyReweighting)
-        and kind.edit_weights is KeyReweighting.edit_weights
-        and task.stage is Stage.WEIGHTS
-    )
-
-
 def _settled(layer: int, gains: list[tuple[ActiveMethod, Tensor | None]]) -> Tensor | None:
     """The gain `[B, H]` of the head outputs, if one method alone has one, for all heads, and knows
     it before them.
@@ -458,23 +413,6 @@ def _settled(layer: int, gains: list[tuple[ActiveMethod, Tensor | None]]) -> Ten
     active = gains[0][0]
     gain = active.method.settled_gain(layer, active.state)
     return gain if gain is not None and gain.dtype == torch.float32 else None
-
-
-def _spans(tasks: list[RowEdit]) -> list[tuple[tuple[int, ...], Rows]]:
-    """The rows that are edited by the same tasks, for each such set of them."""
-    found = []
-    everywhere = torch.stack([task.mask for task in tasks])
-    for number in range(1, 2 ** len(tasks)):
-        of = tuple(i for i in range(len(tasks)) if number >> i & 1)
-        wanted = everywhere.new_tensor([i in of for i in range(len(tasks))])
-        mask = (everywhere == wanted[:, None, None]).all(0)
-        index = mask.any(0).nonzero().flatten()
-        if len(index):
-            first, last = int(index[0]), int(index[-1])
-            alone = mask.shape[1] == 1 and bool(mask.all())
-            picked = None if alone else mask.contiguous().view(torch.uint8)
-            found.append((of, Rows(first, last + 1 - first, picked)))
-    return found
 
 
 def _packed(output: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Edit:
 
 @dataclass
 class Rows:
-    """Rows `first` to `first + count` of a forward. picked `[B, S]` (uint8): those that are edited,
+    """Rows `first` to `first + count` of a forward. picked `[B, S]` (bool): those that are edited,
     the rest stays stock; None: all, and nothing stock is needed.
     """
 
