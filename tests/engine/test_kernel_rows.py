@@ -287,10 +287,26 @@ def test_a_method_without_anything_for_triton(
         assert (one - other).abs().max() <= CLOSE
 
 
+@dataclass(frozen=True)
+class TwoGroups(Brighter):
+    """Its groups are not the four that the kernels know."""
+
+    def groups(self, layer: int, forward: ForwardContext, state: State) -> Tensor:
+        return super().groups(layer, forward, state)[:, ::3]
+
+    def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
+        return torch.ones_like(masses)
+
+
 def test_what_the_kernels_leave_to_torch(launched: Counter[str]) -> None:
-    """Three edits in one layer, float64, and calls that need gradients."""
+    """Other numbers of groups, three methods in a layer, gradients, float64."""
     model = planted("llava")
     batch = tiny.inputs(model, tiny.ONE_IMAGE)
+    for methods in ([TwoGroups()], [Brighter(), *ours(("gift-inside", "var"))]):
+        with wrap(model, *methods, layers=[2]):
+            generate(model, batch, steps=2)
+        assert not launched["attend"]
+    launched.clear()
     with torch.enable_grad(), wrap(model, *ours(("var",))):
         model(**batch)
     assert not launched

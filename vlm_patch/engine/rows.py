@@ -238,7 +238,8 @@ class Editing:
             for part in parts
         )
         settled = _settled(call.layer, output_gains) is not None
-        kernels = self._kernels.of(call, tasks, self._entering.get(call.layer), settled)
+        forward, entering = self.forward.on(call.query.device), self._entering.get(call.layer)
+        kernels = self._kernels.of(call, tasks, forward, entering, settled)
         return LayerPlan(tasks, output_gains, plan, replaces_all_rows, kernels)
 
     def _by_kernels(

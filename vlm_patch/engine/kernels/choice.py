@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vlm_patch.engine.attention import Call
-from vlm_patch.engine.kernels.layer import Edit, LayerKernel, Rows, serves
+from vlm_patch.engine.kernels.layer import GROUPS, Edit, LayerKernel, Rows, serves
+from vlm_patch.method import ForwardContext
 from vlm_patch.primitives.reweighting import KeyReweighting
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class LayerKernels:
         self,
         call: Call,
         tasks: Sequence[RowEdit],
+        forward: ForwardContext,
         entering: tuple[ActiveMethod, Tensor] | None,
         settled: bool,
     ) -> list[LayerKernel]:
@@ -38,8 +40,9 @@ class LayerKernels:
         entering: a method whose groups of the new key are still to be found, and the stream that
         enters the block. settled: the gain of the head outputs is known.
         """
-        served = all(map(_reweights, tasks)) and serves(call)
-        if not 0 < len(tasks) <= MOST_METHODS or not served:
+        if not 0 < len(tasks) <= MOST_METHODS or not serves(call):
+            return []
+        if not all(_reweights(task, call.layer, forward) for task in tasks):
             return []
         names = call.query.device, tuple(task.key for task in tasks)
         if names not in self.rows:
@@ -63,11 +66,15 @@ class LayerKernels:
         return found
 
 
-def _reweights(task: RowEdit) -> bool:
-    """Whether a task is a key reweighting and nothing else."""
-    kind = type(task.active.method)
-    inherited = getattr(kind, "edit_weights", None) is KeyReweighting.edit_weights
-    return task.edits and task.stage.value == "weights" and inherited
+def _reweights(task: RowEdit, layer: int, forward: ForwardContext) -> bool:
+    """Whether a task is a key reweighting of four groups, and nothing else."""
+    active = task.active
+    kind: Any = type(active.method)
+    inherits = getattr(kind, "edit_weights", None) is KeyReweighting.edit_weights
+    if not inherits or task.stage.value != "weights":
+        return False
+    method: Any = active.method
+    return bool(method.groups(layer, forward, active.state).shape[1] == GROUPS)
 
 
 def shared_rows(masks: Sequence[Tensor]) -> list[tuple[tuple[int, ...], Rows]]:

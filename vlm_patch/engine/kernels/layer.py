@@ -255,7 +255,7 @@ class LayerKernel:
         found = []
         for edit in self.edits:
             table = edit.method.groups(layer, forward, edit.state)
-            found.append(table if table.device == device else table.to(device))
+            found.append(_readable(table if table.device == device else table.to(device)))
         return found
 
     def _finish_rows(
@@ -310,6 +310,13 @@ class LayerKernel:
                 found = torch.where(edit.on.to(found.device)[:, None], found, unedited)
             shares = (shares[:, :, None] * found[:, None]).flatten(1, 2)
         return shares.permute(0, 3, 2, 1).contiguous()
+
+
+def _readable(table: Tensor) -> Tensor:
+    """Groups in the layout and type that the kernels read."""
+    sample, group, key = table.stride()
+    fine = key == 1 and sample == GROUPS * group and table.dtype == torch.float32
+    return table if fine else table.float().contiguous()
 
 
 def _formula(method: KeyReweighting, heads: int) -> Formula | None:
