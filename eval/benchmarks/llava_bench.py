@@ -6,8 +6,6 @@ Liu et al. 2023, https://arxiv.org/abs/2304.08485. One row of the answers: `{"qu
 `text`, and `category` conv, detail or complex.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -168,8 +166,8 @@ def _by_question(path: Path) -> dict[int, str]:
 def _exported(question: Row, text: str) -> dict[str, Any]:
     number = question.number("question_id")
     identity = hashlib.sha256(f"{number} {text}".encode()).hexdigest()[:22]
-    asked = {"question_id": number, "prompt": question.text("text")}
-    return {**asked, "text": text, "answer_id": identity, "model_id": "", "metadata": {}}
+    fields = {"question_id": number, "prompt": question.text("text")}
+    return {**fields, "text": text, "answer_id": identity, "model_id": "", "metadata": {}}
 
 
 class LlavaBench(Benchmark):

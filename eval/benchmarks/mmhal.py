@@ -6,8 +6,6 @@ Sun et al. 2023, https://arxiv.org/abs/2309.14525. One row of the official answe
 fire hydrant cap in the image is yellow.", "model_answer": "The cap is yellow."}`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,8 +24,8 @@ from eval.errors import EvalError
 
 def rating(reply: str) -> int | None:
     """The one "Rating: N" of a reply, 0 to 6; None where there is none or more than one."""
-    found = [number for number in range(7) if f"rating: {number}" in reply.lower()]
-    return found[0] if len(found) == 1 else None
+    ratings = [number for number in range(7) if f"rating: {number}" in reply.lower()]
+    return ratings[0] if len(ratings) == 1 else None
 
 
 def score(ratings: Sequence[int | None], types: Sequence[str], seed: int = 0) -> dict[str, Any]:
@@ -119,15 +117,15 @@ def _filled(answers: Path, questions: Path | None, subset: bool) -> tuple[list[R
     """Rows of the official form with the model's answers in them, and how they were joined."""
     given = read_answers(answers)
     if questions is None:
-        asked, joined = given, Joined(given, "the answer file", [])
+        rows, joined = given, Joined(given, "the answer file", [])
     else:
-        asked = read_rows(questions)
-        joined = join(asked, given, (questions, answers), subset)
+        rows = read_rows(questions)
+        joined = join(rows, given, (questions, answers), subset)
     texts = [answer_text(row) for row in joined.rows]
     for row, text in zip(joined.rows, texts, strict=True):
         if not text.strip():
             raise EvalError(f"{row.where}: the answer is empty; every question must be answered.")
-    pairs = zip(asked, texts, strict=True)
+    pairs = zip(rows, texts, strict=True)
     return [Row(row.where, {**row.fields, "model_answer": text}) for row, text in pairs], joined
 
 

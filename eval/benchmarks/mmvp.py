@@ -5,8 +5,6 @@ Tong et al. 2024, https://arxiv.org/abs/2401.06209. One row of `Questions.csv`:
 One answer: `{"question_id": 1, "response": "(a) Open"}`. Rows 2k - 1 and 2k are a pair.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +41,13 @@ SWAPPED = (99, 100, 279, 280)
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `options` are the texts behind (a) and (b), `label` is "a" or "b"."""
+    """One question.
+
+    index: its number from 1; two that follow each other are a pair
+    text: the question
+    options: the texts behind (a) and (b)
+    label: "a" or "b"
+    """
 
     index: int
     text: str
@@ -54,12 +58,12 @@ class Question:
 def chosen(answer: str, options: Mapping[str, str]) -> str | None:
     """The option that an answer chooses: its only letter in brackets, else a letter or an option
     that it starts with, else the only option that it names; None where that does not tell."""
-    said = answer.lower()
-    if bracketed := sorted(set(re.findall(r"\(([ab])\)", said))):
+    lowered = answer.lower()
+    if bracketed := sorted(set(re.findall(r"\(([ab])\)", lowered))):
         return str(bracketed[0]) if len(bracketed) == 1 else None
-    if start := re.match(r"\W*(?:answer\W+)?([ab])(?:[.:)\s]*$|[.:)])", said):
+    if start := re.match(r"\W*(?:answer\W+)?([ab])(?:[.:)\s]*$|[.:)])", lowered):
         return start.group(1)
-    named = [letter for letter, text in options.items() if re.search(_whole(text), said)]
+    named = [letter for letter, text in options.items() if re.search(_whole(text), lowered)]
     return named[0] if len(named) == 1 else None
 
 
@@ -122,20 +126,20 @@ def score_files(
     labels: as published, or four of them corrected
     subset: leave out answers to questions that are not in the file
     """
-    asked = read_questions(questions, labels)
-    joined = join(_rows(asked, questions), read_answers(answers), (questions, answers), subset)
+    known = read_questions(questions, labels)
+    joined = join(_rows(known, questions), read_answers(answers), (questions, answers), subset)
     texts = [answer_text(row) for row in joined.rows]
     endpoint = judge_of(judge, judge_model, verdicts)
-    said_of_files = {"joined_by": joined.by, "flags": joined.notes}
+    notes = {"joined_by": joined.by, "flags": joined.notes}
     if endpoint is None:
-        found = score(_read(asked, texts)) | said_of_files
-        return {**found, "variant": "letters", "labels": labels, "judge": None}
+        scores = score(_read(known, texts)) | notes
+        return {**scores, "variant": "letters", "labels": labels, "judge": None}
     prompt = Template.load(template or shipped("mmvp"))
-    replies = endpoint.replies(_prompts(asked, texts, prompt))
-    said = [first_word(reply) for reply in replies.values()]
-    result = score([None if word is None else word == "yes" for word in said])
+    replies = endpoint.replies(_prompts(known, texts, prompt))
+    words = [first_word(reply) for reply in replies.values()]
+    result = score([None if word is None else word == "yes" for word in words])
     how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**result, **said_of_files, "variant": "judge", "labels": labels, **how}
+    return {**result, **notes, "variant": "judge", "labels": labels, **how}
 
 
 def _rows(questions: Sequence[Question], path: Path) -> list[Row]:
@@ -174,11 +178,11 @@ def read_questions(path: Path, labels: str = "published") -> list[Question]:
     if labels not in LABELS:
         raise EvalError(f"MMVP labels {labels!r}: expected one of {', '.join(LABELS)}.")
     reader = csv.DictReader(read_text(path).splitlines())
-    found = [name.strip() for name in reader.fieldnames or ()]
-    if missing := [name for name in COLUMNS if name not in found]:
-        raise EvalError(f"{path}: no column {missing[0]!r}; found {', '.join(found) or 'none'}.")
-    asked = [_question(f"{path}, row {number}", row) for number, row in enumerate(reader, 1)]
-    return [_corrected(question) for question in asked] if labels == "corrected" else asked
+    columns = [name.strip() for name in reader.fieldnames or ()]
+    if missing := [name for name in COLUMNS if name not in columns]:
+        raise EvalError(f"{path}: no column {missing[0]!r}; found {', '.join(columns) or 'none'}.")
+    parsed = [_question(f"{path}, row {number}", row) for number, row in enumerate(reader, 1)]
+    return [_corrected(question) for question in parsed] if labels == "corrected" else parsed
 
 
 def _corrected(question: Question) -> Question:

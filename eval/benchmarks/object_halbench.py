@@ -7,8 +7,6 @@ of it, by the benchmark's own synonyms. A number is comparable with others of th
 with published ones, nor with CHAIR.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -38,14 +36,14 @@ def score(
 
     The response level divides by the responses that name an object at all (`CHAIRs_refine`); each
     object counts once a response. Responses of three words or fewer name nothing. `listed` holds
-    the objects of each response in words, where somebody else has found them.
+    the objects of each response in words, where a judge has listed them.
     """
     if not responses:
         raise EvalError("Object HalBench: there are no responses to score.")
     texts = [text for _, text in responses] if listed is None else listed
     rows = [
-        _counts(text, "" if short(text) else said, truth[image], vocabulary)
-        for (image, text), said in zip(responses, texts, strict=True)
+        _counts(text, "" if short(text) else named, truth[image], vocabulary)
+        for (image, text), named in zip(responses, texts, strict=True)
     ]
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
     measured = measure(columns, _ratios, seed)
@@ -66,8 +64,10 @@ def short(text: str) -> bool:
     return len(text.split()) <= SHORT
 
 
-def _counts(text: str, said: str, truth: Collection[str], vocabulary: Vocabulary) -> dict[str, int]:
-    judged = chair.judge(said, truth, vocabulary)
+def _counts(
+    text: str, objects_text: str, truth: Collection[str], vocabulary: Vocabulary
+) -> dict[str, int]:
+    judged = chair.judge(objects_text, truth, vocabulary)
     named, present = set(judged.objects), set(truth)
     return {
         "responses": 1,
@@ -118,8 +118,8 @@ def score_files(
     pairs, objects, echoes = read_captions(responses, truth, vocabulary)
     chosen = judge_of(judge, judge_model, verdicts)
     if chosen is None:
-        found = score(pairs, objects, vocabulary)
-        return {**found, "flags": [*found["flags"], *echoes]}
+        scores = score(pairs, objects, vocabulary)
+        return {**scores, "flags": [*scores["flags"], *echoes]}
     prompt = Template.load(template or shipped("object_halbench"))
     prompts = {
         f"{number}/{image}": prompt.fill(answer=text)
@@ -131,21 +131,21 @@ def score_files(
         ". ".join(f"a {phrase}" for phrase in lists.get(f"{number}/{image}") or ())
         for number, (image, _) in enumerate(pairs, 1)
     ]
-    found = score(pairs, objects, vocabulary, listed)
-    found["flags"] += echoes
+    scores = score(pairs, objects, vocabulary, listed)
+    scores["flags"] += echoes
     if unread := [*lists.values()].count(None):
-        found["flags"].append(f"{unread} replies of the judge hold no list: they name no object")
+        scores["flags"].append(f"{unread} replies of the judge hold no list: they name no object")
     how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**found, **how}
+    return {**scores, **how}
 
 
 def phrases(reply: str) -> list[str] | None:
     """The JSON list of strings in a judge's reply, whatever stands around it; None if none does."""
     try:
-        found = json.loads(reply[reply.index("[") : reply.rindex("]") + 1])
+        names = json.loads(reply[reply.index("[") : reply.rindex("]") + 1])
     except ValueError:
         return None
-    return found if all(isinstance(phrase, str) for phrase in found) else None
+    return names if all(isinstance(phrase, str) for phrase in names) else None
 
 
 class ObjectHalBench(Benchmark):

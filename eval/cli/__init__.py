@@ -1,10 +1,9 @@
 """The commands of the command line, one file each.
 
-A file holds the options of its command (`add`) and the function that runs it; the work itself is
-done by the package that answers the question.
+A file holds the function of its command, whose arguments are its options (`eval.cli.function`), and
+`add`, which adds it to the command line; the work itself is done by the package that answers the
+question.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -17,3 +16,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def is_first_process() -> bool:
     """Whether this process prints: of those that a launcher started, only the first does."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def changes(settings: list[str] | None, limit: int | None) -> list[str]:
+    """The settings that the command line changes, as KEY=VALUE."""
+    return [*(settings or ()), *([] if limit is None else [f"limit={limit}"])]

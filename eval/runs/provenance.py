@@ -1,7 +1,5 @@
 """What a run was made with: versions, commit, device."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -57,9 +55,9 @@ def _commit() -> str | None:
     """The commit of this checkout, with -dirty where files differ from it; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        told = subprocess.run(
+        completed = subprocess.run(
             command, cwd=Path(__file__).parents[1], capture_output=True, text=True
         )
     except OSError:
         return None
-    return told.stdout.strip() or None
+    return completed.stdout.strip() or None

@@ -3,8 +3,6 @@
 This process, the driver, hands out batches and alone writes into the run folder.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import time
@@ -90,10 +88,10 @@ def hand_out(ray: Any, actors: Sequence[Any], batches: Sequence[Batch]) -> Answe
         if not busy:
             raise EvalError(
                 f"every Ray actor died {RESTARTS + 1} times, the last one so: {reason} "
-                f"The answers so far are kept, and the same command goes on from there"
+                f"The answers so far are kept, and the same command resumes from there"
             )
         (done,), _ = ray.wait([*busy], num_returns=1)
-        actor, asked = busy.pop(done)
+        actor, current = busy.pop(done)
         try:
             answered = ray.get(done)
         except ray.exceptions.RayTaskError as error:
@@ -103,21 +101,21 @@ def hand_out(ray: Any, actors: Sequence[Any], batches: Sequence[Batch]) -> Answe
             if actor not in absent:
                 notice(f"a Ray actor died: {reason}")
             absent.add(actor)
-            if asked is None and isinstance(error, ray.exceptions.ActorUnavailableError):
+            if current is None and isinstance(error, ray.exceptions.ActorUnavailableError):
                 time.sleep(PAUSE)  # it is being restarted; one that is dead says so otherwise
                 busy[actor.ready.remote()] = actor, None
                 continue
-            if asked is not None:
-                tries[id(asked)] += 1
-                _check_tries(asked, tries[id(asked)], reason)
-                queue.appendleft(asked)
+            if current is not None:
+                tries[id(current)] += 1
+                _check_tries(current, tries[id(current)], reason)
+                queue.appendleft(current)
             deaths[actor] += 1
             if deaths[actor] <= RESTARTS:
                 busy[actor.ready.remote()] = actor, None
             continue
         free.append(actor)
         absent.discard(actor)
-        if asked is not None:
+        if current is not None:
             left -= 1
             yield answered
 

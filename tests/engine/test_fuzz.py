@@ -15,8 +15,9 @@ from hypothesis import event, given
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.agreement import generate, generated
+from eval.support.agreement import generated
 from eval.support.reference import Sample, logits, trace
+from tests.support.agreement import generate
 from tests.support.cases import MODES, Case, cases
 from vlm_patch import PatchError, wrap
 

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, error, generate, new_tokens, ours, planted
+from eval.support.agreement import ours, planted
 from tests.engine import test_fuzz
+from tests.support.agreement import NO_PROCESSOR, error, generate, new_tokens
 from tests.support.cases import Case, cases
 from tests.support.kernel_rows import EDITS, SHAPES, Shape, case, far
 from vlm_patch import GIFT, VAR, VHR, ForwardContext, KeyReweighting, Position, State, wrap
@@ -379,7 +380,8 @@ def test_it_imports_without_triton() -> None:
         "import transformers\n"
         "importlib.util.find_spec = hide\n"
         "sys.modules['triton'] = None\n"
-        "from eval.support.agreement import planted, ours, generate\n"
+        "from eval.support.agreement import planted, ours\n"
+        "from tests.support.agreement import generate\n"
         "from eval.support import tiny\n"
         "import vlm_patch\n"
         "model = planted('llava')\n"

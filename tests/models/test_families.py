@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import vlm_patch
 from eval.support import reference
-from eval.support.agreement import NO_PROCESSOR
 from eval.support.check import Probe
 from eval.support.families import quietly
 from eval.support.reference import Gift, Var, Vhr, trace
+from tests.support.agreement import NO_PROCESSOR
 from tests.support.family import BREAKS_PADDING, KINDS, STATEFUL, STEPS, WITHOUT, Family, made
 from tests.support.untouched import check_untouched
 from vlm_patch import GIFT, VAR, VHR

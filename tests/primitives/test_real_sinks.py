@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import vlm_patch
-from eval.support.agreement import NO_PROCESSOR
 from tests.support import smollm
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import VAR
 from vlm_patch.methods.var import sink_score
 from vlm_patch.primitives import sinks

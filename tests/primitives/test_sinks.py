@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import error, generate, planted
+from eval.support.agreement import planted
 from eval.support.reference import trace
 from eval.support.simulated_device import FarTensor, TwoDevices
+from tests.support.agreement import error, generate
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, places, tensor
 from vlm_patch import VAR
 from vlm_patch.methods.var import sink_score

@@ -350,6 +350,14 @@ class PromptTracker(threading.local):
             forward.query, forward.content = query, content
             forward.copies.clear()
             return forward
+        return self._new_step(generation, past, rows)
+
+    def next_step(self, generation: GenerationState) -> ForwardContext:
+        """The forward of the next generated token, which is not yet here."""
+        return self._new_step(generation, generation.length, 1)
+
+    def _new_step(self, generation: GenerationState, past: int, rows: int) -> ForwardContext:
+        image, query, content = (generation.ahead(name, past + rows) for name in KEY_MASKS)
         seen = generation.keys.seen
         row, text = torch.ones_like(seen)[:, None], seen[:, None]
         if rows > 1:

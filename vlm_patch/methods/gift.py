@@ -102,13 +102,6 @@ def key_groups(image: Tensor, query: Tensor, gain: Tensor) -> Tensor:
     )
 
 
-def text_groups(like: Tensor, count: int) -> Tensor:
-    """`key_groups` of `count` keys that are neither image nor question, `[B, 4, count]`."""
-    groups = torch.zeros_like(like[..., :1])
-    groups[:, 3] = 1
-    return groups.expand(-1, -1, count)
-
-
 def gaze_shares(masses: Tensor, beta: float = 1.0, head_fraction: float = 0.5) -> Tensor:
     """How the image and the question of a row are reweighed (paper, section 3).
 
@@ -197,6 +190,8 @@ class GazeState(State):
     change: `[B, H, K]`, positive changes of the content rows, added up.
     groups: `[B, 4, at least K]`, see `key_groups`, once the map is made.
     """
+
+    per_key: ClassVar[tuple[str, ...]] = ("edge", "row_before", "change", "groups")
 
     read: Tensor | None = None
     blind: Tensor | None = None
@@ -301,10 +296,11 @@ class GIFT(KeyReweighting):
                     "gift is on, but was off when the prompt was read, so it has no map. Switch it "
                     "on before the prompt."
                 )
-            total = forward.image.shape[1]
-            if state.groups is not None and state.groups.shape[-1] < total:
-                new = text_groups(state.groups, total - at.past)
-                state.groups = append(state.groups, new, at.past, new[..., :1])
+            if state.groups is not None:
+                nothing = torch.zeros_like(state.groups[..., :1])
+                nothing[:, 3] = 1
+                nothing = nothing.expand(-1, -1, forward.valid.shape[1])
+                state.groups = append(state.groups, nothing, at.past)
             return
         if at.starts:
             edges = state.edge
@@ -378,8 +374,7 @@ class GIFT(KeyReweighting):
             # the sum in place of the mean: the gain is the same for a map of any scale
             gain = saliency_gain(torch.stack(maps).sum(0), forward.image, self.alpha or 0.0)
             groups = key_groups(forward.image, forward.query, gain)
-            # what is written behind the prompt is text: nothing is left to do for a new token
-            state.groups = append(state.groups, groups, 0, text_groups(groups, 1))
+            state.groups = append(state.groups, groups, 0)
         return state.groups
 
     def _layer_map(self, layer: int, forward: ForwardContext, state: GazeState) -> Tensor:

@@ -33,11 +33,22 @@ from vlm_patch.primitives.triton import jit, tl
 from vlm_patch.validation import check_flag, check_number, check_whole, check_wholes
 
 
-@lru_cache(maxsize=256)
 def _constant(
     values: tuple[float, ...], device: torch.device, dtype: torch.dtype, behind: int = 0
 ) -> Tensor:
-    """A tensor of these values with `behind` dimensions of size 1 behind them, made once."""
+    """A tensor of these values with `behind` dimensions of size 1 behind them, made once; for
+    torch.compile of numbers, which it fuses with what comes of them.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        numbers = [torch.full((1,) * behind, v, device=device, dtype=dtype) for v in values]
+        return torch.stack(numbers)
+    return _made(values, device, dtype, behind)
+
+
+@lru_cache(maxsize=256)
+def _made(
+    values: tuple[float, ...], device: torch.device, dtype: torch.dtype, behind: int
+) -> Tensor:
     with torch.inference_mode(False):  # autograd may meet it later
         return torch.tensor(values, device=device, dtype=dtype).view(-1, *[1] * behind)
 
@@ -49,7 +60,10 @@ def peak_and_norm(hidden: Tensor, dims: Sequence[int], eps: float) -> tuple[Tens
     norm = torch.linalg.vector_norm(hidden, dim=-1)
     if eps:
         norm = (norm.square() + eps * hidden.shape[-1]).sqrt()
-    channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device, torch.long))
+    if torch.compiler.is_dynamo_compiling():
+        channels = torch.stack([hidden[..., channel] for channel in dims], -1)
+    else:
+        channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device, torch.long))
     return torch.linalg.vector_norm(channels, math.inf, dim=-1), norm
 
 
@@ -161,6 +175,8 @@ def redistribute(weights: Tensor, groups: Tensor, *options: Any, **named: Any) -
 @dataclass
 class SinkState(State):
     """groups: by layer, `[B, 4, at least K]`, see `key_groups`."""
+
+    per_key: ClassVar[tuple[str, ...]] = ("groups",)
 
     groups: dict[int, Tensor] = field(default_factory=dict)
 

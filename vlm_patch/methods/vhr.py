@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm_patch.errors import PatchError
 from vlm_patch.method import (
-    ExtraForward,
+    ExtraPrompt,
     ForwardContext,
     Method,
     ModelInfo,
@@ -137,20 +137,6 @@ def without_image(forward: ForwardContext) -> dict[str, Any]:
     }
 
 
-def distinct(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Decoder inputs without the samples that equal the one before, and which of those left stands
-    for each sample, `[B]`.
-
-    Beams are equal, and so are the texts of pictures that are all asked the same.
-    """
-    new = torch.ones_like(inputs["position_ids"][:, 0], dtype=torch.bool)
-    if isinstance(inputs["attention_mask"], Mapping):
-        return inputs, new.cumsum(0) - 1
-    differ = [(value[1:] != value[:-1]).flatten(1).any(1) for value in inputs.values()]
-    new[1:] = torch.stack(differ).any(0)
-    return {name: value[new] for name, value in inputs.items()}, new.cumsum(0) - 1
-
-
 def _text_mask(given: Any, order: Tensor, valid: Tensor) -> Any:
     """The mask of the text alone, made from the prompt's if text looks ahead in that.
 
@@ -243,12 +229,12 @@ class VHR(Method):
     def decides_on_last_row(self, forward: ForwardContext) -> bool:
         return forward.position.first_prompt and forward.position.prompt_rows > 0
 
-    def probe(
-        self, forward: ForwardContext, state: HeadState, layers: list[int], run: ExtraForward
-    ) -> Method:
-        """The image-ablated forward: keeps the last row's head outputs of layers that are on."""
+    def extra_prompt(
+        self, forward: ForwardContext, state: HeadState, layers: list[int]
+    ) -> ExtraPrompt | None:
+        """The image-ablated prompt: keeps the last row's head outputs of layers that are on."""
         if not forward.position.first_prompt:
-            return self
+            return None
         if forward.position.resumed:
             raise PatchError(
                 "vhr chooses its heads by the last row of the prompt and amplifies them in all "
@@ -263,14 +249,13 @@ class VHR(Method):
                 'out, or generate inside `with patch.disabled("vhr"):`'
             )
         state.clear()
-        inputs, place = distinct(without_image(forward))
 
         def keep(layer: int, output: Tensor) -> None:
             if layer in layers:
-                state.text[layer] = output[:, -1].index_select(0, place.to(output.device))
+                # a view would keep all rows in memory
+                state.text[layer] = output[:, -1].detach().clone()
 
-        run(inputs, Watcher(heads=keep))
-        return self
+        return ExtraPrompt(without_image(forward), Watcher(heads=keep))
 
     def before_forward(self, forward: ForwardContext, state: HeadState) -> None:
         """Heads are chosen anew by every pass over the first prompt, and kept from then on."""

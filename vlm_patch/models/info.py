@@ -77,27 +77,13 @@ def unwrapped(model: Any) -> list[Any]:
                 "one process per GPU with DistributedDataParallel"
             )
         if "_orig_mod" in getattr(model, "_modules", {}):  # what torch.compile returns
-            _check_compiled([model.dynamo_ctx])
             model = model._orig_mod
         elif isinstance(model, DistributedDataParallel):
             model = model.module
         else:
-            compiled = getattr(model, "_compiled_call_impl", None)  # model.compile()
-            _check_compiled(
-                [cell.cell_contents for cell in getattr(compiled, "__closure__", ()) or ()]
-            )
             result.append(model)
             model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return result
-
-
-def _check_compiled(parts: list[Any]) -> None:
-    """Raises UnsupportedModelError where torch.compile may not leave its graph for a method."""
-    if any(getattr(part, "fullgraph", False) is True for part in parts):
-        raise UnsupportedModelError(
-            "the model was compiled with fullgraph=True, but what a method does differs from row "
-            "to row and stands outside the graph: compile it with fullgraph=False (the default)"
-        )
 
 
 def inspect_model(model: Any) -> Decoder:

@@ -22,7 +22,9 @@ _verdicts: dict[Hashable, bool] = {}
 
 def possible(device: str) -> bool:
     """Whether the kernels can run now on this type of device; they know no gradients."""
-    return device in DEVICES and not torch.is_grad_enabled() and installed()
+    if device not in DEVICES or torch.compiler.is_dynamo_compiling():
+        return False  # the compiler fuses what defines them
+    return not torch.is_grad_enabled() and installed()
 
 
 @lru_cache

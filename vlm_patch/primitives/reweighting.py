@@ -25,12 +25,22 @@ def reweight(weights: Tensor, groups: Tensor, shares: Shares) -> Tensor:
     With the masses m_g = sum_k a_k groups_gk and c = shares(m, groups), the new weights are
     a_k sum_g c_g groups_gk.
     """
-    groups, flat = cast(groups, weights.dtype), weights.flatten(1, 2)
+    groups = cast(groups, weights.dtype)
+    if torch.compiler.is_dynamo_compiling():
+        return _reweight_fused(weights, groups, shares)
+    flat = weights.flatten(1, 2)
     masses = torch.bmm(groups, flat.transpose(1, 2))
     parts = shares(masses.view(*groups.shape[:2], *weights.shape[1:3]), groups)
     factor = torch.bmm(parts.flatten(2).transpose(1, 2), groups)
     # in place where autograd allows it: fresh memory of this size costs more than the product
     return (flat * factor if flat.requires_grad else factor.mul_(flat)).view_as(weights)
+
+
+def _reweight_fused(weights: Tensor, groups: Tensor, shares: Shares) -> Tensor:
+    """`reweight` as products and sums, which torch.compile fuses with what stands around them."""
+    wide = groups[:, :, None, None]
+    parts = shares((weights[:, None] * wide).sum(-1), groups)
+    return weights * (parts[..., None] * wide).sum(1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class KeyReweighting(Method, ABC):
         every = self.groups(layer, forward, state).narrow(-1, 0, total)
         if every.device != forward.image.device:
             every = every.to(forward.image.device)
-        return every if keys == total else every[..., total - keys :], every
+        return every if keys == total else forward.newest(every, keys), every
 
     def compares_ranks(self, forward: ForwardContext) -> bool:
         """Whether it has to see heads that other processes compute."""
