@@ -351,6 +351,11 @@ class Method:
         """Whether it edits weights, or says which rows to compute and edits nothing."""
         return type(self).edit_weights is not Method.edit_weights or not self.edits_scores
 
+    @property
+    def edits_heads(self) -> bool:
+        """Whether it has an `edit_heads` of its own."""
+        return type(self).edit_heads is not Method.edit_heads
+
     def edit_scores(
         self, layer: int, scores: Tensor, forward: ForwardContext, state: Any
     ) -> Tensor:
@@ -384,4 +389,8 @@ class Method:
         self, layer: int, output: Tensor, forward: ForwardContext, state: Any
     ) -> Tensor | None:
         """A gain `[B, H]` for the head outputs `[B, S, H, Dv]` of all rows, or None."""
+        return None
+
+    def settled_gain(self, layer: int, state: Any) -> Tensor | None:
+        """What `edit_heads` gives from now on, if that is known before the head outputs are."""
         return None

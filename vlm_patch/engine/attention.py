@@ -118,6 +118,14 @@ class Call:
         scaling = self.options.get("scaling")
         return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
 
+    @property
+    def causal(self) -> bool:
+        """Whether rows do not see the keys behind them, where there is no mask."""
+        causal = self.options.get("is_causal")
+        if causal is None:
+            causal = getattr(self.module, "is_causal", True)
+        return bool(causal) and self.query.shape[2] > 1
+
     def _mask_of(self, rows: Tensor) -> Any:
         mask: Any = self.mask
         return mask if rows.shape[0] == mask.shape[2] else mask[:, :, rows]
@@ -129,10 +137,7 @@ class Call:
         if self.mask is not None:
             return ~self._mask_of(rows) if self.mask.dtype == torch.bool else None
         new, keys = self.query.shape[2], self.key.shape[2]
-        causal = self.options.get("is_causal")
-        if causal is None:
-            causal = getattr(self.module, "is_causal", True)
-        if new == 1 or not causal:
+        if not self.causal:
             return None
         return torch.arange(keys, device=rows.device) > (rows + keys - new)[:, None]
 

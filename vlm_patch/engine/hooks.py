@@ -203,10 +203,7 @@ class ForwardHooks:
             if isinstance(run, Watching) and run.watcher.block is not None:
                 run.watcher.block(layer, hidden)
             elif isinstance(run, Editing):
-                forward = run.forward.on(hidden.device)
-                for active in run.actives:
-                    if active.method.reads_blocks and layer in active.heads:
-                        active.method.observe_hidden(layer, hidden, forward, active.state)
+                run.enter_block(layer, hidden)
 
         return show
 

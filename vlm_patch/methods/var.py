@@ -25,11 +25,11 @@ from vlm_patch.method import (
     Phase,
     State,
 )
-from vlm_patch.primitives import dispatch, launch
-from vlm_patch.primitives.buffers import append, cast
-from vlm_patch.primitives.reweighting import KeyReweighting, reweight
+from vlm_patch.primitives.buffers import append, cast, has_room
+from vlm_patch.primitives.reweighting import Formula, KeyReweighting, NewKeyGroups, reweight
 from vlm_patch.primitives.sink_rules import SinkChannels, scaled_tau
 from vlm_patch.primitives.sinks import discover, one_stream
+from vlm_patch.primitives.triton import jit, tl
 from vlm_patch.validation import check_flag, check_number, check_whole, check_wholes
 
 
@@ -122,6 +122,46 @@ def sink_shares(
     given = _constant((0, 0, move_fraction, 0), *kind, 2)
     edited = torch.addcmul(taken, given, (sinks / rest.clamp_min(tiny)).unsqueeze(1))
     return torch.where(chosen.unsqueeze(1), edited, _constant((0, 0, 0, 1), *kind, 2))
+
+
+@jit
+def sink_shares_of_a_row(
+    image: tl.tensor,
+    sinks: tl.tensor,
+    rest: tl.tensor,
+    every: tl.tensor,
+    inside: tl.tensor,
+    move: tl.tensor,
+    rho: tl.tensor,
+    least: tl.tensor,
+) -> Any:
+    """`sink_shares` in the paper's semantics; masses `[H]`."""
+    enough = tl.maximum(rho * image, 1.1754943508222875e-38)
+    moved = tl.where((image >= least) & (rest >= enough), move, 0.0)
+    gain = moved * (sinks / tl.maximum(rest, 1.1754943508222875e-38))
+    return tl.zeros_like(moved), -moved, gain, tl.zeros_like(moved) + 1.0
+
+
+@jit
+def sink_groups(
+    hidden: tl.tensor,
+    image: tl.tensor,
+    size: tl.tensor,
+    dims: tl.tensor,
+    count: tl.tensor,
+    tau: tl.tensor,
+    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
+) -> Any:
+    """`key_groups` of a key that is a sink where `sink_score` reaches tau."""
+    place, which = tl.arange(0, WIDTH), tl.arange(0, COUNT)
+    stream = tl.load(hidden + place, mask=place < size, other=0.0).to(tl.float32)
+    rms = tl.sqrt(tl.sum(stream * stream, 0) / size)
+    channel = tl.load(dims + which, mask=which < count, other=0)
+    peak = tl.load(hidden + channel, mask=which < count, other=0.0).to(tl.float32)
+    score = tl.max(tl.abs(peak), 0) / tl.maximum(rms, 1.1754943508222875e-38)
+    sink = tl.where(score >= tau, 1.0, 0.0)
+    return image, sink, image * (1.0 - sink), 1.0
 
 
 def redistribute(weights: Tensor, groups: Tensor, *options: Any, **named: Any) -> Tensor:
@@ -260,17 +300,21 @@ class VAR(KeyReweighting):
         if not self.dims:
             return
         hidden = one_stream(hidden)
-        dims, tau = _constant(tuple(self.dims), hidden.device, torch.long), self.tau or 0.0
-        fast = forward.position.phase is Phase.DECODE and not self.release
-        if fast and dispatch.possible(hidden.device.type):
-            groups = dispatch.tried(
-                ("sink column", str(hidden.device), hidden.dtype, len(dims)),
-                lambda: launch.sink_column(hidden, dims, tau),
-                lambda: self._groups(hidden, forward),
-            )
-        else:
-            groups = self._groups(hidden, forward)
+        groups = self._groups(hidden, forward)
         state.groups[layer] = append(state.groups.get(layer), groups, forward.position.past)
+
+    def new_key_groups(self) -> NewKeyGroups | None:
+        if not self.dims or self.release:
+            return None
+        return NewKeyGroups(
+            sink_groups, tuple(self.dims), math.inf if self.tau is None else self.tau
+        )
+
+    def make_room(self, layer: int, forward: ForwardContext, state: SinkState) -> None:
+        buffer, total = state.groups.get(layer), forward.image.shape[1]
+        if buffer is None or not has_room(buffer, total):
+            new = forward.image.new_zeros(len(forward.image), 4, total - forward.position.past)
+            state.groups[layer] = append(buffer, new.float(), forward.position.past)
 
     def _groups(self, hidden: Tensor, forward: ForwardContext) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
@@ -303,11 +347,14 @@ class VAR(KeyReweighting):
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
         numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass
-        visual = self.require_visual_sink or self.release
-        if visual or masses.shape[3] > 1 or not dispatch.possible(masses.device.type):
-            return sink_shares(masses, groups, *numbers, visual, self.release)
-        return dispatch.tried(
-            ("sink shares", str(masses.device), masses.shape[2]),
-            lambda: launch.sink_shares(masses, *numbers),
-            lambda: sink_shares(masses, groups, *numbers),
-        )
+        return sink_shares(masses, groups, *numbers, self._visual, self.release)
+
+    def formula(self, heads: int) -> Formula | None:
+        if self._visual:
+            return None
+        numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass
+        return Formula(sink_shares_of_a_row, numbers)
+
+    @property
+    def _visual(self) -> bool:
+        return self.require_visual_sink or self.release

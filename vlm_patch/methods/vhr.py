@@ -22,6 +22,9 @@ from vlm_patch.method import (
     State,
     Watcher,
 )
+from vlm_patch.primitives import dispatch
+from vlm_patch.primitives.launch import launch
+from vlm_patch.primitives.triton import jit, power_of_2, tl
 from vlm_patch.validation import check_flag, check_number, check_wholes
 
 
@@ -55,6 +58,58 @@ def drop_outliers(scores: Tensor, text_only: Tensor, guard: float | None) -> Ten
 def above_median(scores: Tensor) -> Tensor:
     """The heads `[..., H]` (bool) that score strictly above the median of their layer."""
     return scores > scores.median(-1, keepdim=True).values
+
+
+@jit
+def reinforced_heads(
+    with_image: tl.tensor,
+    text_only: tl.tensor,
+    seen: tl.tensor,
+    gain: tl.tensor,
+    image_sample: tl.tensor,
+    image_head: tl.tensor,
+    text_sample: tl.tensor,
+    text_head: tl.tensor,
+    alpha: tl.tensor,
+    HEADS: tl.constexpr,
+    HW: tl.constexpr,
+    D: tl.constexpr,
+    DW: tl.constexpr,
+    SQUARED: tl.constexpr,
+    FILTER: tl.constexpr,
+    GUARDED: tl.constexpr,
+) -> None:
+    """`VHR.choose` as one kernel, written for Triton: the gains `[B, H]`, alpha for the heads to
+    reinforce in samples with an image, else 1; a program for each sample.
+    """
+    sample, head, channel = tl.program_id(0), tl.arange(0, HW), tl.arange(0, DW)
+    real = head < HEADS
+    inside = real[:, None] & (channel[None, :] < D)
+    here = sample * image_sample + head[:, None] * image_head + channel[None, :]
+    there = sample * text_sample + head[:, None] * text_head + channel[None, :]
+    with_it = tl.load(with_image + here, mask=inside, other=0.0).to(tl.float32)
+    without = tl.load(text_only + there, mask=inside, other=0.0).to(tl.float32)
+    score = tl.sum((with_it - without) * (with_it - without), 1)
+    if not SQUARED:
+        score = tl.sqrt(score)
+    if FILTER:
+        strength = tl.sum(without * without, 1)
+        mean, mean_strength = tl.sum(score, 0) / HEADS, tl.sum(strength, 0) / HEADS
+        off = tl.where(real, score - mean, 0.0)
+        off_strength = tl.where(real, strength - mean_strength, 0.0)
+        spread = tl.sqrt(tl.sum(off * off, 0) / (HEADS - 1))
+        spread_strength = tl.sqrt(tl.sum(off_strength * off_strength, 0) / (HEADS - 1))
+        outlier = (off > spread) & (off_strength > spread_strength)
+        if GUARDED:
+            outlier = outlier & (tl.where(real, spread, 0.0) > 1.0)
+        score = tl.where(outlier, 0.0, score)
+    known = tl.where(real, score, float("inf"))
+    earlier = (known[None, :] == known[:, None]) & (head[None, :] < head[:, None])
+    rank = tl.sum(((known[None, :] < known[:, None]) | earlier).to(tl.int32), 1)
+    median = tl.sum(tl.where(rank == (HEADS - 1) // 2, score, 0.0), 0)
+    shown = tl.load(seen + sample) != 0
+    found = tl.where((score > median) & shown, alpha, 1.0)
+    tl.store(gain + sample * HEADS + head, found, mask=real)
 
 
 PER_TOKEN = ("inputs_embeds", "input_ids", "per_layer_inputs")
@@ -225,11 +280,47 @@ class VHR(Method):
                     "a conversation's first prompt is read, with its image. Switch layers before "
                     "the prompt."
                 )
-            outputs = output[:, forward.position.prompt_rows - 1].detach(), state.text[layer]
-            chosen = self.choose(*(forward.shard.gather(heads, 1) for heads in outputs))
-            chosen = forward.shard.mine(chosen, 1)
-            gain = torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)
-            state.gain[layer] = gain
+            with_image = output[:, forward.position.prompt_rows - 1].detach()
+            gain = state.gain[layer] = self._gain(with_image, state.text[layer], forward)
+        return gain
+
+    def settled_gain(self, layer: int, state: HeadState) -> Tensor | None:
+        return state.gain.get(layer)
+
+    def _gain(self, with_image: Tensor, text_only: Tensor, forward: ForwardContext) -> Tensor:
+        """The gains `[B, H]` by last-row outputs `[B, H, Dv]` with and without the image."""
+        shard = forward.shard
+
+        def by_torch() -> Tensor:
+            outputs = shard.gather(with_image, 1), shard.gather(text_only, 1)
+            chosen = shard.mine(self.choose(*outputs), 1)
+            return torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)
+
+        device, dtype = with_image.device, with_image.dtype
+        one_kind = dtype == text_only.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        fast = dispatch.possible(device.type) and with_image.stride(2) == 1 and one_kind
+        if not fast or shard.ranks > 1:
+            return by_torch()
+        kind = ("choice of heads", self.name, str(device), dtype, *with_image.shape[1:])
+        return dispatch.tried(kind, lambda: self._launch(with_image, text_only, forward), by_torch)
+
+    def _launch(self, with_image: Tensor, text_only: Tensor, forward: ForwardContext) -> Tensor:
+        """`_gain` by `reinforced_heads`."""
+        (batch, heads, size), text_only = with_image.shape, text_only.contiguous()
+        release = self.semantics == "release"
+        gain = torch.empty(batch, heads, device=with_image.device)
+        seen = forward.seen.contiguous()
+        constants = {
+            **{"HEADS": heads, "HW": power_of_2(heads), "D": size, "DW": power_of_2(size)},
+            **{"SQUARED": release, "FILTER": self.filter, "GUARDED": release},
+        }
+        launch(reinforced_heads, (with_image.device, with_image.dtype), constants)(
+            (batch, 1, 1),
+            (with_image, text_only, seen, gain),
+            (),
+            (*with_image.stride()[:2], *text_only.stride()[:2]),
+            (float(self.alpha),),
+        )
         return gain
 
     def choose(self, with_image: Tensor, text_only: Tensor) -> Tensor:
