@@ -137,7 +137,7 @@ def test_sinks_among_the_rows_of_a_prompt(
     made = case([VAR(tau=3.0, dims=dims)], Shape(keys=5, new=5))
     forward, state = made.forward, var.SinkState()
     forward.image = torch.cat((torch.zeros(1, 2, dtype=torch.bool), image), 1)
-    forward.position, forward.new = Position(2), slice(2, 7)
+    forward.position = Position(2)
     layers.write_groups(made.edits[0].method, 0, hidden, forward, state)
     expected = var.key_groups(image, column[:, 1][None] > 0).float()
     assert torch.equal(state.groups[0][..., 2:7], expected)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.support.on_device import CPU, moved
-from vlm_patch import GIFT, VAR, Phase, Position
+from vlm_patch import GIFT, VAR, ForwardContext, Phase, Position
 from vlm_patch.engine.attention import Call
 from vlm_patch.engine.kernels.layer import Edit, LayerKernel, Rows
 from vlm_patch.methods import gift, var
-from vlm_patch.models.tensor_parallel import WHOLE
 
 STOCK = 7.0
 """What stands in the stock output."""
@@ -158,9 +157,7 @@ def case(
     image = torch.zeros(2, total, dtype=torch.bool)
     image[:, total // 4 : total // 2] = True
     phase = Phase.DECODE if new == 1 else Phase.PREFILL
-    forward = SimpleNamespace(shard=WHOLE, position=Position(total - new, phase))
-    forward.new = slice(total - new, total)
-    forward.image = image.to(device)
+    forward = forward_of(image.to(device), Position(total - new, phase))
     on = moved(torch.arange(heads) % 2 == 0, device) if shape.switched else None
     edits = []
     for method in methods:
@@ -197,6 +194,16 @@ def case(
         lambda: (query, None),
     )
     return Case(call, edits, Rows(new - shape.count, shape.count, picked), forward, hidden)
+
+
+def forward_of(image: Tensor, position: Position) -> ForwardContext:
+    """A forward of whose keys `[B, K]` these are image tokens."""
+    rows = torch.ones_like(image[:, position.past :])
+    keys = {"image": image, "query": ~image, "content": ~image}
+    seen = image.any(1)
+    return ForwardContext(
+        position, **keys, valid=rows, text=rows, last=rows, seen=seen, reading=False, inputs={}
+    )
 
 
 def largest_gain(method: GIFT) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
@@ -40,6 +40,9 @@ REASON = (
     "with fullgraph=False"
 )
 """What fullgraph=True says of everything else."""
+# None where no compiler is at work in this thread; it is not public, and can be done without
+active_compiler: Callable[[], Any] | None
+active_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
 
 Stock: TypeAlias = Callable[[], tuple[Tensor, Tensor | None]]
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -148,9 +151,19 @@ def softmax(scores: Tensor) -> Tensor:
 
 
 class ForwardHandler(Protocol):
-    """What happens in the attention during one forward."""
+    """What happens in the attention during one forward. idle: the layers in which nothing does."""
+
+    idle: Collection[int] = ()
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]: ...
+
+    def attend_row(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor | None:
+        """The head outputs `[B, 1, H, Dv]` of a generated token, where nothing but kernels is asked
+        for; None where `attend` must be.
+        """
+        return None
 
 
 class Thread(Protocol):
@@ -215,7 +228,16 @@ def outside(function: Callable[..., Any], recursive: bool = True) -> Callable[..
         left_out: Callable[..., Any] = disable(function, recursive=recursive, reason=REASON)
     except TypeError:  # before torch 2.8
         left_out = disable(function, recursive=recursive)
-    return left_out
+    if active_compiler is None:
+        return left_out
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # what keeps a compiler out costs several microseconds a layer, also where none is at work
+        if torch.compiler.is_dynamo_compiling() or active_compiler() is not None:
+            return left_out(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 @dataclass
@@ -287,6 +309,12 @@ def _in_thread(
     run: ForwardHandler | None = options.pop(HANDLER_ARGUMENT, None)
     if run is None and slot.now is not None:
         run = slot.now.run
+    if run is not None and slot.layer in run.idle:
+        run = None
+    elif run is not None and not torch.is_autocast_enabled(query.device.type):
+        row = run.attend_row(slot.layer, query, key, value, attention_mask)
+        if row is not None:
+            return row, None
     # past the lookups that transformers puts before every attribute of a config: they cost almost
     # as much as the rest of this function
     config = module.__dict__[CONFIG]

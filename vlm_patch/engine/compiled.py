@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from vlm_patch.engine.attention import Call, Graph
+from vlm_patch.engine.attention import Call, ForwardHandler, Graph
 from vlm_patch.engine.rows import ActiveMethod
 from vlm_patch.engine.state import KEY_MASKS, GenerationState
 from vlm_patch.errors import PatchError
@@ -218,7 +218,7 @@ class StaticStep:
         return buffer
 
 
-class TracedStep:
+class TracedStep(ForwardHandler):
     """One step inside torch.compile, or the stock model's if no method acts.
 
     acting: the methods, each with the state that its hooks may change.

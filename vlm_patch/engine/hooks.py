@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from vlm_patch.engine.attention import HANDLER_ARGUMENT, Call, Graph, ThreadState, outside
+from vlm_patch.engine.attention import (
+    HANDLER_ARGUMENT,
+    Call,
+    ForwardHandler,
+    Graph,
+    ThreadState,
+    outside,
+)
 from vlm_patch.engine.compiled import TracedStep, static_step, traceable
 from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, cache_name, shows_weights
 from vlm_patch.engine.packed import Packed
@@ -74,7 +81,7 @@ class QuietHook(Hook):
 _untraced = outside(lambda hook, *given: hook.run(*given))
 
 
-class MissingHandler:
+class MissingHandler(ForwardHandler):
     """Takes the place of what attention serves in a layer that is run again for its gradients, and
     so must be given it by hand (`HANDLER_ARGUMENT`).
     """

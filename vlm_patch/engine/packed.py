@@ -20,7 +20,7 @@ from vlm_patch.engine.rows import Watching
 
 
 @dataclass
-class Packed:
+class Packed(ForwardHandler):
     """What attention serves while the decoder reads both prompts.
 
     inputs: what the decoder is given. rows, extra: S and T. watching: looks at the second prompt.

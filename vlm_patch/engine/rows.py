@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vlm_patch.engine.attention import Call, check, softmax
+from vlm_patch.engine.attention import Call, ForwardHandler, check, softmax
 from vlm_patch.engine.kernels.choice import LayerKernels
 from vlm_patch.engine.kernels.layer import LayerKernel, finds_groups, write_groups
 from vlm_patch.method import ForwardContext, Method, Phase, State, Watcher
@@ -24,7 +24,7 @@ COPIES = 4
 
 
 @dataclass
-class Watching:
+class Watching(ForwardHandler):
     """A pass of the stock model for a method that looks on."""
 
     watcher: Watcher
@@ -113,6 +113,7 @@ class LayerPlan:
     replaces_all_rows: every row and head is edited, so that the stock kernel need not run.
     kernels: that do all of it, where they can; those of an only row need no stock kernel either.
     trusted: they have agreed with plain torch.
+    alone: one kernel does all, a row for every sample.
     """
 
     tasks: list[RowEdit]
@@ -122,8 +123,13 @@ class LayerPlan:
     kernels: list[LayerKernel]
     trusted: bool = False
 
+    @property
+    def alone(self) -> bool:
+        few = len(self.kernels) == 1 and self.kernels[0].rows.picked is None
+        return self.trusted and few and (self.kernels[0].scaled or not self.output_gains)
 
-class Editing:
+
+class Editing(ForwardHandler):
     """A forward in which methods act, in the order given.
 
     What is to be done in a layer stays the same while tokens are generated, so one object serves
@@ -139,6 +145,9 @@ class Editing:
         self._plans: dict[Any, RowPlan] = {}
         self._kernels = LayerKernels()
         self._work: dict[int, LayerPlan | None] = {}
+        self._alone: dict[int, LayerPlan] = {}
+        self._gains: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self.idle = self._idle = set[int]()
         self._entering: dict[int, tuple[ActiveMethod, Tensor]] = {}
         self._finders = [active for active in actives if _finds_groups(active.method)]
 
@@ -211,12 +220,29 @@ class Editing:
             output = self._scaled(call.layer, self._rows(cut, work), work)
         return output, self._shown(call.stock()[1], cut, work) if self.shows else None
 
+    def attend_row(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor | None:
+        work, entering = self._alone.get(layer), self._entering.get(layer)
+        if work is None or self.shows:
+            return None
+        kernel, hidden = work.kernels[0], None if entering is None else entering[1]
+        gain = _settled(layer, work.output_gains) if kernel.scaled else None
+        fits = kernel.fits(query, key, value, mask, hidden)
+        if not fits or (gain is None) == kernel.scaled:
+            return None
+        forward = self.forward.on(query.device)
+        if entering is not None:
+            del self._entering[layer]
+            method: Any = entering[0].method
+            method.make_room(layer, forward, entering[0].state)
+        return kernel(layer, query, key, value, mask, forward, hidden, gain)
+
     def _scaled(self, layer: int, output: Tensor, work: LayerPlan) -> Tensor:
         """Head outputs `[B, S, H, Dv]` multiplied by the methods' gains."""
         for active, heads in work.output_gains:
             gain = self._gain(layer, output, active, heads)
             if gain is not None:
-                gain = gain.to(output.dtype)[:, None, :, None]
                 output = output * gain if output.requires_grad else output.mul_(gain)
         return output
 
@@ -228,6 +254,8 @@ class Editing:
             if call.layer in active.heads and active.method.edits_heads
         ]
         if not tasks and not output_gains:
+            if not any(call.layer in active.heads for active in self._finders):
+                self._idle.add(call.layer)
             return None
         if tasks:
             check(call)
@@ -250,7 +278,8 @@ class Editing:
         hidden = (
             entering[1] if entering is not None and kernels and kernels[0].sees_hidden else None
         )
-        if not kernels or not all(kernel.fits(call, hidden) for kernel in kernels):
+        given = call.query, call.key, call.value, call.mask
+        if not kernels or not all(kernel.fits(*given, hidden) for kernel in kernels):
             return None
         scaled = kernels[0].scaled
         gain = _settled(call.layer, work.output_gains) if scaled else None
@@ -266,10 +295,7 @@ class Editing:
         def by_kernels() -> Tensor:
             output = None if kernels[0].rows.picked is None else _packed(_writable(call))
             for kernel in kernels:
-                output = kernel(
-                    *(call.layer, call.query, call.key, call.value, call.mask, forward),
-                    *(hidden, gain, output),
-                )
+                output = kernel(call.layer, *given, forward, hidden, gain, output)
             assert output is not None
             return output
 
@@ -283,6 +309,8 @@ class Editing:
             if not work.trusted:
                 work.kernels = []
                 return None
+            if work.alone:
+                self._alone[call.layer] = work
         output = by_kernels()
         return output if scaled else self._scaled(call.layer, output, work)
 
@@ -296,9 +324,19 @@ class Editing:
     def _gain(
         self, layer: int, output: Tensor, active: ActiveMethod, heads: Tensor | None
     ) -> Tensor | None:
+        """What a method multiplies head outputs by, `[B, 1, H, 1]`; made once, if it stays."""
         forward = self.forward.on(output.device)
         gain = active.method.edit_heads(layer, output, forward, active.state)
-        return gain if gain is None or heads is None else torch.where(heads, gain, 1.0)
+        if gain is None:
+            return None
+        known = self._gains.get((layer, active.method.name))
+        if known is not None and known[0] is gain and known[1].dtype == output.dtype:
+            return known[1]
+        mine = gain if heads is None else torch.where(heads, gain, 1.0)
+        mine = mine.to(output.dtype)[:, None, :, None]
+        if gain is active.method.settled_gain(layer, active.state):
+            self._gains[layer, active.method.name] = gain, mine
+        return mine
 
     def _tasks(self, call: Call) -> Iterator[RowEdit]:
         layer, device = call.layer, call.query.device

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_patch.engine import attention
-from vlm_patch.engine.attention import Call
+from vlm_patch.engine.attention import Call, ForwardHandler
 from vlm_patch.errors import PatchError, UnsupportedModelError
 from vlm_patch.method import Patches, TowerRead, TowerRows
 from vlm_patch.models.info import Decoder, Layer, asks_for_attention
@@ -113,7 +113,7 @@ def has_cls(model: nn.Module) -> bool:
     return any(name.rpartition(".")[2] in CLS_NAMES for name, _ in model.named_parameters())
 
 
-class Tower(threading.local):
+class Tower(threading.local, ForwardHandler):
     """Listens to the vision tower while the images of a prompt are encoded; one state per thread.
 
     run: itself while it listens, as the layers of the tower ask for it. inside: `generate` runs,

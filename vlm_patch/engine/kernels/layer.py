@@ -129,13 +129,20 @@ class LayerKernel:
         self.attend = self._attend(call, hidden)
         self.finish = None if self.local else self._finish()
 
-    def fits(self, call: Call, hidden: Tensor | None) -> bool:
+    def fits(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        hidden: Tensor | None,
+    ) -> bool:
         """Whether a later call is of the kind that this object was made for."""
         return (
-            call.query.shape == self.shape
-            and (call.mask is not None) == self.masked
+            query.shape == self.shape
+            and (mask is not None) == self.masked
             and (hidden is not None) == self.sees_hidden
-            and call.query.stride(3) == call.key.stride(3) == call.value.stride(3) == 1
+            and query.stride(3) == key.stride(3) == value.stride(3) == 1
             and not torch.is_grad_enabled()
         )
 
