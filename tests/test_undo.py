@@ -25,7 +25,20 @@ from tests.support.untouched import (
     files,
     state_of,
 )
-from vlm_patch import GIFT, PAINT, VAR, VHR, PatchError, patch, wrap
+from vlm_patch import (
+    ADHH,
+    GIFT,
+    PAI,
+    PAINT,
+    VAF,
+    VAR,
+    VHR,
+    Devils,
+    MassTarget,
+    PatchError,
+    patch,
+    wrap,
+)
 from vlm_patch.method import Method
 
 METHODS = (
@@ -33,6 +46,11 @@ METHODS = (
     GIFT(alpha=3.0, saliency_layer=1, layers=(2, 3)),
     VHR(layers=(1, 2, 3)),
     PAINT(layers=(1, 2, 3)),
+    PAI(layers=(1, 2)),
+    VAF(layers=(1, 2)),
+    Devils(layers=(1, 2)),
+    ADHH("1-2:*"),
+    MassTarget(layers=(3,)),
 )
 KINDS = {"llava": tiny.llava, "qwen2-vl": tiny.qwen2_vl}
 pytestmark = pytest.mark.filterwarnings("ignore:No processor was given")
@@ -140,6 +158,11 @@ STAGES = {
     "gift": ("before_forward", "edited_rows", "watched_rows", "observe", "edit_weights"),
     "vhr": ("probe", "before_forward", "edit_heads", "choose"),
     "paint": ("before_forward", "edited_rows", "edit_scores"),
+    "pai": ("before_forward", "edited_rows", "coefficients", "moved"),
+    "vaf": ("before_forward", "edited_rows", "edit_scores"),
+    "devils": ("before_forward", "edited_rows", "coefficients", "moved"),
+    "adhh": ("before_forward", "edited_rows", "groups", "shares"),
+    "mass_target": ("before_forward", "edited_rows", "groups", "shares"),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from vlm_patch.heads import HeadSpec
 from vlm_patch.models.tensor_parallel import WHOLE, Shard
 from vlm_patch.validation import check_wholes
 
@@ -67,6 +68,20 @@ class ModelInfo:
         own = range(self.depth) if self.softmax is None else self.softmax
         found = tuple(layer for layer in own if layer in layers)
         return found or (min(own, key=lambda layer: abs(2 * layer - layers[0] - layers[-1])),)
+
+    def layers_from(self, first: int) -> tuple[int, ...]:
+        """All layers but those below `first`; the last one where there are no others."""
+        return self.acting(range(min(first, self.depth - 1), self.depth))
+
+    def published_layers(self, name: str, first: int, last: int) -> tuple[tuple[int, ...], list[str]]:
+        """The layers of the profile, else `first` to `last` of 32 scaled to the depth, and what
+        that comes to in words.
+        """
+        if "layers" in self.profile:
+            return tuple(self.profile["layers"]), []
+        start, stop = (round(layer * self.depth / 32) for layer in (first, last + 1))
+        layers = self.acting(range(start, max(start + 1, stop)))
+        return layers, [f"{name} layers={list(layers)}"]
 
     def check_layers(self, name: str, layers: Sequence[int] | None) -> None:
         """Raises ValueError for a layer that this model lacks, or that has no softmax attention."""
@@ -132,6 +147,7 @@ class Position:
     phase: what the rows are.
     prompt_rows: number of rows, the first ones, that are of a prompt; those behind were generated
         or drafted.
+    prompt_end: number of keys up to the end of the prompt read last; those behind are its answer.
     first_prompt: it is the first prompt of its conversation.
     starts, ends: the prompt's first, its last row is among the rows.
     resumed: the rows resume a prompt of which an earlier forward read a part, taking it for a whole
@@ -144,6 +160,7 @@ class Position:
     past: int = 0
     phase: Phase = Phase.PREFILL
     prompt_rows: int = 0
+    prompt_end: int = 0
     first_prompt: bool = False
     starts: bool = False
     ends: bool = True
@@ -197,6 +214,22 @@ class ForwardContext:
             masks = {name: getattr(self, name).to(device) for name in MASKS}
             self.copies[device] = replace(self, **masks)
         return self.copies[device]
+
+    def answer_rows(self, prompt: bool = True) -> Tensor:
+        """The rows `[B, S]` (bool) that predict a token of an answer about an image: those of
+        generated tokens, and the last one of a `prompt`.
+        """
+        rows = self.last & self.seen[:, None]
+        if self.position.may_continue:  # read up to its image, the question follows
+            rows = rows & ~self.image[:, self.new]
+        if not prompt:
+            rows[:, : self.position.prompt_rows] = False
+        return rows
+
+    def answer_keys(self) -> Tensor:
+        """The keys `[K]` (bool) behind the prompt read last, which the model generated."""
+        keys = torch.arange(self.image.shape[1], device=self.image.device)
+        return keys >= self.position.prompt_end
 
     @property
     def new(self) -> slice:
@@ -279,6 +312,10 @@ class Method:
     def default_layers(self, depth: int) -> Sequence[int]:
         """The layers it acts in where the user names none; of a model of `depth` layers."""
         return range(depth)
+
+    def default_heads(self, layers: Sequence[int]) -> HeadSpec:
+        """The heads it acts in where the user names none, of its `layers`."""
+        return dict.fromkeys(layers, "*")
 
     def tower_reads(self) -> tuple[TowerRead, ...]:
         """The attention of the vision tower it wants to see; it finds it in `forward.patches`."""

@@ -7,8 +7,21 @@ import torch
 from torch import Tensor
 
 from eval.support import tiny
-from eval.support.reference import Gift, Method, Paint, Sample, Var, Vhr, logits
-from vlm_patch import GIFT, PAINT, VAR, VHR
+from eval.support.reference import (
+    Adhh,
+    Gift,
+    Mass,
+    Method,
+    MiddleLayers,
+    Pai,
+    Paint,
+    Sample,
+    Vaf,
+    Var,
+    Vhr,
+    logits,
+)
+from vlm_patch import ADHH, GIFT, PAI, PAINT, VAF, VAR, VHR, Devils, MassTarget
 from vlm_patch.methods.var import sink_score
 
 DIMS = tiny.SINK_DIMS
@@ -53,6 +66,13 @@ PAIRS: dict[str, tuple[Method, Any]] = {
         Paint(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
         PAINT(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
     ),
+    "pai": (Pai(0.5, (1, 2, 3)), PAI(0.5, (1, 2, 3))),
+    "pai-release": (Pai(1.0, (0, 2), "release"), PAI(1.0, (0, 2), "release")),
+    "vaf": (Vaf(1.3, 0.8, (1, 2)), VAF(1.3, 0.8, (1, 2))),
+    "devils": (MiddleLayers(0.5, (1, 2, 3)), Devils(0.5, (1, 2, 3))),
+    "adhh": (Adhh(0.4, (1, 2, 3)), ADHH("1-3:*", 0.4)),
+    "mass-target": (Mass(0.6, (1, 3)), MassTarget(0.6, (1, 3))),
+    "mass-target-raise": (Mass(0.3, (0, 2), True), MassTarget(0.3, (0, 2), True)),
 }
 ALONE = [(name,) for name in PAIRS]
 TOGETHER = [
@@ -63,6 +83,8 @@ TOGETHER = [
     ("gift-inside", "var-release", "vhr-paper"),
     ("var", "gift-inside"),
     ("gift-inside", "paint", "var", "vhr"),
+    ("pai", "vaf", "devils", "adhh", "mass-target"),
+    ("mass-target", "var", "devils", "pai", "adhh"),
 ]
 MODELS: dict[str, Callable[..., Any]] = {
     "llava": tiny.llava,

@@ -37,6 +37,12 @@ SIDES: dict[str, tuple[str, ...]] = {
     "all, map from an edited layer": ("var", "gift-inside", "vhr"),
     "paint": ("paint",),
     "all and paint": ("paint", "var", "gift-inside", "vhr"),
+    "pai": ("pai",),
+    "vaf": ("vaf",),
+    "devils": ("devils",),
+    "adhh": ("adhh",),
+    "mass target": ("mass-target",),
+    "attention-side": ("pai", "vaf", "devils", "adhh", "mass-target"),
 }
 Names: TypeAlias = Sequence[str]
 STEPS = 6

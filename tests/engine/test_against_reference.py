@@ -25,7 +25,7 @@ from eval.support.agreement import (
 from eval.support.reference import Var, logits
 from vlm_patch import GIFT, VAR
 
-pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
+pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR, "ignore:VAF multiplies")
 BATCHES = {
     "one image": tiny.ONE_IMAGE,
     "left-padded batch of 3": tiny.BATCH_OF_3,

@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.reference import Gift, Method, Paint, Var, Vhr
-from vlm_patch import GIFT, PAINT, VAR, VHR
+from eval.support.reference import (
+    Adhh,
+    Gift,
+    Mass,
+    Method,
+    MiddleLayers,
+    Pai,
+    Paint,
+    Vaf,
+    Var,
+    Vhr,
+)
+from vlm_patch import ADHH, GIFT, PAI, PAINT, VAF, VAR, VHR, Devils, MassTarget
 
 HEADS = 4
 WORDS = (5, 6, 8, 9, tiny.SINK_WORD, 21, 22, 30, 31, 41, 50, 60, 61)
@@ -156,6 +167,37 @@ def paint(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     return Paint(**given), PAINT(**given)
 
 
+@st.composite
+def pai(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    semantics = draw(st.sampled_from(("release", "paper")))
+    given = draw(hundredths(0, 1)), draw(some_layers(layers)), semantics
+    return Pai(*given), PAI(*given)
+
+
+@st.composite
+def vaf(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = draw(hundredths(0, 2)), draw(hundredths(0, 2)), draw(some_layers(layers))
+    return Vaf(*given), VAF(*given)
+
+
+@st.composite
+def devils(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = draw(hundredths(0, 2)), draw(some_layers(layers))
+    return MiddleLayers(*given), Devils(*given)
+
+
+@st.composite
+def adhh(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    tau, own = draw(hundredths(0, 1)), draw(some_layers(layers))
+    return Adhh(tau, own), ADHH(dict.fromkeys(own, "*"), tau)
+
+
+@st.composite
+def mass_target(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = draw(hundredths(0.01, 0.99)), draw(some_layers(layers)), draw(st.booleans())
+    return Mass(*given), MassTarget(*given)
+
+
 def acting(spec: Method, layers: int) -> list[int]:
     """The layers that a method is made for."""
     if isinstance(spec, Var):
@@ -219,6 +261,11 @@ def cases(draw: st.DrawFn) -> Case:
         "gift": gift(build.layers, words),
         "vhr": vhr(build.layers),
         "paint": paint(build.layers),
+        "pai": pai(build.layers),
+        "vaf": vaf(build.layers),
+        "devils": devils(build.layers),
+        "adhh": adhh(build.layers),
+        "mass target": mass_target(build.layers),
     }
     names = draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=4, unique=True))
     methods = [draw(kinds[name]) for name in names]

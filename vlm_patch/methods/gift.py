@@ -118,7 +118,7 @@ def gaze_shares(masses: Tensor, beta: float = 1.0, head_fraction: float = 0.5) -
         pace = beta * pace + (beta - 1)
     pace = reading * pace
     one = torch.ones_like(pace)
-    total = (one + looking * masses[:, 1] + pace * masses[:, 2])[:, None]
+    total = (masses[:, 3] + looking * masses[:, 1] + pace * masses[:, 2])[:, None]
     shares = torch.stack((torch.zeros_like(one), looking, pace, one), 1)
     empty = total <= 0
     shares = (shares / total).masked_fill(empty, 0.0)

@@ -5,22 +5,32 @@ no code with `vlm_patch` and defines what correct means: a row of a padded batch
 beam are all compared with the same row of a single sample here.
 """
 
+from eval.support.reference.adhh import Adhh
 from eval.support.reference.compose import Method, Trace, logits, sinks, trace
+from eval.support.reference.devils import MiddleLayers
 from eval.support.reference.gift import Gift
 from eval.support.reference.hooked import Hooked
+from eval.support.reference.mass_target import Mass
+from eval.support.reference.pai import Pai
 from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn, capture
+from eval.support.reference.vaf import Vaf
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
 
 __all__ = [
+    "Adhh",
     "Gift",
     "Hooked",
+    "Mass",
     "Method",
+    "MiddleLayers",
+    "Pai",
     "Paint",
     "Sample",
     "Trace",
     "Turn",
+    "Vaf",
     "Var",
     "Vhr",
     "capture",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.support.reference import decoder, gift, paint, var, vhr
+from eval.support.reference.answer import RowMethod
 from eval.support.reference.decoder import OutputsEdit, Run, ScoresEdit, WeightsEdit
 from eval.support.reference.gift import Gift
 from eval.support.reference.hooked import Hooked
@@ -18,7 +19,7 @@ from eval.support.reference.sample import Sample, Turn
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
 
-Method = Var | Gift | Vhr | Paint
+Method = Var | Gift | Vhr | Paint | RowMethod
 Heads = Mapping[str, Tensor]
 
 
@@ -175,7 +176,19 @@ class _Pass:
             if isinstance(method, Paint) and layer in method.layers:
                 edited = self._paint(method, layer, scores)
                 scores = self._where_on(method, layer, edited, scores)
+            elif isinstance(method, RowMethod) and layer in method.layers:
+                edited = scores.clone()
+                for row in method.rows(self.sample):
+                    edited[:, row] = method.edit_scores(layer, scores[:, row], self.sample, row)
+                scores = self._where_on(method, layer, edited, scores)
         return scores
+
+    def _row_weights(self, method: RowMethod, layer: int, weights: Tensor) -> Tensor:
+        edited = weights.clone()
+        for row in method.rows(self.sample):
+            self.seen.near(method.name, method.distances(weights[:, row], self.sample))
+            edited[:, row] = method.edit_weights(layer, weights[:, row], self.sample, row)
+        return edited
 
     def _paint(self, spec: Paint, layer: int, scores: Tensor) -> Tensor:
         """The last prompt row (not in the release) and the generated rows of every turn."""
@@ -199,6 +212,8 @@ class _Pass:
             elif isinstance(method, Gift):
                 self.seen.gaze[layer] = weights
                 edited = self._gift(method, layer, weights)
+            elif isinstance(method, RowMethod) and layer in method.layers:
+                edited = self._row_weights(method, layer, weights)
             weights = self._where_on(method, layer, edited, weights)
         return weights
 
