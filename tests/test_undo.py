@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from eval.support import tiny
+from eval.support.agreement import CALIBRATION
 from tests.support.untouched import (
     answers,
     check_error_in_method,
@@ -28,11 +29,13 @@ from tests.support.untouched import (
 from vlm_patch import (
     ADHH,
     GIFT,
+    IAT,
     PAI,
     PAINT,
     VAF,
     VAR,
     VHR,
+    AdaIAT,
     Devils,
     MassTarget,
     PatchError,
@@ -51,6 +54,8 @@ METHODS = (
     Devils(layers=(1, 2)),
     ADHH("1-2:*"),
     MassTarget(layers=(3,)),
+    IAT(layers=(1, 2)),
+    AdaIAT(CALIBRATION, layers=(2, 3)),
 )
 KINDS = {"llava": tiny.llava, "qwen2-vl": tiny.qwen2_vl}
 pytestmark = pytest.mark.filterwarnings("ignore:No processor was given")
@@ -162,6 +167,8 @@ STAGES = {
     "vaf": ("before_forward", "edited_rows", "edit_scores"),
     "devils": ("before_forward", "edited_rows", "coefficients", "moved"),
     "adhh": ("before_forward", "edited_rows", "groups", "shares"),
+    "iat": ("before_forward", "edited_rows", "coefficients", "moved"),
+    "adaiat": ("before_forward", "edited_rows", "edit_weights"),
     "mass_target": ("before_forward", "edited_rows", "groups", "shares"),
 }
 

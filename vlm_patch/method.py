@@ -73,7 +73,9 @@ class ModelInfo:
         """All layers but those below `first`; the last one where there are no others."""
         return self.acting(range(min(first, self.depth - 1), self.depth))
 
-    def published_layers(self, name: str, first: int, last: int) -> tuple[tuple[int, ...], list[str]]:
+    def published_layers(
+        self, name: str, first: int, last: int
+    ) -> tuple[tuple[int, ...], list[str]]:
         """The layers of the profile, else `first` to `last` of 32 scaled to the depth, and what
         that comes to in words.
         """
@@ -189,6 +191,7 @@ class ForwardContext:
     shard: which heads this process holds; what compares heads must gather them first.
     patches: of a prompt that starts here and has images, if a method reads the vision tower.
     copies: the same on other devices.
+    rows: `[R]`, indices of the rows that an edit is being shown.
     """
 
     position: Position
@@ -205,6 +208,7 @@ class ForwardContext:
     patches: Patches | None = field(default=None, repr=False)
     # not a field of `replace`: a copy of other rows would be taken for one of these
     copies: dict[torch.device, ForwardContext] = field(default_factory=dict, init=False, repr=False)
+    rows: Any = field(default=None, init=False, repr=False)
 
     def on(self, device: torch.device) -> ForwardContext:
         """The same with its masks on `device`, for a layer that a device map has put elsewhere."""

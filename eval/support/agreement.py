@@ -8,8 +8,10 @@ from torch import Tensor
 
 from eval.support import tiny
 from eval.support.reference import (
+    AdaIat,
     Adhh,
     Gift,
+    Iat,
     Mass,
     Method,
     MiddleLayers,
@@ -21,7 +23,8 @@ from eval.support.reference import (
     Vhr,
     logits,
 )
-from vlm_patch import ADHH, GIFT, PAI, PAINT, VAF, VAR, VHR, Devils, MassTarget
+from vlm_patch import ADHH, GIFT, IAT, PAI, PAINT, VAF, VAR, VHR, AdaIAT, Devils, MassTarget
+from vlm_patch.methods.adaiat import Calibration
 from vlm_patch.methods.var import sink_score
 
 DIMS = tiny.SINK_DIMS
@@ -29,6 +32,11 @@ TAU = 3.0
 NO_PROCESSOR = "ignore:No processor was given"
 
 TABLE = ((0.3, 0.1, 0.4, 0.2), (0.0, 0.2, 0.1, 0.3), (0.5, 0.0, 0.4, 0.1), (0.2, 0.3, 0.5, 0.4))
+REAL = tuple(tuple(0.03 + 0.2 * number for number in row) for row in TABLE)
+HALLUCINATED = tuple(tuple(0.05 + 0.1 * number for number in row) for row in reversed(TABLE))
+CALIBRATION = Calibration(
+    torch.tensor(REAL, dtype=torch.float64), torch.tensor(HALLUCINATED, dtype=torch.float64)
+)
 PAIRS: dict[str, tuple[Method, Any]] = {
     "var": (Var(DIMS, TAU), VAR(tau=TAU, dims=DIMS)),
     "var-all-fields": (
@@ -71,7 +79,12 @@ PAIRS: dict[str, tuple[Method, Any]] = {
     "vaf": (Vaf(1.3, 0.8, (1, 2)), VAF(1.3, 0.8, (1, 2))),
     "devils": (MiddleLayers(0.5, (1, 2, 3)), Devils(0.5, (1, 2, 3))),
     "adhh": (Adhh(0.4, (1, 2, 3)), ADHH("1-3:*", 0.4)),
-    "mass-target": (Mass(0.6, (1, 3)), MassTarget(0.6, (1, 3))),
+    "iat": (Iat(0.8, (1, 2, 3)), IAT(0.8, (1, 2, 3))),
+    "adaiat": (
+        AdaIat(REAL, HALLUCINATED, 6.0, 0.5, (0, 1, 2, 3)),
+        AdaIAT(CALIBRATION, 6.0, 0.5, (0, 1, 2, 3)),
+    ),
+    "mass-target": (Mass(0.55, (1, 3)), MassTarget(0.55, (1, 3))),
     "mass-target-raise": (Mass(0.3, (0, 2), True), MassTarget(0.3, (0, 2), True)),
 }
 ALONE = [(name,) for name in PAIRS]
@@ -84,7 +97,7 @@ TOGETHER = [
     ("var", "gift-inside"),
     ("gift-inside", "paint", "var", "vhr"),
     ("pai", "vaf", "devils", "adhh", "mass-target"),
-    ("mass-target", "var", "devils", "pai", "adhh"),
+    ("mass-target", "var", "adaiat", "devils", "pai", "adhh", "iat"),
 ]
 MODELS: dict[str, Callable[..., Any]] = {
     "llava": tiny.llava,

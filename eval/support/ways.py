@@ -42,7 +42,9 @@ SIDES: dict[str, tuple[str, ...]] = {
     "devils": ("devils",),
     "adhh": ("adhh",),
     "mass target": ("mass-target",),
-    "attention-side": ("pai", "vaf", "devils", "adhh", "mass-target"),
+    "iat": ("iat",),
+    "adaiat": ("adaiat",),
+    "attention-side": ("pai", "vaf", "devils", "iat", "adhh", "adaiat", "mass-target"),
 }
 Names: TypeAlias = Sequence[str]
 STEPS = 6

@@ -17,6 +17,7 @@ COMMUTE = [
     ("pai", "paint", "z + c |z| keeps the sign of z"),
     ("vaf", "paint", "the same"),
     ("vaf", "devils", "a mean of |z| grows with z too"),
+    ("pai", "iat", "they move different keys"),
     ("pai", "adhh", "scores come before weights in any order"),
     ("devils", "mass-target", "the same"),
     ("vaf", "var", "the same"),
@@ -24,6 +25,7 @@ COMMUTE = [
 ]
 FOLLOW = [
     ("pai", "devils", "the mean is over what was raised"),
+    ("adaiat", "adhh", "what is boosted is dropped, or not"),
     ("adhh", "mass-target", "what is dropped is given out again, or not"),
     ("mass-target", "var", "the mass decides which heads look at the image"),
 ]

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from eval.support import tiny
 from eval.support.reference import (
+    AdaIat,
     Adhh,
     Gift,
+    Iat,
     Mass,
     Method,
     MiddleLayers,
@@ -21,7 +23,8 @@ from eval.support.reference import (
     Var,
     Vhr,
 )
-from vlm_patch import ADHH, GIFT, PAI, PAINT, VAF, VAR, VHR, Devils, MassTarget
+from vlm_patch import ADHH, GIFT, IAT, PAI, PAINT, VAF, VAR, VHR, AdaIAT, Devils, MassTarget
+from vlm_patch.methods.adaiat import Calibration
 
 HEADS = 4
 WORDS = (5, 6, 8, 9, tiny.SINK_WORD, 21, 22, 30, 31, 41, 50, 60, 61)
@@ -198,6 +201,21 @@ def mass_target(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     return Mass(*given), MassTarget(*given)
 
 
+@st.composite
+def iat(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = draw(hundredths(0, 1)), draw(some_layers(layers))
+    return Iat(*given), IAT(*given)
+
+
+@st.composite
+def adaiat(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    row = st.tuples(*[hundredths(0.01, 0.2)] * HEADS)
+    real, invented = (draw(st.tuples(*[row] * layers)) for _ in range(2))
+    given = draw(hundredths(0, 8)), draw(hundredths(0, 1)), draw(some_layers(layers))
+    tables = (torch.tensor(table, dtype=torch.float64) for table in (real, invented))
+    return AdaIat(real, invented, *given), AdaIAT(Calibration(*tables), *given)
+
+
 def acting(spec: Method, layers: int) -> list[int]:
     """The layers that a method is made for."""
     if isinstance(spec, Var):
@@ -264,6 +282,8 @@ def cases(draw: st.DrawFn) -> Case:
         "pai": pai(build.layers),
         "vaf": vaf(build.layers),
         "devils": devils(build.layers),
+        "iat": iat(build.layers),
+        "adaiat": adaiat(build.layers),
         "adhh": adhh(build.layers),
         "mass target": mass_target(build.layers),
     }

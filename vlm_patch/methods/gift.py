@@ -30,6 +30,8 @@ from vlm_patch.primitives.reweighting import KeyReweighting, reweight
 from vlm_patch.validation import check_number, check_wholes
 
 MOST_ALPHA = 80.0
+ROUNDING = 1e-4
+"""How far from 1 a row of attention may sum to and still be taken for whole."""
 
 
 def positive_change(weights: Tensor) -> Tensor:
@@ -118,7 +120,9 @@ def gaze_shares(masses: Tensor, beta: float = 1.0, head_fraction: float = 0.5) -
         pace = beta * pace + (beta - 1)
     pace = reading * pace
     one = torch.ones_like(pace)
-    total = (masses[:, 3] + looking * masses[:, 1] + pace * masses[:, 2])[:, None]
+    # rows sum to 1, but for rounding, unless a method before took something away from them
+    whole = torch.where((masses[:, 3] - 1).abs() < ROUNDING, one, masses[:, 3])
+    total = (whole + looking * masses[:, 1] + pace * masses[:, 2])[:, None]
     shares = torch.stack((torch.zeros_like(one), looking, pace, one), 1)
     empty = total <= 0
     shares = (shares / total).masked_fill(empty, 0.0)

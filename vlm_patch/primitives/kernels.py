@@ -212,7 +212,8 @@ def gaze_shares(masses, shares, heads, beta, count, HEADS: tl.constexpr):
     mass, gained = tl.sum(looking * image, 0), tl.sum(looking * more, 0)
     ratio = 1 + gained / tl.maximum(mass, 1.1754943508222875e-38)
     pace = reading * (beta * ratio - 1)
-    total = 1 + looking * more + pace * query
+    every = tl.load(masses + here + 3 * heads, mask=within, other=1.0)
+    total = tl.where(tl.abs(every - 1) < 1e-4, 1.0, every) + looking * more + pace * query
     left = total > 0
     divisor = tl.where(left, total, 1.0)
     kept = tl.where(left, 1.0, 0.0)

@@ -10,6 +10,7 @@ from eval.support.reference.compose import Method, Trace, logits, sinks, trace
 from eval.support.reference.devils import MiddleLayers
 from eval.support.reference.gift import Gift
 from eval.support.reference.hooked import Hooked
+from eval.support.reference.iat import AdaIat, Iat
 from eval.support.reference.mass_target import Mass
 from eval.support.reference.pai import Pai
 from eval.support.reference.paint import Paint
@@ -19,9 +20,11 @@ from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
 
 __all__ = [
+    "AdaIat",
     "Adhh",
     "Gift",
     "Hooked",
+    "Iat",
     "Mass",
     "Method",
     "MiddleLayers",

@@ -24,5 +24,5 @@ class Adhh(RowMethod):
                 weights[head, text] = 0.0
         return weights
 
-    def distances(self, weights: Tensor, sample: Sample) -> Tensor:
+    def distances(self, layer: int, weights: Tensor, sample: Sample, row: int) -> Tensor:
         return weights[:, text_keys(sample.image)].sum(-1) - self.tau

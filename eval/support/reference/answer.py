@@ -26,8 +26,8 @@ class RowMethod:
     def edit_weights(self, layer: int, weights: Tensor, sample: Sample, row: int) -> Tensor:
         return weights
 
-    def distances(self, weights: Tensor, sample: Sample) -> Tensor:
-        """[H]: how far its decisions on weights [H, S] of a row are from turning."""
+    def distances(self, layer: int, weights: Tensor, sample: Sample, row: int) -> Tensor:
+        """How far its decisions on weights [H, S] of a row are from turning."""
         return torch.full((len(weights),), torch.inf)
 
 

@@ -186,7 +186,8 @@ class _Pass:
     def _row_weights(self, method: RowMethod, layer: int, weights: Tensor) -> Tensor:
         edited = weights.clone()
         for row in method.rows(self.sample):
-            self.seen.near(method.name, method.distances(weights[:, row], self.sample))
+            gaps = method.distances(layer, weights[:, row], self.sample, row)
+            self.seen.near(method.name, gaps)
             edited[:, row] = method.edit_weights(layer, weights[:, row], self.sample, row)
         return edited
 

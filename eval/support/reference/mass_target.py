@@ -30,7 +30,7 @@ class Mass(RowMethod):
             weights[head] = (before.log() + bias * sample.image).softmax(-1)
         return weights
 
-    def distances(self, weights: Tensor, sample: Sample) -> Tensor:
+    def distances(self, layer: int, weights: Tensor, sample: Sample, row: int) -> Tensor:
         if not self.raise_only:
-            return super().distances(weights, sample)
+            return super().distances(layer, weights, sample, row)
         return weights[:, sample.image].sum(-1) - self.mass
