@@ -32,6 +32,7 @@ from vlm_patch import (
     IAT,
     PAI,
     PAINT,
+    SPARC,
     VAF,
     VAR,
     VHR,
@@ -54,6 +55,7 @@ METHODS = (
     Devils(layers=(1, 2)),
     ADHH("1-2:*"),
     MassTarget(layers=(3,)),
+    SPARC(tau=0.2, layer=2, layers=(1, 2, 3)),
     IAT(layers=(1, 2)),
     AdaIAT(CALIBRATION, layers=(2, 3)),
 )
@@ -169,6 +171,7 @@ STAGES = {
     "adhh": ("before_forward", "edited_rows", "groups", "shares"),
     "iat": ("before_forward", "edited_rows", "coefficients", "moved"),
     "adaiat": ("before_forward", "edited_rows", "edit_weights"),
+    "sparc": ("before_forward", "edited_rows", "watched_rows", "observe", "groups"),
     "mass_target": ("before_forward", "edited_rows", "groups", "shares"),
 }
 

@@ -18,12 +18,13 @@ from eval.support.reference import (
     Pai,
     Paint,
     Sample,
+    Sparc,
     Vaf,
     Var,
     Vhr,
     logits,
 )
-from vlm_patch import ADHH, GIFT, IAT, PAI, PAINT, VAF, VAR, VHR, AdaIAT, Devils, MassTarget
+from vlm_patch import ADHH, GIFT, IAT, PAI, PAINT, SPARC, VAF, VAR, VHR, AdaIAT, Devils, MassTarget
 from vlm_patch.methods.adaiat import Calibration
 from vlm_patch.methods.var import sink_score
 
@@ -84,6 +85,7 @@ PAIRS: dict[str, tuple[Method, Any]] = {
         AdaIat(REAL, HALLUCINATED, 6.0, 0.5, (0, 1, 2, 3)),
         AdaIAT(CALIBRATION, 6.0, 0.5, (0, 1, 2, 3)),
     ),
+    "sparc": (Sparc(1.5, 0.3, 0.1, 2, (0, 1, 2, 3)), SPARC(1.5, 0.3, 0.1, 2, (0, 1, 2, 3))),
     "mass-target": (Mass(0.55, (1, 3)), MassTarget(0.55, (1, 3))),
     "mass-target-raise": (Mass(0.3, (0, 2), True), MassTarget(0.3, (0, 2), True)),
 }

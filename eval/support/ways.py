@@ -44,6 +44,7 @@ SIDES: dict[str, tuple[str, ...]] = {
     "mass target": ("mass-target",),
     "iat": ("iat",),
     "adaiat": ("adaiat",),
+    "sparc": ("sparc",),
     "attention-side": ("pai", "vaf", "devils", "iat", "adhh", "adaiat", "mass-target"),
 }
 Names: TypeAlias = Sequence[str]

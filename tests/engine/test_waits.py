@@ -57,7 +57,19 @@ def asked(model: nn.Module, kind: str, steps: int = 4) -> list[int]:
     return counts
 
 
-ALONE = ("var", "gift", "paint", "pai", "vaf", "devils", "adhh", "iat", "adaiat", "mass-target")
+ALONE = (
+    "var",
+    "gift",
+    "paint",
+    "pai",
+    "vaf",
+    "devils",
+    "adhh",
+    "iat",
+    "adaiat",
+    "sparc",
+    "mass-target",
+)
 
 
 @pytest.mark.filterwarnings(NO_PROCESSOR, "ignore:VAF multiplies")

@@ -143,7 +143,7 @@ BAD = [
 @pytest.mark.parametrize(("make", "text"), BAD, ids=[text for _, text in BAD])
 def test_wrong_values(make: Any, text: str, tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="found|holds|cannot read") as caught:
+    with pytest.raises(ValueError, match=r"found|holds|cannot read") as caught:
         make(tmp_path)
     assert str(caught.value).startswith(text)
 

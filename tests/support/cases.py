@@ -19,11 +19,12 @@ from eval.support.reference import (
     MiddleLayers,
     Pai,
     Paint,
+    Sparc,
     Vaf,
     Var,
     Vhr,
 )
-from vlm_patch import ADHH, GIFT, IAT, PAI, PAINT, VAF, VAR, VHR, AdaIAT, Devils, MassTarget
+from vlm_patch import ADHH, GIFT, IAT, PAI, PAINT, SPARC, VAF, VAR, VHR, AdaIAT, Devils, MassTarget
 from vlm_patch.methods.adaiat import Calibration
 
 HEADS = 4
@@ -216,6 +217,15 @@ def adaiat(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     return AdaIat(real, invented, *given), AdaIAT(Calibration(*tables), *given)
 
 
+@st.composite
+def sparc(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = (
+        *(draw(hundredths(0.5, 2)), draw(hundredths(0, 2)), draw(hundredths(0, 1))),
+        *(draw(st.integers(0, layers - 1)), draw(some_layers(layers))),
+    )
+    return Sparc(*given), SPARC(*given)
+
+
 def acting(spec: Method, layers: int) -> list[int]:
     """The layers that a method is made for."""
     if isinstance(spec, Var):
@@ -283,6 +293,7 @@ def cases(draw: st.DrawFn) -> Case:
         "vaf": vaf(build.layers),
         "devils": devils(build.layers),
         "iat": iat(build.layers),
+        "sparc": sparc(build.layers),
         "adaiat": adaiat(build.layers),
         "adhh": adhh(build.layers),
         "mass target": mass_target(build.layers),

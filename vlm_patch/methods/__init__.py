@@ -11,6 +11,7 @@ from vlm_patch.methods.iat import IAT as IAT
 from vlm_patch.methods.mass_target import MassTarget as MassTarget
 from vlm_patch.methods.pai import PAI as PAI
 from vlm_patch.methods.paint import PAINT as PAINT
+from vlm_patch.methods.sparc import SPARC as SPARC
 from vlm_patch.methods.vaf import VAF as VAF
 from vlm_patch.methods.var import VAR as VAR
 from vlm_patch.methods.vhr import VHR as VHR

@@ -37,6 +37,7 @@ PROFILES = (
             "vhr": {"layers": (1, *range(18, 32))},
             "vaf": {"layers": tuple(range(9, 15))},
             "devils": {"layers": tuple(range(5, 19))},
+            "sparc": {"layers": (20,)},
             "iat": {"layers": tuple(range(5, 18))},
             "adaiat": {"layers": tuple(range(5, 18))},
         },

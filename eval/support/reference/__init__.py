@@ -15,6 +15,7 @@ from eval.support.reference.mass_target import Mass
 from eval.support.reference.pai import Pai
 from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn, capture
+from eval.support.reference.sparc import Sparc
 from eval.support.reference.vaf import Vaf
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
@@ -31,6 +32,7 @@ __all__ = [
     "Pai",
     "Paint",
     "Sample",
+    "Sparc",
     "Trace",
     "Turn",
     "Vaf",

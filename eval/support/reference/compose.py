@@ -3,7 +3,7 @@ order, then the values, then VHR's scale.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from eval.support.reference.gift import Gift
 from eval.support.reference.hooked import Hooked
 from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn
+from eval.support.reference.sparc import Sparc, Unrolled
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
 
@@ -80,11 +81,19 @@ def trace(
     text = text_outputs(model, sample) if any(isinstance(m, Vhr) for m in methods) else []
     maps: list[Tensor | None] = []
     margins: list[dict[str, float]] = []
-    for spec in [method for method in methods if isinstance(method, Gift)]:
-        for turn in sample.turns:
+    methods = [Unrolled(m, sample) if isinstance(m, Sparc) else m for m in methods]
+    starts = [turn.start for turn in sample.turns[1:]] + [sample.length]
+    for turn, stop in zip(sample.turns, starts, strict=True):
+        for spec in [method for method in methods if isinstance(method, Gift)]:
             first = _Pass(model, sample.until(turn.end), methods, heads or {}, maps, text).go()
             maps = [*maps, _map(first, spec, turn, sample.image[: turn.end])]
             margins.append(first.margins)
+        for run in [method for method in methods if isinstance(method, Unrolled)]:
+            for row in range(turn.end - 1, stop):
+                part = replace(sample.until(row + 1), rounded=sample.rounded)
+                seen = _Pass(model, part, methods, heads or {}, maps, text).go()
+                seen.near("sparc rise", run.learn(row, sample.image, row == turn.end - 1))
+                margins.append(seen.margins)
     final = _Pass(model, sample, methods, heads or {}, maps, text).go()
     for known in margins:
         for decision, distance in known.items():

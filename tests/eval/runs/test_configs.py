@@ -68,14 +68,14 @@ def qwen3_vl(text: Any) -> Any:
     return hf.Qwen3VLConfig(text_config=text)
 
 
-ATTENTION = {"iat", "pai", "vaf", "devils", "mass_target"}
+ATTENTION = {"iat", "sparc", "pai", "vaf", "devils", "mass_target"}
 BOTH = {"gift-release", "vhr-paper", "var-release", "paint-paper", "paint-release"}
 MODELS = {
     "llava-1.5-7b": Known(
         "llava-hf/llava-1.5-7b-hf",
         *(32, 32, 32, 4096, llava),
         {"all", "pai-release", *ATTENTION, *BOTH},
-        {"var", "gift", "vhr", "paint", "pai", "vaf", "devils", "iat"},
+        {"var", "gift", "vhr", "paint", "pai", "vaf", "devils", "iat", "sparc"},
     ),
     "llava-1.5-13b": Known(
         "llava-hf/llava-1.5-13b-hf",

@@ -30,10 +30,16 @@ IN_PARTS = ("chunked prefill", "questions behind a cached image")
 REFUSED = {(name, side) for name in IN_PARTS for side in SIDES if "vhr" in SIDES[side]} | {
     ("inputs_embeds", side) for side in SIDES if "paint" in SIDES[side]
 }
-MIXED, PAINTED = "all, map from an edited layer", "all and paint"
+REFUSED |= {
+    (name, side)
+    for name in ("prompt lookup", "assistant model", "use_cache=False")
+    for side in SIDES
+    if "sparc" in SIDES[side]
+}
+MIXED, PAINTED, EDITS = "all, map from an edited layer", "all and paint", "attention-side"
 
 
-@pytest.mark.parametrize("side", [MIXED, PAINTED])
+@pytest.mark.parametrize("side", [MIXED, PAINTED, EDITS])
 @pytest.mark.parametrize("name", [name for name, mode in MODES.items() if mode.known])
 def test_all_methods_together(name: str, side: str) -> None:
     row = measure(name, side)
