@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,8 +88,13 @@ class Calibration:
 
     def threshold(self, layer: int, beta: float) -> float:
         """Between the sums over heads at hallucinated (beta 0) and at real objects (beta 1)."""
-        low, high = (float(part[layer].double().sum()) for part in (self.hallucinated, self.real))
+        low, high = (part[layer] for part in self._sums)
         return low + beta * (high - low)
+
+    @cached_property
+    def _sums(self) -> list[list[float]]:
+        """Asked for once, since the tables may lie on a GPU."""
+        return [part.double().sum(1).tolist() for part in (self.hallucinated, self.real)]
 
 
 def generated_attention(attentions: Sequence[Sequence[Tensor]], prompt: int) -> Tensor:

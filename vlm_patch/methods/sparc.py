@@ -97,6 +97,8 @@ class SPARC(KeyReweighting):
 
     def before_forward(self, forward: ForwardContext, state: RiseState) -> None:
         at, rows = forward.position, forward.valid.shape[1]
+        if self.alpha == 1:
+            return
         if at.phase is Phase.DRAFT or (at.prompt_rows and rows > at.prompt_rows):
             raise PatchError(
                 f"sparc needs generated tokens one by one, each sees what those before it picked; "

@@ -33,7 +33,7 @@ class Unrolled(RowMethod):
         self.spec, self.name = spec, spec.name
         self.layers = (*{*spec.layers, spec.layer},)
         self.gains = torch.ones(sample.length + 1, sample.length + 1, dtype=torch.float64)
-        self.count = torch.zeros(sample.length, dtype=torch.long)
+        self.count = torch.zeros(sample.length, dtype=torch.float64)
         self.mean = torch.zeros(sample.length, dtype=torch.float64)
         self.looked: dict[int, Tensor] = {}
 
@@ -57,7 +57,7 @@ class Unrolled(RowMethod):
             self.mean = seen
         else:
             rise = (seen - self.mean) / self.mean
-            self.count += image & (rise >= self.spec.tau)
+            self.count += (image & (rise >= self.spec.tau)).double()
             gaps = (rise - self.spec.tau)[image]
             self.mean = (1 - self.spec.beta) * seen + self.spec.beta * self.mean
         self.gains[row + 1, :-1] = self.spec.alpha**self.count
