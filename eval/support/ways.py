@@ -656,6 +656,8 @@ def in_two_processes() -> dict[str, float]:
     heads["gift"] = table & (torch.arange(4) == 2)[:, None]
     jobs: dict[str, Any] = {side: (names, None) for side, names in SIDES.items()}
     jobs["some heads"] = (SIDES["all"], heads)
+    across = table & (torch.arange(4) > 0)[:, None]  # heads that are off count in means and gates
+    jobs["some heads, all compared"] = (("devils", "adaiat"), {"devils": across, "adaiat": across})
     jobs["other semantics"] = (("gift-one-head", "var-release", "vhr-paper"), None)
     return errors(jobs)
 
