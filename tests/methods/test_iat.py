@@ -85,6 +85,7 @@ def test_a_calibration_by_hand(tmp_path: Path) -> None:
     assert_near(found.hallucinated, [[0.1, 0.2]])
     assert found.threshold(0, 0.5) == pytest.approx(0.4)
     found.save(tmp_path / "one.safetensors")
+    assert repr(found) == "Calibration(1 layers x 2 heads)"
     again = Calibration.load(tmp_path / "one.safetensors")
     assert_near(again.surplus(0, attention), [2.0, 0.0])
 

@@ -22,19 +22,24 @@ from vlm_patch.primitives.reweighting import reweight
 from vlm_patch.validation import check_number, check_wholes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
     """How much a model looks at its own text when it writes an object, by layer and head.
 
     real, hallucinated: `[L, H]`, the mean weight on a generated token at objects that are in the
         image, at objects that are not.
+    tables: what is made of them, by device.
 
         Calibration.measure(attention, real).save("llava.safetensors")
     """
 
     real: Tensor
     hallucinated: Tensor
-    tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
+    tables: dict[Any, Tensor] = field(default_factory=dict, init=False)
+
+    def __repr__(self) -> str:
+        layers, heads = self.real.shape
+        return f"Calibration({layers} layers x {heads} heads)"
 
     @classmethod
     def measure(cls, attention: Tensor, real: Tensor) -> Calibration:
