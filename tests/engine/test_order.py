@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, answer_logits, generate, ours, planted
+from eval.support.agreement import answer_logits, ours, planted
+from tests.support.agreement import NO_PROCESSOR, generate
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR, "ignore:VAF multiplies")
 COMMUTE = [

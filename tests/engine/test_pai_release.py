@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from eval.support.agreement import NO_PROCESSOR
 from tests.engine.test_paint_release import PARITY, arrays, inputs, model_of
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import PAI, wrap
 
 SETTINGS: dict[str, Any] = {

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, generate, planted
+from eval.support.agreement import planted
+from tests.support.agreement import NO_PROCESSOR, generate
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, tensor
 from vlm_patch import ADHH, PAI, VAF, Devils, MassTarget, wrap
 from vlm_patch.method import ForwardContext, ModelInfo, Position

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, generate, ours, planted
+from eval.support.agreement import ours, planted
 from tests.methods.test_attention_edits import context, info
+from tests.support.agreement import NO_PROCESSOR, generate
 from tests.support.examples import assert_near, mask, tensor
 from vlm_patch import SPARC, PatchError, wrap
 from vlm_patch.method import Phase, Position

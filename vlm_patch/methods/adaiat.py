@@ -8,10 +8,9 @@ real objects.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,14 +27,12 @@ class Calibration:
 
     real, hallucinated: `[L, H]`, the mean weight on a generated token at objects that are in the
         image, at objects that are not.
-    tables: what is made of them, by device.
 
         Calibration.measure(attention, real).save("llava.safetensors")
     """
 
     real: Tensor
     hallucinated: Tensor
-    tables: dict[Any, Tensor] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         layers, heads = self.real.shape
@@ -82,24 +79,16 @@ class Calibration:
             )
         return cls(**found)
 
-    def surplus(self, layer: int, like: Tensor) -> Tensor:
-        """The ratio of both, less 1, of a layer's heads `[H]`; on the device of `like`."""
-        kind = like.device, like.dtype
-        if kind not in self.tables:
-            tiny = torch.finfo(self.real.dtype).tiny
-            ratio = self.real.double() / self.hallucinated.double().clamp_min(tiny) - 1
-            self.tables[kind] = ratio.to(like.dtype).to(like.device)
-        return self.tables[kind][layer]
+    def surplus(self) -> Tensor:
+        """The ratio of both, less 1, `[L, H]`."""
+        tiny = torch.finfo(self.real.dtype).tiny
+        ratio = self.real.double() / self.hallucinated.double().clamp_min(tiny)
+        return (ratio - 1).to(self.real.dtype)
 
-    def threshold(self, layer: int, beta: float) -> float:
-        """Between the sums over heads at hallucinated (beta 0) and at real objects (beta 1)."""
-        low, high = (part[layer] for part in self._sums)
-        return low + beta * (high - low)
-
-    @cached_property
-    def _sums(self) -> list[list[float]]:
-        """Asked for once, since the tables may lie on a GPU."""
-        return [part.double().sum(1).tolist() for part in (self.hallucinated, self.real)]
+    def thresholds(self, beta: float) -> Tensor:
+        """Between the sums over heads at hallucinated (beta 0) and at real objects (beta 1), `[L]`."""
+        low, high = (part.double().sum(1) for part in (self.hallucinated, self.real))
+        return torch.lerp(low, high, beta).to(self.real.dtype)
 
 
 def generated_attention(attentions: Sequence[Sequence[Tensor]], prompt: int) -> Tensor:
@@ -119,7 +108,7 @@ def generated_attention(attentions: Sequence[Sequence[Tensor]], prompt: int) -> 
 def boost_shares(masses: Tensor, gain: Tensor, boosted: Tensor) -> Tensor:
     """The weights of a group of keys times a gain per head, rows renormalised; where `boosted`.
 
-    masses `[B, 2, H, R]`: of the group, and of all keys. gain `[H, 1]`: at least 0. boosted
+    masses `[B, 2, H, R]`: of the group, and of all keys. gain `[B, H, 1]`: at least 0. boosted
     `[B, 1, R]` (bool). Returns what both add to the factor of their keys, `[B, 2, H, R]`.
     """
     group, whole = masses.unbind(1)
@@ -128,6 +117,18 @@ def boost_shares(masses: Tensor, gain: Tensor, boosted: Tensor) -> Tensor:
     total = total.masked_fill(~boosted, 1.0)
     more = ((gain - 1) / total).masked_fill(~boosted, 0.0)
     return torch.stack((more, 1 / total), 1)
+
+
+@dataclass
+class GateState(PerKey):
+    """What the calibration comes to on the model's device.
+
+    surplus: `[B, L, H]`, see `Calibration`.
+    least: `[B, L]`, below which attention to a generated token, summed over heads, is boosted.
+    """
+
+    surplus: Tensor | None = None
+    least: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,7 @@ class AdaIAT(Method):
     """
 
     name: ClassVar[str] = "adaiat"
-    state: ClassVar[type[State]] = PerKey
+    state: ClassVar[type[State]] = GateState
 
     calibration: Calibration | str | None = None
     alpha: float = 6.0
@@ -184,22 +185,27 @@ class AdaIAT(Method):
     def default_layers(self, depth: int) -> Sequence[int]:
         return self.layers or ()
 
-    def before_forward(self, forward: ForwardContext, state: PerKey) -> None:
+    def before_forward(self, forward: ForwardContext, state: GateState) -> None:
         keys = forward.answer_keys()
         groups = torch.stack((keys, torch.ones_like(keys))).float()
-        state.values = groups.expand(len(forward.image), -1, -1)
+        samples, device = len(forward.image), forward.image.device
+        state.values = groups.expand(samples, -1, -1)
+        if state.surplus is None:
+            surplus = forward.shard.mine(self._calibration.surplus().to(device), 1)
+            state.surplus = surplus.expand(samples, -1, -1)
+            state.least = self._calibration.thresholds(self.beta).to(device).expand(samples, -1)
 
     def edited_rows(self, forward: ForwardContext) -> Tensor | None:
         return forward.answer_rows(prompt=False) if self.alpha else None
 
     def edit_weights(
-        self, layer: int, weights: Tensor, forward: ForwardContext, state: PerKey
+        self, layer: int, weights: Tensor, forward: ForwardContext, state: GateState
     ) -> Tensor:
+        assert state.surplus is not None and state.least is not None
         groups = forward.newest(state.values, weights.shape[-1]).to(weights.device)
-        written = forward.position.past + 1 - forward.position.prompt_end + forward.rows
-        least = self._calibration.threshold(layer, self.beta) * written
-        surplus = forward.shard.mine(self._calibration.surplus(layer, weights), 0)
-        gain = (1 + self.alpha * surplus).clamp_min(0)[:, None]
+        surplus, least = (part[:, layer].to(weights) for part in (state.surplus, state.least))
+        gain = (1 + self.alpha * surplus).clamp_min(0)[..., None]
+        least = least[:, None, None] * forward.answer_lengths()
 
         def shares(masses: Tensor, groups: Tensor) -> Tensor:
             mine = masses[:, 0].sum(1, keepdim=True)

@@ -34,9 +34,12 @@ class RiseState(State):
 
     mean: `[B, K]`, the running mean of the attention to each key, over all heads of its layer.
     picked: `[B, K]` (bool), keys that the token before picked.
-    count: `[B, K]`, how often each was.
+    count: `[B, K]`, how often each was, in the forwards before.
     factors: `[B, 2, K]`, alpha^count - 1 and 1, of this forward.
     """
+
+    per_key: ClassVar[tuple[str, ...]] = ("mean", "picked", "count")
+    per_forward: ClassVar[tuple[str, ...]] = ("factors",)
 
     mean: Tensor | None = None
     picked: Tensor | None = None
@@ -110,18 +113,16 @@ class SPARC(KeyReweighting):
             state.clear()
         if at.prompt_rows:
             return
-        if state.mean is None:
+        if state.count is None or state.picked is None:
             raise PatchError(
                 "sparc is on, but was off when the prompt was read, so it does not know what "
                 "attention rises from. Switch it on before the prompt."
             )
         keys = forward.image.shape[1]
-        before = state.mean.new_zeros(len(state.mean), 0) if state.count is None else state.count
-        count = pad(before, (0, keys - before.shape[1]))
-        if state.picked is not None:
-            count = count + pad(state.picked, (0, keys - state.picked.shape[1]))
-        factor = torch.pow(self.alpha, count)
-        state.count, state.picked = count, None
+        known = (state.count, state.picked)
+        before, picked = (pad(part, (0, keys - part.shape[1])) for part in known)
+        state.count = before + picked
+        factor = torch.pow(self.alpha, state.count)
         state.factors = torch.stack((factor - 1, torch.ones_like(factor)), 1)
 
     def edited_rows(self, forward: ForwardContext) -> Tensor | None:
@@ -136,10 +137,10 @@ class SPARC(KeyReweighting):
     ) -> None:
         mine = weights[:, :, -1].detach().mean(1, keepdim=True)
         attention = forward.shard.gather(mine, 1).mean(1)
-        # keys out of a sliding window have no weight
-        attention = pad(attention, (forward.image.shape[1] - attention.shape[1], 0))
+        attention = forward.among_all(attention)  # out of a sliding window keys have no weight
         if forward.position.prompt_rows or state.mean is None:
             state.mean = attention
+            state.count, state.picked = torch.zeros_like(attention), attention < 0
             return
         mean = pad(state.mean, (0, attention.shape[1] - state.mean.shape[1]))
         state.picked = risen(attention, mean, self.tau) & forward.image

@@ -34,7 +34,8 @@ class VAF(KeyBias):
     layers: where. None: the published ones (9 to 14 of 32), scaled to the depth.
 
     A negative score goes down where it is multiplied by more than 1: attention falls where it was
-    to rise. A warning says so where that is the case for most image tokens. The paper restricts the
+    to rise. A warning says so where that is the case for most image tokens, with the first generated
+    token that runs uncompiled. The paper restricts the
     edit to heads that look at the image, its code does not; a head table does. Raises ValueError on
     values out of range.
 
@@ -68,7 +69,7 @@ class VAF(KeyBias):
         super().before_forward(forward, state)
         if forward.position.starts:
             state.negative.clear()
-        elif state.negative and not forward.position.prompt_rows:
+        elif _may_warn() and state.negative and not forward.position.prompt_rows:
             _warn(state.negative)
             state.negative.clear()
 
@@ -96,6 +97,11 @@ def negative_share(scores: Tensor, image: Tensor) -> Tensor:
     """The share of negative ones among the scores `[B, H, K]` of image keys `[B, K]`; `[B]`."""
     found = ((scores < 0) & image[:, None]).sum((1, 2))
     return found / (image.sum(1) * scores.shape[1]).clamp_min(1)
+
+
+def _may_warn() -> bool:
+    """Not in a compiled step, which cannot ask the device for numbers."""
+    return not torch.compiler.is_dynamo_compiling()
 
 
 def _warn(negative: dict[int, Tensor]) -> None:

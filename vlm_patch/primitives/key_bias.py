@@ -31,6 +31,8 @@ def scaled(scores: Tensor, coefficients: Tensor) -> Tensor:
 class PerKey(State):
     """values: `[B, ..., K]`, of all keys so far, made anew in every forward."""
 
+    per_forward: ClassVar[tuple[str, ...]] = ("values",)
+
     values: Any = None
 
 
