@@ -240,18 +240,14 @@ class ForwardContext:
 
     def answer_keys(self) -> Tensor:
         """The keys `[K]` (bool) behind the prompt read last, which the model generated."""
-        keys, end = (
-            torch.arange(self.image.shape[1], device=self.image.device),
-            self.position.prompt_end,
-        )
+        keys = torch.arange(self.image.shape[1], device=self.image.device)
+        end = self.position.prompt_end
         return keys >= (end.to(keys.device) if isinstance(end, Tensor) else end)
 
     def answer_lengths(self) -> Tensor:
         """How many of these keys each of the `rows` sees, its own included, `[R]`."""
-        past = self.position.past
-        before = (
-            past.tensor if isinstance(past, StaticLength) else past
-        ) - self.position.prompt_end
+        past, end = self.position.past, self.position.prompt_end
+        before = (past.tensor if isinstance(past, StaticLength) else past) - end
         lengths: Tensor = self.rows + 1
         return lengths + (before.to(lengths.device) if isinstance(before, Tensor) else before)
 
@@ -272,7 +268,7 @@ class ForwardContext:
         return mask[..., total - keys : total]
 
     def among_all(self, values: Tensor) -> Tensor:
-        """Values `[B, ..., k]` of the k newest keys (see `newest`) among all K, 0 for the others."""
+        """Values `[B, ..., k]` of the newest keys (see `newest`) among all K, 0 for the others."""
         past = self.position.past
         if isinstance(past, StaticLength):
             return past.place(values)

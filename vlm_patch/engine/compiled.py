@@ -98,7 +98,8 @@ class StaticStep:
         self.pictured = generation.pictured
         with torch.inference_mode(False):
             self.length.tensor.fill_(generation.length)
-            self.prompt_end.fill_(generation.end)
+            if prompt:
+                self.prompt_end.fill_(generation.end)
             for name in KEY_MASKS:
                 mask = self._kept(name, getattr(generation.keys, name), True)
                 setattr(generation.keys, name, mask)

@@ -86,7 +86,7 @@ class Calibration:
         return (ratio - 1).to(self.real.dtype)
 
     def thresholds(self, beta: float) -> Tensor:
-        """Between the sums over heads at hallucinated (beta 0) and at real objects (beta 1), `[L]`."""
+        """Between the sums over heads at hallucinated (beta 0) and real objects (beta 1), `[L]`."""
         low, high = (part.double().sum(1) for part in (self.hallucinated, self.real))
         return torch.lerp(low, high, beta).to(self.real.dtype)
 
@@ -201,7 +201,8 @@ class AdaIAT(Method):
     def edit_weights(
         self, layer: int, weights: Tensor, forward: ForwardContext, state: GateState
     ) -> Tensor:
-        assert state.surplus is not None and state.least is not None
+        assert state.surplus is not None
+        assert state.least is not None
         groups = forward.newest(state.values, weights.shape[-1]).to(weights.device)
         surplus, least = (part[:, layer].to(weights) for part in (state.surplus, state.least))
         gain = (1 + self.alpha * surplus).clamp_min(0)[..., None]

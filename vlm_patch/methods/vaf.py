@@ -34,10 +34,9 @@ class VAF(KeyBias):
     layers: where. None: the published ones (9 to 14 of 32), scaled to the depth.
 
     A negative score goes down where it is multiplied by more than 1: attention falls where it was
-    to rise. A warning says so where that is the case for most image tokens, with the first generated
-    token that runs uncompiled. The paper restricts the
-    edit to heads that look at the image, its code does not; a head table does. Raises ValueError on
-    values out of range.
+    to rise. A warning says so where that is the case for most image tokens, with the first
+    generated token that runs uncompiled. The paper restricts the edit to heads that look at the
+    image, its code does not; a head table does. Raises ValueError on values out of range.
 
         wrap(model, VAF(visual=1.15, system=0.95))
     """
