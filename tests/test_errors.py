@@ -21,6 +21,7 @@ from vlm_patch import GIFT, PAINT, VAR, VHR, PatchError, UnsupportedModelError, 
 from vlm_patch.engine import attention
 from vlm_patch.engine.generate_guard import REFUSED
 from vlm_patch.engine.hooks import MissingHandler
+from vlm_patch.methods.registry import METHODS
 
 TOKENS = PAINT(layers=(1, 2, 3))
 SINKS = VAR(dims=tiny.SINK_DIMS, tau=3.0)
@@ -51,7 +52,8 @@ def quiet(act: Callable[[], Any]) -> Any:
 # ---- wrap
 
 
-NAMES = "expected one of ['gift', 'paint', 'var', 'vhr']"
+KNOWN = list(METHODS)
+NAMES = f"expected one of {KNOWN}"
 
 
 @pytest.mark.parametrize(
@@ -67,13 +69,13 @@ NAMES = "expected one of ['gift', 'paint', 'var', 'vhr']"
         (
             (VAR,),
             "found <class 'vlm_patch.methods.var.VAR'> as a method: write VAR(), a name of "
-            "['gift', 'paint', 'var', 'vhr'], or an import path such as "
+            f"{KNOWN}, or an import path such as "
             "'my_package.my_file:MyMethod'",
         ),
         (
             (7,),
             "found 7 as a method: pass one such as VAR(), a name of "
-            "['gift', 'paint', 'var', 'vhr'], or an import path such as "
+            f"{KNOWN}, or an import path such as "
             "'my_package.my_file:MyMethod'",
         ),
     ],

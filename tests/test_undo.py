@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from eval.support import tiny
+from eval.support.agreement import CALIBRATION
 from tests.support.untouched import (
     answers,
     check_error_in_method,
@@ -25,7 +26,23 @@ from tests.support.untouched import (
     files,
     state_of,
 )
-from vlm_patch import GIFT, PAINT, VAR, VHR, PatchError, patch, wrap
+from vlm_patch import (
+    ADHH,
+    GIFT,
+    IAT,
+    PAI,
+    PAINT,
+    SPARC,
+    VAF,
+    VAR,
+    VHR,
+    AdaIAT,
+    Devils,
+    MassTarget,
+    PatchError,
+    patch,
+    wrap,
+)
 from vlm_patch.method import Method
 
 METHODS = (
@@ -33,6 +50,14 @@ METHODS = (
     GIFT(alpha=3.0, saliency_layer=1, layers=(2, 3)),
     VHR(layers=(1, 2, 3)),
     PAINT(layers=(1, 2, 3)),
+    PAI(layers=(1, 2)),
+    VAF(layers=(1, 2)),
+    Devils(layers=(1, 2)),
+    ADHH("1-2:*"),
+    MassTarget(layers=(3,)),
+    SPARC(tau=0.2, layer=2, layers=(1, 2, 3)),
+    IAT(layers=(1, 2)),
+    AdaIAT(CALIBRATION, layers=(2, 3)),
 )
 KINDS = {"llava": tiny.llava, "qwen2-vl": tiny.qwen2_vl}
 pytestmark = pytest.mark.filterwarnings("ignore:No processor was given")
@@ -140,6 +165,14 @@ STAGES = {
     "gift": ("before_forward", "edited_rows", "watched_rows", "observe", "edit_weights"),
     "vhr": ("extra_prompt", "before_forward", "edit_heads", "choose"),
     "paint": ("before_forward", "edited_rows", "edit_scores"),
+    "pai": ("before_forward", "edited_rows", "coefficients", "moved"),
+    "vaf": ("before_forward", "edited_rows", "edit_scores"),
+    "devils": ("before_forward", "edited_rows", "coefficients", "moved"),
+    "adhh": ("before_forward", "edited_rows", "groups", "shares"),
+    "iat": ("before_forward", "edited_rows", "coefficients", "moved"),
+    "adaiat": ("before_forward", "edited_rows", "edit_weights"),
+    "sparc": ("before_forward", "edited_rows", "watched_rows", "observe", "groups"),
+    "mass_target": ("before_forward", "edited_rows", "groups", "shares"),
 }
 
 

@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from vlm_patch.heads import HeadSpec
 from vlm_patch.models.tensor_parallel import WHOLE, Shard
 from vlm_patch.primitives.buffers import StaticLength
 from vlm_patch.validation import check_wholes
@@ -24,7 +26,8 @@ class State:
 
     The engine makes one per generation, lets it travel with the cache, and reorders its samples
     as beams are. per_key: names of the fields whose last dimension is the keys so far, or more of
-    them; a compiled step finds room there for all keys of its static cache.
+    them; a compiled step finds room there for all keys of its static cache. per_forward: names of
+    the fields that every forward makes anew; a compiled step keeps nothing of them.
 
         @dataclass
         class Seen(State):
@@ -32,6 +35,7 @@ class State:
     """
 
     per_key: ClassVar[tuple[str, ...]] = ()
+    per_forward: ClassVar[tuple[str, ...]] = ()
 
     def select(self, index: Tensor) -> None:
         """Keeps the samples `index` `[B]`, which may be reordered or repeated."""
@@ -71,6 +75,22 @@ class ModelInfo:
         own = range(self.depth) if self.softmax is None else self.softmax
         found = tuple(layer for layer in own if layer in layers)
         return found or (min(own, key=lambda layer: abs(2 * layer - layers[0] - layers[-1])),)
+
+    def layers_from(self, first: int) -> tuple[int, ...]:
+        """All layers but those below `first`; the last one where there are no others."""
+        return self.acting(range(min(first, self.depth - 1), self.depth))
+
+    def published_layers(
+        self, name: str, first: int, last: int
+    ) -> tuple[tuple[int, ...], list[str]]:
+        """The layers of the profile, else `first` to `last` of 32 scaled to the depth, and what
+        that comes to in words.
+        """
+        if "layers" in self.profile:
+            return tuple(self.profile["layers"]), []
+        start, stop = (round(layer * self.depth / 32) for layer in (first, last + 1))
+        layers = self.acting(range(start, max(start + 1, stop)))
+        return layers, [f"{name} layers={list(layers)}"]
 
     def check_layers(self, name: str, layers: Sequence[int] | None) -> None:
         """Raises ValueError for a layer that this model lacks, or that has no softmax attention."""
@@ -136,6 +156,8 @@ class Position:
     phase: what the rows are.
     prompt_rows: number of rows, the first ones, that are of a prompt; those behind were generated
         or drafted.
+    prompt_end: number of keys up to the end of the prompt read last; those behind are its answer.
+        In a compiled step a tensor `[1]`.
     first_prompt: it is the first prompt of its conversation.
     starts, ends: the prompt's first, its last row is among the rows.
     resumed: the rows resume a prompt of which an earlier forward read a part, taking it for a whole
@@ -148,6 +170,7 @@ class Position:
     past: Any = 0
     phase: Phase = Phase.PREFILL
     prompt_rows: int = 0
+    prompt_end: Any = 0
     first_prompt: bool = False
     starts: bool = False
     ends: bool = True
@@ -176,6 +199,7 @@ class ForwardContext:
     shard: which heads this process holds; what compares heads must gather them first.
     patches: of a prompt that starts here and has images, if a method reads the vision tower.
     copies: the same on other devices.
+    rows: `[R]`, indices of the rows that an edit is being shown.
     """
 
     position: Position
@@ -192,6 +216,7 @@ class ForwardContext:
     patches: Patches | None = field(default=None, repr=False)
     # not a field of `replace`: a copy of other rows would be taken for one of these
     copies: dict[torch.device, ForwardContext] = field(default_factory=dict, init=False, repr=False)
+    rows: Any = field(default=None, init=False, repr=False)
 
     def on(self, device: torch.device) -> ForwardContext:
         """The same with its masks on `device`, for a layer that a device map has put elsewhere."""
@@ -201,6 +226,30 @@ class ForwardContext:
             masks = {name: getattr(self, name).to(device) for name in MASKS}
             self.copies[device] = replace(self, **masks)
         return self.copies[device]
+
+    def answer_rows(self, prompt: bool = True) -> Tensor:
+        """The rows `[B, S]` (bool) that predict a token of an answer about an image: those of
+        generated tokens, and the last one of a `prompt`.
+        """
+        rows = self.last & self.seen[:, None]
+        if self.position.may_continue:  # read up to its image, the question follows
+            rows = rows & ~self.image[:, self.new]
+        if not prompt:
+            rows[:, : self.position.prompt_rows] = False
+        return rows
+
+    def answer_keys(self) -> Tensor:
+        """The keys `[K]` (bool) behind the prompt read last, which the model generated."""
+        keys = torch.arange(self.image.shape[1], device=self.image.device)
+        end = self.position.prompt_end
+        return keys >= (end.to(keys.device) if isinstance(end, Tensor) else end)
+
+    def answer_lengths(self) -> Tensor:
+        """How many of these keys each of the `rows` sees, its own included, `[R]`."""
+        past, end = self.position.past, self.position.prompt_end
+        before = (past.tensor if isinstance(past, StaticLength) else past) - end
+        lengths: Tensor = self.rows + 1
+        return lengths + (before.to(lengths.device) if isinstance(before, Tensor) else before)
 
     @property
     def new(self) -> slice:
@@ -217,6 +266,13 @@ class ForwardContext:
         if isinstance(past, StaticLength):
             return past.newest(mask, keys)
         return mask[..., total - keys : total]
+
+    def among_all(self, values: Tensor) -> Tensor:
+        """Values `[B, ..., k]` of the newest keys (see `newest`) among all K, 0 for the others."""
+        past = self.position.past
+        if isinstance(past, StaticLength):
+            return past.place(values)
+        return pad(values, (self.image.shape[1] - values.shape[-1], 0))
 
 
 @dataclass
@@ -300,6 +356,10 @@ class Method:
     def default_layers(self, depth: int) -> Sequence[int]:
         """The layers it acts in where the user names none; of a model of `depth` layers."""
         return range(depth)
+
+    def default_heads(self, layers: Sequence[int]) -> HeadSpec:
+        """The heads it acts in where the user names none, of its `layers`."""
+        return dict.fromkeys(layers, "*")
 
     def tower_reads(self) -> tuple[TowerRead, ...]:
         """The attention of the vision tower it wants to see; it finds it in `forward.patches`."""

@@ -306,7 +306,7 @@ def _tables(
     for method in methods:
         own = [layer for layer in method.default_layers(decoder.depth) if softmax[layer]]
         spec = chosen[method.name]
-        tables[method.name] = dict.fromkeys(own, "*") if spec is None else spec
+        tables[method.name] = method.default_heads(own) if spec is None else spec
         lost = (tables[method.name] & ~softmax).any(1).nonzero().flatten().tolist()
         if lost:
             warnings.warn(

@@ -23,6 +23,18 @@ def check_number(
         raise ValueError(f"{name}: found {value!r}, expected {expected}")
 
 
+def check_share(name: str, value: float, published: str) -> None:
+    """Raises ValueError unless `value` is a number from 0 to 1, as the c of z + c |z| must be;
+    published: what is, in words.
+    """
+    check_number(name, value, 0)
+    if value > 1:
+        raise ValueError(
+            f"{name}: found {value!r}, expected at most 1, since beyond it negative scores would "
+            f"change their sign ({published})"
+        )
+
+
 def check_whole(name: str, value: int, size: int | None = None) -> None:
     """Raises ValueError unless `value` is an integer of at least 0, and below `size` where that
     is known.

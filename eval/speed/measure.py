@@ -30,6 +30,7 @@ from eval.speed.memory import peaks
 from eval.speed.models import Loaded
 from eval.speed.shapes import METHODS, SHAPES, Shape, chosen
 from eval.speed.sides import Side, check_acting, sides
+from vlm_patch.methods.registry import METHODS as LIBRARY
 from vlm_patch.methods.registry import PATH, find
 
 COARSE = ("again", "eager", "release")
@@ -282,13 +283,14 @@ def speed(
 def _methods(names: str | None) -> list[str]:
     chosen_methods = list(METHODS) if names is None else [n.strip() for n in names.split(",")]
     for name in chosen_methods:
-        if name not in METHODS and ":" not in name:
+        known = list(dict.fromkeys((*METHODS, *LIBRARY)))
+        if name not in known and ":" not in name:
             raise EvalError(
-                f"--methods: found {name!r}, expected some of {list(METHODS)}, or import paths "
-                f"such as {PATH!r}"
+                f"--methods: found {name!r}, expected some of {known}, or import paths such as "
+                f"{PATH!r}"
             )
         try:
-            ":" not in name or find(name)
+            name in METHODS or find(name)()
         except ValueError as error:
             raise EvalError(f"--methods: {error}") from error
     return chosen_methods

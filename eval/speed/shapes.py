@@ -45,7 +45,7 @@ class Acting:
 
     def describe(self, method: str) -> str:
         """In words, with the layers counted from 0."""
-        if ":" in method:
+        if method not in METHODS:
             return f"{method} in its default layers"
         parts = {
             "var": "VAR in all layers",
@@ -74,8 +74,8 @@ def acting(text: Any) -> Acting:
 
 
 def ours(method: str, at: Acting) -> list[Any]:
-    """The library's methods, or one of somebody's own by its import path."""
-    if ":" in method:
+    """The methods as they act here; any other, by its name or import path, with its defaults."""
+    if method not in METHODS:
         return [find(method)()]
     return [
         {

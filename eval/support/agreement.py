@@ -7,13 +7,35 @@ import torch
 from torch import Tensor
 
 from eval.support import tiny
-from eval.support.reference import Gift, Method, Paint, Sample, Var, Vhr, logits
-from vlm_patch import GIFT, PAINT, VAR, VHR
+from eval.support.reference import (
+    AdaIat,
+    Adhh,
+    Gift,
+    Iat,
+    Mass,
+    Method,
+    MiddleLayers,
+    Pai,
+    Paint,
+    Sample,
+    Sparc,
+    Vaf,
+    Var,
+    Vhr,
+    logits,
+)
+from vlm_patch import ADHH, GIFT, IAT, PAI, PAINT, SPARC, VAF, VAR, VHR, AdaIAT, Devils, MassTarget
+from vlm_patch.methods.adaiat import Calibration
 
 DIMS = tiny.SINK_DIMS
 TAU = 3.0
 
 TABLE = ((0.3, 0.1, 0.4, 0.2), (0.0, 0.2, 0.1, 0.3), (0.5, 0.0, 0.4, 0.1), (0.2, 0.3, 0.5, 0.4))
+REAL = tuple(tuple(0.03 + 0.2 * number for number in row) for row in TABLE)
+HALLUCINATED = tuple(tuple(0.05 + 0.1 * number for number in row) for row in reversed(TABLE))
+CALIBRATION = Calibration(
+    torch.tensor(REAL, dtype=torch.float64), torch.tensor(HALLUCINATED, dtype=torch.float64)
+)
 PAIRS: dict[str, tuple[Method, Any]] = {
     "var": (Var(DIMS, TAU), VAR(tau=TAU, dims=DIMS)),
     "var-all-fields": (
@@ -48,6 +70,19 @@ PAIRS: dict[str, tuple[Method, Any]] = {
         Paint(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
         PAINT(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
     ),
+    "pai": (Pai(0.5, (1, 2, 3)), PAI(0.5, (1, 2, 3))),
+    "pai-release": (Pai(1.0, (0, 2), "release"), PAI(1.0, (0, 2), "release")),
+    "vaf": (Vaf(1.3, 0.8, (1, 2)), VAF(1.3, 0.8, (1, 2))),
+    "devils": (MiddleLayers(0.5, (1, 2, 3)), Devils(0.5, (1, 2, 3))),
+    "adhh": (Adhh(0.4, (1, 2, 3)), ADHH("1-3:*", 0.4)),
+    "iat": (Iat(0.8, (1, 2, 3)), IAT(0.8, (1, 2, 3))),
+    "adaiat": (
+        AdaIat(REAL, HALLUCINATED, 6.0, 0.5, (0, 1, 2, 3)),
+        AdaIAT(CALIBRATION, 6.0, 0.5, (0, 1, 2, 3)),
+    ),
+    "sparc": (Sparc(1.5, 0.3, 0.1, 2, (0, 1, 2, 3)), SPARC(1.5, 0.3, 0.1, 2, (0, 1, 2, 3))),
+    "mass-target": (Mass(0.55, (1, 3)), MassTarget(0.55, (1, 3))),
+    "mass-target-raise": (Mass(0.3, (0, 2), True), MassTarget(0.3, (0, 2), True)),
 }
 MODELS: dict[str, Callable[..., Any]] = {
     "llava": tiny.llava,

@@ -37,6 +37,15 @@ SIDES: dict[str, tuple[str, ...]] = {
     "all, map from an edited layer": ("var", "gift-inside", "vhr"),
     "paint": ("paint",),
     "all and paint": ("paint", "var", "gift-inside", "vhr"),
+    "pai": ("pai",),
+    "vaf": ("vaf",),
+    "devils": ("devils",),
+    "adhh": ("adhh",),
+    "mass target": ("mass-target",),
+    "iat": ("iat",),
+    "adaiat": ("adaiat",),
+    "sparc": ("sparc",),
+    "attention-side": ("pai", "vaf", "devils", "iat", "adhh", "adaiat", "mass-target"),
 }
 Names: TypeAlias = Sequence[str]
 STEPS = 6
@@ -641,6 +650,8 @@ def in_two_processes() -> dict[str, float]:
     heads["gift"] = table & (torch.arange(4) == 2)[:, None]
     jobs: dict[str, Any] = {side: (names, None) for side, names in SIDES.items()}
     jobs["some heads"] = (SIDES["all"], heads)
+    across = table & (torch.arange(4) > 0)[:, None]  # heads that are off count in means and gates
+    jobs["some heads, all compared"] = (("devils", "adaiat"), {"devils": across, "adaiat": across})
     jobs["other semantics"] = (("gift-one-head", "var-release", "vhr-paper"), None)
     return errors(jobs)
 

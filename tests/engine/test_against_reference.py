@@ -15,7 +15,7 @@ from eval.support.reference import Var, logits
 from tests.support.agreement import ALONE, NO_PROCESSOR, TOGETHER, error, generate
 from vlm_patch import GIFT, VAR
 
-pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
+pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR, "ignore:VAF multiplies")
 BATCHES = {
     "one image": tiny.ONE_IMAGE,
     "left-padded batch of 3": tiny.BATCH_OF_3,

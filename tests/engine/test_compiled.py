@@ -15,12 +15,12 @@ from eval.support import tiny
 from eval.support.agreement import ours, planted
 from tests.support.agreement import NO_PROCESSOR
 from tests.support.family import VARIANTS, Family
-from vlm_patch import GIFT, VAR, VHR, Method, PatchError, State, wrap
+from vlm_patch import GIFT, SPARC, VAR, VHR, Method, PatchError, State, wrap
 from vlm_patch.engine.attention import REASON
 from vlm_patch.primitives.buffers import append
 
 pytestmark = [
-    pytest.mark.filterwarnings(NO_PROCESSOR),
+    pytest.mark.filterwarnings(NO_PROCESSOR, "ignore:VAF multiplies"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -125,6 +125,8 @@ def graphs() -> int:
         (("gift",), "eager"),
         (("vhr",), "eager"),
         (("paint-release",), "eager"),
+        (("pai", "vaf", "devils", "iat", "adhh", "adaiat", "mass-target"), "eager"),
+        (("sparc",), "eager"),
         (ALL, "aot_eager"),
     ],
 )
@@ -205,6 +207,7 @@ def test_windows_and_a_cap() -> None:
         VAR(tau=1.0, dims=(3, 10), min_image_mass=0.0, rho_nonsink=0.0),
         GIFT(3.0, saliency_layer=0, layers=(1, 2)),
         VHR(layers=(0, 1)),
+        SPARC(2.0, 0.1, 0.1, layer=0, layers=(0, 1, 2)),
     ]
     stock = generated(model, family.prompt(), None)
     with wrap(model, *methods):

@@ -28,6 +28,7 @@ ROUNDING = {True: 1e-9, False: 1e-4}
 """How near to a threshold a number may lie before rounding may decide."""
 
 UNCUT = "needs one that can be cut: use a DynamicCache of a model without sliding window"
+ONE_BY_ONE = "sparc needs generated tokens one by one"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -57,6 +58,8 @@ def test_anything(case: Case) -> None:
             found = RUNS[case.mode](case, model, batch)
         except PatchError as error:
             if UNCUT in str(error) and (case.build.kind, case.mode) == ("sliding", "second turn"):
+                return
+            if ONE_BY_ONE in str(error) and case.mode == "without cache":
                 return
             raise
     for one in found():

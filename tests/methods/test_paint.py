@@ -13,7 +13,8 @@ from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, plac
 from vlm_patch import PAINT, VAR, wrap
 from vlm_patch.engine.attention import Call
 from vlm_patch.method import ModelInfo
-from vlm_patch.methods.paint import boosted, outliers, token_sets, top
+from vlm_patch.methods.paint import outliers, token_sets, top
+from vlm_patch.primitives.key_bias import raised
 
 EXAMPLE, CLIFF = EXAMPLES["paint"]["A6"], EXAMPLES["paint"]["cliff"]
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
@@ -47,7 +48,7 @@ def test_example_of_the_row(name: str, local: float, summary: float, dtype: torc
     if name != "paint":  # PAI raises every patch
         chosen = visual, []
     strength = local * mask(chosen[0], 12).to(dtype) + summary * mask(chosen[1], 12).to(dtype)
-    scores = boosted(tensor(given["logits"], dtype), strength)
+    scores = raised(tensor(given["logits"], dtype), strength)
     assert_near(scores, expected[name]["logits"])
     assert_near(scores.softmax(-1), expected[name]["attention"])
 
@@ -59,8 +60,8 @@ def test_example_of_the_cliff() -> None:
         visual = tensor(draw.normal(row["mu"], 1, 576))
         others = tensor([8, 2, 3, *draw.normal(1.5, 1, 60)])
         for alpha, expected in zip(alphas, row["visual_mass"], strict=True):
-            raised = boosted(visual, torch.full_like(visual, alpha))
-            assert_near(torch.cat([raised, others]).softmax(-1)[:576].sum(), expected)
+            moved = raised(visual, torch.full_like(visual, alpha))
+            assert_near(torch.cat([moved, others]).softmax(-1)[:576].sum(), expected)
 
 
 # ---- bounds
@@ -111,11 +112,11 @@ def test_the_summary_set_comes_first() -> None:
 def test_scores_rise_and_never_pass_zero() -> None:
     scores = torch.linspace(-5, 5, 101, dtype=torch.float64)
     for alpha in (0.0, 0.3, 1.0):
-        raised = boosted(scores, torch.full_like(scores, alpha))
-        assert (raised >= scores).all()
-        assert (raised[scores <= 0] <= 0).all()
+        moved = raised(scores, torch.full_like(scores, alpha))
+        assert (moved >= scores).all()
+        assert (moved[scores <= 0] <= 0).all()
         assert torch.equal(
-            raised == scores, (scores == 0) | torch.full_like(scores == 0, alpha == 0)
+            moved == scores, (scores == 0) | torch.full_like(scores == 0, alpha == 0)
         )
 
 

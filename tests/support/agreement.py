@@ -20,6 +20,8 @@ TOGETHER = [
     ("gift-inside", "var-release", "vhr-paper"),
     ("var", "gift-inside"),
     ("gift-inside", "paint", "var", "vhr"),
+    ("pai", "vaf", "devils", "adhh", "mass-target"),
+    ("mass-target", "var", "adaiat", "devils", "pai", "adhh", "iat"),
 ]
 
 

@@ -9,8 +9,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.reference import Gift, Method, Paint, Var, Vhr
-from vlm_patch import GIFT, PAINT, VAR, VHR
+from eval.support.reference import (
+    AdaIat,
+    Adhh,
+    Gift,
+    Iat,
+    Mass,
+    Method,
+    MiddleLayers,
+    Pai,
+    Paint,
+    Sparc,
+    Vaf,
+    Var,
+    Vhr,
+)
+from vlm_patch import ADHH, GIFT, IAT, PAI, PAINT, SPARC, VAF, VAR, VHR, AdaIAT, Devils, MassTarget
+from vlm_patch.methods.adaiat import Calibration
 
 HEADS = 4
 WORDS = (5, 6, 8, 9, tiny.SINK_WORD, 21, 22, 30, 31, 41, 50, 60, 61)
@@ -156,6 +171,61 @@ def paint(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     return Paint(**given), PAINT(**given)
 
 
+@st.composite
+def pai(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    semantics = draw(st.sampled_from(("release", "paper")))
+    given = draw(hundredths(0, 1)), draw(some_layers(layers)), semantics
+    return Pai(*given), PAI(*given)
+
+
+@st.composite
+def vaf(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = draw(hundredths(0, 2)), draw(hundredths(0, 2)), draw(some_layers(layers))
+    return Vaf(*given), VAF(*given)
+
+
+@st.composite
+def devils(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = draw(hundredths(0, 2)), draw(some_layers(layers))
+    return MiddleLayers(*given), Devils(*given)
+
+
+@st.composite
+def adhh(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    tau, own = draw(hundredths(0, 1)), draw(some_layers(layers))
+    return Adhh(tau, own), ADHH(dict.fromkeys(own, "*"), tau)
+
+
+@st.composite
+def mass_target(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = draw(hundredths(0.01, 0.99)), draw(some_layers(layers)), draw(st.booleans())
+    return Mass(*given), MassTarget(*given)
+
+
+@st.composite
+def iat(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = draw(hundredths(0, 1)), draw(some_layers(layers))
+    return Iat(*given), IAT(*given)
+
+
+@st.composite
+def adaiat(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    row = st.tuples(*[hundredths(0.01, 0.2)] * HEADS)
+    real, invented = (draw(st.tuples(*[row] * layers)) for _ in range(2))
+    given = draw(hundredths(0, 8)), draw(hundredths(0, 1)), draw(some_layers(layers))
+    tables = (torch.tensor(table, dtype=torch.float64) for table in (real, invented))
+    return AdaIat(real, invented, *given), AdaIAT(Calibration(*tables), *given)
+
+
+@st.composite
+def sparc(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = (
+        *(draw(hundredths(0.5, 2)), draw(hundredths(0, 2)), draw(hundredths(0, 1))),
+        *(draw(st.integers(0, layers - 1)), draw(some_layers(layers))),
+    )
+    return Sparc(*given), SPARC(*given)
+
+
 def acting(spec: Method, layers: int) -> list[int]:
     """The layers that a method is made for."""
     if isinstance(spec, Var):
@@ -219,6 +289,14 @@ def cases(draw: st.DrawFn) -> Case:
         "gift": gift(build.layers, words),
         "vhr": vhr(build.layers),
         "paint": paint(build.layers),
+        "pai": pai(build.layers),
+        "vaf": vaf(build.layers),
+        "devils": devils(build.layers),
+        "iat": iat(build.layers),
+        "sparc": sparc(build.layers),
+        "adaiat": adaiat(build.layers),
+        "adhh": adhh(build.layers),
+        "mass target": mass_target(build.layers),
     }
     names = draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=4, unique=True))
     methods = [draw(kinds[name]) for name in names]

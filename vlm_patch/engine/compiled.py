@@ -55,7 +55,7 @@ class StaticStep:
     """The steps on one static cache.
 
     graph: of the patch that made it.
-    length: how many tokens it holds.
+    length: how many tokens it holds. prompt_end: see `Position`, `[1]`.
     masks: image, query and content `[B, capacity]`, seen `[B]`; see `ForwardContext`.
     ready: an ordinary forward has filled everything.
     ran: traced steps came behind it, which Python did not count.
@@ -65,6 +65,7 @@ class StaticStep:
 
     graph: Graph
     length: StaticLength
+    prompt_end: Tensor
     shard: Shard
     methods: list[StaticMethod] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -97,6 +98,8 @@ class StaticStep:
         self.pictured = generation.pictured
         with torch.inference_mode(False):
             self.length.tensor.fill_(generation.length)
+            if prompt:
+                self.prompt_end.fill_(generation.end)
             for name in KEY_MASKS:
                 mask = self._kept(name, getattr(generation.keys, name), True)
                 setattr(generation.keys, name, mask)
@@ -144,7 +147,7 @@ class StaticStep:
         seen = self.masks["seen"]
         row = torch.ones_like(seen)[:, None]
         forward = ForwardContext(
-            position=Position(self.length, Phase.DECODE),
+            position=Position(self.length, Phase.DECODE, prompt_end=self.prompt_end),
             image=self.masks["image"],
             query=self.masks["query"],
             content=self.masks["content"],
@@ -184,12 +187,12 @@ class StaticStep:
             edited=edited,
             everywhere=edited is not None and bool(edited.all()),
             watched=tuple(watched[0]) if watched is not None and watched[1].any() else (),
-            fields=tuple(vars(active.state)),
+            fields=tuple(_kept_fields(active.state)),
         )
 
     def _keep_state(self, name: str, state: State) -> None:
-        for part, value in vars(state).items():
-            wide = part in state.per_key
+        for part in _kept_fields(state):
+            value, wide = getattr(state, part), part in state.per_key
             if isinstance(value, Tensor):
                 setattr(state, part, self._kept((name, part), value, wide))
             elif isinstance(value, dict):
@@ -276,6 +279,7 @@ class TracedStep(ForwardHandler):
         if not shown and not edits:
             return call.stock()[0]
         forward, rows = self.forward(device), torch.zeros(1, dtype=torch.long, device=device)
+        forward.rows = rows
         scores, unseen = row_scores(call, forward.position.past)
         for known, state in self.acting:
             if known in edits and known.method.edits_scores:
@@ -332,6 +336,11 @@ def _merged(known: StaticMethod, layer: int, new: Tensor, before: Tensor) -> Ten
     return new
 
 
+def _kept_fields(state: State) -> list[str]:
+    """The names of what a state holds from one forward to the next."""
+    return [name for name in vars(state) if name not in state.per_forward]
+
+
 def _copy(state: State, fields: Sequence[str]) -> State:
     """The same tensors in a state that hooks may change."""
     copied = type(state)()
@@ -376,9 +385,12 @@ def static_step(
     known: StaticStep | None = generation.static
     if known is None:
         with torch.inference_mode(False):
-            length = torch.zeros(1, dtype=torch.long, device=generation.keys.seen.device)
-        torch._dynamo.mark_static_address(length)
-        known = generation.static = StaticStep(graph, StaticLength(length, capacity), shard)
+            seen = generation.keys.seen
+            length, end = (seen.new_zeros(1, dtype=torch.long) for _ in range(2))
+        for number in (length, end):
+            torch._dynamo.mark_static_address(number)
+        static = StaticLength(length, capacity)
+        known = generation.static = StaticStep(graph, static, end, shard)
     known.ready = False
     return known
 

@@ -361,8 +361,9 @@ def _check(cache: Any) -> None:
 
 
 def _late(active: ActiveMethod, forward: ForwardContext) -> bool:
-    """Whether a method edits, in this forward, a layer that is not above all that it watches."""
-    watched = active.method.watched_rows(forward) if forward.position.ends else None
+    """Whether a method edits, in this end of a prompt, a layer not above all that it watches."""
+    ends = forward.position.ends and forward.position.prompt_rows
+    watched = active.method.watched_rows(forward) if ends else None
     if watched is None or not active.heads or max(watched[0]) < min(active.heads):
         return False
     edited = active.method.edited_rows(forward)

@@ -420,9 +420,9 @@ class Editing(ForwardHandler):
         mine = before if part.index is None else before[:, :, part.index]
         method, state = task.active.method, task.active.state
         forward = self.forward.on(before.device)
+        forward.rows = rows if part.index is None else rows[part.index]
         if task.stage is Stage.WATCH:
-            watched = rows if part.index is None else rows[part.index]
-            method.observe(layer, mine, watched, forward, state)
+            method.observe(layer, mine, forward.rows, forward, state)
             return before
         edit = method.edit_scores if task.stage is Stage.SCORES else method.edit_weights
         new = edit(layer, mine, forward, state)

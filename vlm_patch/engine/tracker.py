@@ -317,6 +317,7 @@ class PromptTracker(threading.local):
             past,
             Phase.PREFILL if starts and ends else Phase.CHUNK,
             prompt,
+            generation.end,
             first_prompt=generation.start == 0,
             starts=starts,
             ends=ends,
@@ -346,7 +347,8 @@ class PromptTracker(threading.local):
         image, query, content = (generation.ahead(name, past + rows) for name in KEY_MASKS)
         if generation.step is not None and generation.step.forward.valid.shape[1] == rows:
             forward: ForwardContext = generation.step.forward
-            forward.position, forward.image = Position(past, forward.position.phase), image
+            forward.position = replace(forward.position, past=past)
+            forward.image = image
             forward.query, forward.content = query, content
             forward.copies.clear()
             return forward
@@ -363,7 +365,9 @@ class PromptTracker(threading.local):
         if rows > 1:
             row, text = row.expand(-1, rows), text.expand(-1, rows)
         return ForwardContext(
-            position=Position(past, Phase.DECODE if rows == 1 else Phase.DRAFT),
+            position=Position(
+                past, Phase.DECODE if rows == 1 else Phase.DRAFT, prompt_end=generation.end
+            ),
             image=image,
             query=query,
             content=content,

@@ -30,6 +30,8 @@ from vlm_patch.primitives.triton import jit, tl
 from vlm_patch.validation import check_number, check_wholes
 
 MOST_ALPHA = 80.0
+ROUNDING = 1e-4
+"""How far from 1 a row of attention may sum to and still be taken for whole."""
 
 
 def positive_change(weights: Tensor) -> Tensor:
@@ -118,7 +120,9 @@ def gaze_shares(masses: Tensor, beta: float = 1.0, head_fraction: float = 0.5) -
         pace = beta * pace + (beta - 1)
     pace = reading * pace
     one = torch.ones_like(pace)
-    total = (one + looking * masses[:, 1] + pace * masses[:, 2])[:, None]
+    # rows sum to 1, but for rounding, unless a method before took something away from them
+    whole = torch.where((masses[:, 3] - 1).abs() < ROUNDING, one, masses[:, 3])
+    total = (whole + looking * masses[:, 1] + pace * masses[:, 2])[:, None]
     shares = torch.stack((torch.zeros_like(one), looking, pace, one), 1)
     empty = total <= 0
     shares = (shares / total).masked_fill(empty, 0.0)
@@ -153,7 +157,8 @@ def gaze_shares_of_a_row(
     mass, gained = tl.sum(looking * image, 0), tl.sum(looking * gain, 0)
     more = gained / tl.maximum(mass, 1.1754943508222875e-38)
     pace = top_of_a_row(query, inside, count) * (beta * more + (beta - 1))
-    total = 1 + looking * gain + pace * query
+    whole = tl.where(tl.abs(every - 1) < 1e-4, 1.0, every)
+    total = whole + looking * gain + pace * query
     left = total > 0
     divisor = tl.where(left, total, 1.0)
     kept = tl.where(left, 1.0 / divisor, 0.0)
@@ -344,7 +349,7 @@ class GIFT(KeyReweighting):
         """
         at, keys = forward.position, forward.image.shape[1]
         # keys out of a sliding window have no weight; to autograd the map is a constant
-        weights = pad(weights.detach(), (keys - weights.shape[-1], 0))
+        weights = forward.among_all(weights.detach())
         edge = rows == (-1 if at.last_image_row is None else at.last_image_row)
         if at.last_image_row is not None and edge.any():
             state.edge[layer] = weights[:, :, edge]

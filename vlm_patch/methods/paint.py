@@ -22,7 +22,8 @@ from vlm_patch.method import (
     TowerRead,
 )
 from vlm_patch.primitives.buffers import append, cast
-from vlm_patch.validation import check_number, check_wholes
+from vlm_patch.primitives.key_bias import raised
+from vlm_patch.validation import check_number, check_share, check_wholes
 
 LOCAL, SUMMARY = TowerRead(0), TowerRead(-2)
 SPATIAL = TowerRead(0, "patches")
@@ -68,14 +69,6 @@ def token_sets(
         chosen = chosen | top(spatial, rho_sp)
     strong = outliers(summary)
     return chosen & ~strong, strong
-
-
-def boosted(scores: Tensor, strength: Tensor) -> Tensor:
-    """z + c |z| (paper, equation of the release): up for all, but negative ones never past 0.
-
-    scores z: attention before the softmax. strength c: broadcastable to it, 0 to 1.
-    """
-    return torch.addcmul(scores, strength, scores.abs())
 
 
 @dataclass
@@ -144,14 +137,8 @@ class PAINT(Method):
         return cls(alpha=0.7, beta=0.3, rho=0.25, semantics="release")
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            value = getattr(self, name)
-            check_number(f"PAINT {name}", value, 0)
-            if value > 1:
-                raise ValueError(
-                    f"PAINT {name}: found {value!r}, expected at most 1, since beyond it negative "
-                    "scores would change their sign (published values are 0.3 to 0.7)"
-                )
+        check_share("PAINT alpha", self.alpha, "published values are 0.3 to 0.7")
+        check_share("PAINT beta", self.beta, "published values are 0.3 to 0.7")
         check_number("PAINT rho", self.rho, 0, 1)
         check_number("PAINT rho_sp", self.rho_sp, 0, 1)
         check_wholes("PAINT layers", self.layers)
@@ -185,7 +172,7 @@ class PAINT(Method):
             )
         layers = self.layers
         if layers is None:
-            layers = info.acting(range(min(2, info.depth - 1), info.depth))
+            layers = info.layers_from(2)
         table = None if table is None else tuple(map(tuple, table))
         return replace(self, layers=layers, sensitivity=table), []
 
@@ -237,12 +224,7 @@ class PAINT(Method):
     def edited_rows(self, forward: ForwardContext) -> Tensor | None:
         if not (self.alpha or self.beta):
             return None
-        rows = forward.last & forward.seen[:, None]
-        if forward.position.may_continue:  # read up to its image, the question follows
-            rows = rows & ~forward.image[:, forward.new]
-        if self.semantics == "release":
-            rows[:, : forward.position.prompt_rows] = False
-        return rows
+        return forward.answer_rows(prompt=self.semantics == "paper")
 
     def edit_scores(
         self, layer: int, scores: Tensor, forward: ForwardContext, state: BoostState
@@ -252,4 +234,4 @@ class PAINT(Method):
         if state.share is not None:
             share = state.share[:, layer].to(scores.device, scores.dtype)
             strength = strength * share[:, :, None, None]
-        return boosted(scores, strength)
+        return raised(scores, strength)

@@ -60,8 +60,18 @@ class StaticLength:
         """
         if keys == mask.shape[-1]:
             return mask
-        first = (self.tensor.to(mask.device) + 1 - keys).clamp_min(0)
-        return mask.index_select(-1, first + torch.arange(keys, device=mask.device))
+        return mask.index_select(-1, self._newest(keys, mask.device))
+
+    def place(self, values: Tensor) -> Tensor:
+        """Values `[..., k]` of these last keys among all, `[..., capacity]`, 0 for the others."""
+        if values.shape[-1] == self.capacity:
+            return values
+        every = values.new_zeros(*values.shape[:-1], self.capacity)
+        return every.index_copy(-1, self._newest(values.shape[-1], values.device), values)
+
+    def _newest(self, keys: int, device: torch.device) -> Tensor:
+        first = (self.tensor.to(device) + 1 - keys).clamp_min(0)
+        return first + torch.arange(keys, device=device)
 
 
 def append(buffer: Tensor | None, new: Tensor, past: Any) -> Tensor:

@@ -5,15 +5,23 @@ no code with `vlm_patch` and defines what correct means: a row of a padded batch
 beam are all compared with the same row of a single sample here.
 """
 
+from eval.support.reference.adhh import Adhh as Adhh
 from eval.support.reference.compose import Method as Method
 from eval.support.reference.compose import Trace as Trace
 from eval.support.reference.compose import logits as logits
 from eval.support.reference.compose import sinks as sinks
 from eval.support.reference.compose import trace as trace
+from eval.support.reference.devils import MiddleLayers as MiddleLayers
 from eval.support.reference.gift import Gift as Gift
+from eval.support.reference.iat import AdaIat as AdaIat
+from eval.support.reference.iat import Iat as Iat
+from eval.support.reference.mass_target import Mass as Mass
+from eval.support.reference.pai import Pai as Pai
 from eval.support.reference.paint import Paint as Paint
 from eval.support.reference.sample import Sample as Sample
 from eval.support.reference.sample import Turn as Turn
 from eval.support.reference.sample import capture as capture
+from eval.support.reference.sparc import Sparc as Sparc
+from eval.support.reference.vaf import Vaf as Vaf
 from eval.support.reference.var import Var as Var
 from eval.support.reference.vhr import Vhr as Vhr

@@ -3,21 +3,23 @@ order, then the values, then VHR's scale.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eval.support.reference import decoder, gift, paint, var, vhr
+from eval.support.reference.answer import RowMethod
 from eval.support.reference.decoder import OutputsEdit, Run, ScoresEdit, WeightsEdit
 from eval.support.reference.gift import Gift
 from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn
+from eval.support.reference.sparc import Sparc, Unrolled
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
 
-Method = Var | Gift | Vhr | Paint
+Method = Var | Gift | Vhr | Paint | RowMethod
 Heads = Mapping[str, Tensor]
 
 
@@ -78,11 +80,19 @@ def trace(
     text = text_outputs(model, sample) if any(isinstance(m, Vhr) for m in methods) else []
     maps: list[Tensor | None] = []
     margins: list[dict[str, float]] = []
-    for spec in [method for method in methods if isinstance(method, Gift)]:
-        for turn in sample.turns:
+    methods = [Unrolled(m, sample) if isinstance(m, Sparc) else m for m in methods]
+    starts = [turn.start for turn in sample.turns[1:]] + [sample.length]
+    for turn, stop in zip(sample.turns, starts, strict=True):
+        for spec in [method for method in methods if isinstance(method, Gift)]:
             first = _Pass(model, sample.until(turn.end), methods, heads or {}, maps, text).go()
             maps = [*maps, _map(first, spec, turn, sample.image[: turn.end])]
             margins.append(first.margins)
+        for run in [method for method in methods if isinstance(method, Unrolled)]:
+            for row in range(turn.end - 1, stop):
+                part = replace(sample.until(row + 1), rounded=sample.rounded)
+                seen = _Pass(model, part, methods, heads or {}, maps, text).go()
+                seen.near("sparc rise", run.learn(row, sample.image, row == turn.end - 1))
+                margins.append(seen.margins)
     final = _Pass(model, sample, methods, heads or {}, maps, text).go()
     for known in margins:
         for decision, distance in known.items():
@@ -175,7 +185,20 @@ class _Pass:
             if isinstance(method, Paint) and layer in method.layers:
                 edited = self._paint(method, layer, scores)
                 scores = self._where_on(method, layer, edited, scores)
+            elif isinstance(method, RowMethod) and layer in method.layers:
+                edited = scores.clone()
+                for row in method.rows(self.sample):
+                    edited[:, row] = method.edit_scores(layer, scores[:, row], self.sample, row)
+                scores = self._where_on(method, layer, edited, scores)
         return scores
+
+    def _row_weights(self, method: RowMethod, layer: int, weights: Tensor) -> Tensor:
+        edited = weights.clone()
+        for row in method.rows(self.sample):
+            gaps = method.distances(layer, weights[:, row], self.sample, row)
+            self.seen.near(method.name, gaps)
+            edited[:, row] = method.edit_weights(layer, weights[:, row], self.sample, row)
+        return edited
 
     def _paint(self, spec: Paint, layer: int, scores: Tensor) -> Tensor:
         """The last prompt row (not in the release) and the generated rows of every turn."""
@@ -199,6 +222,8 @@ class _Pass:
             elif isinstance(method, Gift):
                 self.seen.gaze[layer] = weights
                 edited = self._gift(method, layer, weights)
+            elif isinstance(method, RowMethod) and layer in method.layers:
+                edited = self._row_weights(method, layer, weights)
             weights = self._where_on(method, layer, edited, weights)
         return weights
 

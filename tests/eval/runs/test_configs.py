@@ -11,7 +11,7 @@ import pytest
 import transformers as hf
 
 from eval.runs.config import METHODS, load
-from vlm_patch import PAINT
+from vlm_patch import PAI, PAINT
 from vlm_patch.method import ModelInfo
 from vlm_patch.models.info import _profile
 
@@ -68,13 +68,14 @@ def qwen3_vl(text: Any) -> Any:
     return hf.Qwen3VLConfig(text_config=text)
 
 
+ATTENTION = {"iat", "sparc", "pai", "vaf", "devils", "mass_target"}
 BOTH = {"gift-release", "vhr-paper", "var-release", "paint-paper", "paint-release"}
 MODELS = {
     "llava-1.5-7b": Known(
         "llava-hf/llava-1.5-7b-hf",
         *(32, 32, 32, 4096, llava),
-        {"all", *BOTH},
-        {"var", "gift", "vhr", "paint"},
+        {"all", "pai-release", *ATTENTION, *BOTH},
+        {"var", "gift", "vhr", "paint", "pai", "vaf", "devils", "iat", "sparc"},
     ),
     "llava-1.5-13b": Known(
         "llava-hf/llava-1.5-13b-hf",
@@ -140,7 +141,7 @@ def test_every_config_loads_and_holds_the_sections_of_its_methods(path: Path) ->
 
 def test_every_model_has_its_files() -> None:
     wanted = {folder: PLAIN | known.files for folder, known in MODELS.items()}
-    wanted["pocket"] = PLAIN | {"all"}
+    wanted["pocket"] = PLAIN | ATTENTION | {"all", "adhh"}
     for folder in wanted:
         if folder == "pocket" or MODELS[folder].paint:
             wanted[folder].add("paint")
@@ -202,8 +203,8 @@ def test_the_library_takes_the_values_of_the_config_by_itself(path: Path) -> Non
         assert written.pop("tau") == (20.0 if seen.profile else None)
     assert written == {key: value for key, value in vars(fitted).items() if key in written}
     if path.stem in known.published:
-        # PAINT's own defaults are those for LLaVA-1.5-7B
-        assert (bool(seen.profile) or path.stem == "paint", scaled) == (True, [])
+        # PAINT's and PAI's own defaults are those for LLaVA-1.5-7B
+        assert (bool(seen.profile) or path.stem in ("paint", "pai"), scaled) == (True, [])
 
 
 @pytest.mark.parametrize("path", ONE_METHOD, ids=name)
@@ -248,6 +249,10 @@ PUBLISHED = [
     ("llava-1.5-7b/paint", {"alpha": 0.7, "beta": 0.4, "rho": 0.15, "layers": (*range(2, 32),)}),
     ("llava-1.5-7b/paint-paper", vars(PAINT.paper()) | {"layers": (*range(2, 32),)}),
     ("llava-1.5-7b/paint-release", vars(PAINT.release()) | {"layers": (*range(2, 32),)}),
+    ("llava-1.5-7b/pai", {"alpha": 0.5, "layers": (*range(2, 32),), "semantics": "paper"}),
+    ("llava-1.5-7b/pai-release", vars(PAI.release()) | {"layers": (*range(2, 32),)}),
+    ("llava-1.5-7b/vaf", {"visual": 1.15, "system": 0.95, "layers": (*range(9, 15),)}),
+    ("llava-1.5-7b/devils", {"alpha": 0.5, "layers": (*range(5, 19),)}),
     ("instructblip-7b/vhr", {"alpha": 2.0, "layers": (*range(14, 32),), "filter": True}),
 ]
 

@@ -31,10 +31,16 @@ IN_PARTS = ("chunked prefill", "questions behind a cached image")
 REFUSED = {(name, side) for name in IN_PARTS for side in SIDES if "vhr" in SIDES[side]} | {
     ("inputs_embeds", side) for side in SIDES if "paint" in SIDES[side]
 }
-MIXED, PAINTED = "all, map from an edited layer", "all and paint"
+REFUSED |= {
+    (name, side)
+    for name in ("prompt lookup", "assistant model", "use_cache=False")
+    for side in SIDES
+    if "sparc" in SIDES[side]
+}
+MIXED, PAINTED, EDITS = "all, map from an edited layer", "all and paint", "attention-side"
 
 
-@pytest.mark.parametrize("side", [MIXED, PAINTED])
+@pytest.mark.parametrize("side", [MIXED, PAINTED, EDITS])
 @pytest.mark.parametrize("name", [name for name, mode in MODES.items() if mode.known])
 def test_all_methods_together(name: str, side: str) -> None:
     row = measure(name, side)
@@ -86,7 +92,9 @@ def test_the_page_names_every_way_with_its_note() -> None:
 # ---- beyond what the table asks
 
 
-@pytest.mark.parametrize("job", ["some heads", "other semantics", "search for sinks"])
+@pytest.mark.parametrize(
+    "job", ["some heads", "some heads, all compared", "other semantics", "search for sinks"]
+)
 def test_in_two_processes(job: str) -> None:
     assert in_two_processes()[job] <= CLOSE
 
