@@ -7,8 +7,22 @@ import torch
 from torch import Tensor
 
 from eval.support import tiny
-from eval.support.reference import Gift, Method, Paint, Sample, Var, Vhr, logits
-from vlm_patch import GIFT, PAINT, VAR, VHR
+from eval.support.reference import (
+    Gift,
+    MemVr,
+    Method,
+    Nullu,
+    Paint,
+    Sample,
+    Steering,
+    Var,
+    Vhr,
+    Vista,
+    logits,
+)
+from vlm_patch import GIFT, PAINT, VAR, VHR, VISTA, MemVR
+from vlm_patch import Nullu as LibraryNullu
+from vlm_patch import Steering as LibrarySteering
 from vlm_patch.methods.var import sink_score
 
 DIMS = tiny.SINK_DIMS
@@ -16,6 +30,14 @@ TAU = 3.0
 NO_PROCESSOR = "ignore:No processor was given"
 
 TABLE = ((0.3, 0.1, 0.4, 0.2), (0.0, 0.2, 0.1, 0.3), (0.5, 0.0, 0.4, 0.1), (0.2, 0.3, 0.5, 0.4))
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+VECTORS = {1: drawn(tiny.WIDTH), 2: drawn(tiny.WIDTH + 1)[1:]}
+DIRECTIONS = {n: torch.linalg.qr(drawn(tiny.WIDTH, 3 + n)).Q.T.contiguous() for n in (0, 2, 3)}
 PAIRS: dict[str, tuple[Method, Any]] = {
     "var": (Var(DIMS, TAU), VAR(tau=TAU, dims=DIMS)),
     "var-all-fields": (
@@ -53,6 +75,14 @@ PAIRS: dict[str, tuple[Method, Any]] = {
         Paint(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
         PAINT(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
     ),
+    "steering": (
+        Steering(VECTORS, -0.7, "last"),
+        LibrarySteering(VECTORS, -0.7, "last"),
+    ),
+    "steering-all": (Steering(VECTORS, 0.4), LibrarySteering(VECTORS, 0.4)),
+    "nullu": (Nullu(DIRECTIONS, 3), LibraryNullu(DIRECTIONS, 3)),
+    "memvr": (MemVr((1, 2, 3), 0.3, 0.993), MemVR(0.3, 0.993, layers=(1, 2, 3))),
+    "vista": (Vista((1, 3), 0.8), VISTA(0.8, layers=(1, 3))),
 }
 ALONE = [(name,) for name in PAIRS]
 TOGETHER = [
@@ -63,6 +93,8 @@ TOGETHER = [
     ("gift-inside", "var-release", "vhr-paper"),
     ("var", "gift-inside"),
     ("gift-inside", "paint", "var", "vhr"),
+    ("nullu", "memvr", "vista", "steering"),
+    ("vista", "nullu", "var", "steering-all", "gift-inside", "vhr"),
 ]
 MODELS: dict[str, Callable[..., Any]] = {
     "llava": tiny.llava,

@@ -59,7 +59,12 @@ class QuietHook(Hook):
 class MissingHandler:
     """Takes the place of what attention serves in a layer that is run again for its gradients, and
     so must be given it by hand (`HANDLER_ARGUMENT`).
+
+    handed: what attention serves there.
     """
+
+    def __init__(self, handed: Editing) -> None:
+        self.handed = handed
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
         raise PatchError(
@@ -211,7 +216,7 @@ class ForwardHooks:
         generation.step = None if forward.position.prompt_rows else run
         self.now.run = run
         if self.decoder.training and _runs_layers_again(self.decoder):
-            kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler()
+            kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler(run)
         return kwargs
 
 

@@ -4,6 +4,10 @@ A line here is all that a new file needs to be known by its name.
 """
 
 from vlm_patch.methods.gift import GIFT as GIFT
+from vlm_patch.methods.memvr import MemVR as MemVR
+from vlm_patch.methods.nullu import Nullu as Nullu
 from vlm_patch.methods.paint import PAINT as PAINT
+from vlm_patch.methods.steering import Steering as Steering
 from vlm_patch.methods.var import VAR as VAR
 from vlm_patch.methods.vhr import VHR as VHR
+from vlm_patch.methods.vista import VISTA as VISTA

@@ -20,7 +20,8 @@ class Profile:
 
 
 # Sources: VAR's D_sink table (arXiv 2503.03321), GIFT's release settings (arXiv 2510.22067), VHR's
-# section 4.1 (arXiv 2412.13949), and massive activations of Mistral and LLaMA-3 (arXiv 2402.17762).
+# section 4.1 (arXiv 2412.13949), MemVR's release (arXiv 2410.03577), and massive activations of
+# Mistral and LLaMA-3 (arXiv 2402.17762).
 # InstructBLIP stands on an older Vicuna, made of LLaMA-1: v1.5's channels are not claimed for it.
 PROFILES = (
     Profile("llama", 32, 4096, 32, {"vhr": {"layers": tuple(range(14, 32))}}, "instructblip"),
@@ -33,6 +34,7 @@ PROFILES = (
             "var": {"dims": (1415, 2533)},
             "gift": {"alpha": 5.0, "saliency_layer": 11, "layers": tuple(range(12, 23))},
             "vhr": {"layers": (1, *range(18, 32))},
+            "memvr": {"layers": tuple(range(7, 17))},
         },
     ),
     Profile(

@@ -8,21 +8,29 @@ beam are all compared with the same row of a single sample here.
 from eval.support.reference.compose import Method, Trace, logits, sinks, trace
 from eval.support.reference.gift import Gift
 from eval.support.reference.hooked import Hooked
+from eval.support.reference.memvr import MemVr
+from eval.support.reference.nullu import Nullu
 from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn, capture
+from eval.support.reference.steering import Steering
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
+from eval.support.reference.vista import Vista
 
 __all__ = [
     "Gift",
     "Hooked",
+    "MemVr",
     "Method",
+    "Nullu",
     "Paint",
     "Sample",
+    "Steering",
     "Trace",
     "Turn",
     "Var",
     "Vhr",
+    "Vista",
     "capture",
     "logits",
     "sinks",
