@@ -25,7 +25,8 @@ def uncertainty(logits: Tensor) -> Tensor:
     returns `[...]`, 0 for a sure one to 1.
     """
     chances = logits.topk(min(CANDIDATES, logits.shape[-1])).values.softmax(-1)
-    return torch.special.entr(chances).sum(-1) / math.log(CANDIDATES)
+    entropy: Tensor = torch.special.entr(chances).sum(-1)
+    return entropy / math.log(CANDIDATES)
 
 
 def retrace(hidden: Tensor, features: Tensor) -> Tensor:
@@ -158,7 +159,9 @@ class MemVR(Method):
         traced, precise = retrace(hidden.to(features.dtype), features), output.to(features.dtype)
         sizes = self._sizes(precise, forward) / self._sizes(traced, forward)
         mixed = mix(precise, traced, sizes, self.share)
-        return torch.where(_per_row(state.now, forward)[..., None], mixed, precise)
+        return torch.where(
+            _per_row(state.now.to(output.device), forward)[..., None], mixed, precise
+        )
 
     def _sizes(self, rows: Tensor, forward: ForwardContext) -> Tensor:
         """The mean magnitude `[B, S]` of rows `[B, S, D]`: over all of a prompt's, and of each one

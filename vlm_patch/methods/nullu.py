@@ -38,7 +38,9 @@ def hallucination_directions(hallucinated: Tensor, true: Tensor, rank: int = 4) 
             f"{len(true)} pairs of width {true.shape[1]} can tell"
         )
     kind = torch.promote_types(hallucinated.dtype, torch.float32)
-    return torch.linalg.svd(hallucinated.to(kind) - true.to(kind), full_matrices=False).Vh[:rank]
+    difference = hallucinated.to(kind) - true.to(kind)
+    directions: Tensor = torch.linalg.svd(difference, full_matrices=False).Vh[:rank]
+    return directions
 
 
 def remove_directions(output: Tensor, directions: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ def steer_towards(output: Tensor, vector: Tensor, strength: float) -> Tensor:
     output, towards = output.to(kind), normalize(vector.to(kind), dim=-1)[:, None]
     length, direction = output.norm(dim=-1, keepdim=True), normalize(output, dim=-1)
     away = -(direction * towards).sum(-1, keepdim=True)
-    return length * normalize(direction + strength * (1 + away.clamp_min(0)) * towards, dim=-1)
+    push = strength * (1 + away.clamp_min(0))
+    turned: Tensor = length * normalize(direction + push * towards, dim=-1)
+    return turned
 
 
 def augment_logits(logits: Tensor, early: Tensor, share: float) -> Tensor:

@@ -122,9 +122,8 @@ def forward(
     """
     if isinstance(model, Hooked):
         return model.run(embeds, edit_weights, edit_outputs)
-    edits = edit_weights, edit_outputs
-    more = from_cache, edit_scores, edit_mlp, edit_hidden
-    return decoder.forward(model, embeds, positions, *edits, *more)
+    edits = edit_weights, edit_outputs, from_cache, edit_scores, edit_mlp, edit_hidden
+    return decoder.forward(model, embeds, positions, *edits)
 
 
 def sinks(model: Any, sample: Sample, dims: tuple[int, ...], tau: float) -> Tensor:
@@ -189,9 +188,17 @@ class _Pass:
     def go(self) -> Trace:
         self.seen.maps = list(self.maps)
         embeds, positions = self.sample.embeds, self.sample.positions
-        edits = self._edit_weights, self._edit_outputs
-        more = self._edit_scores, self._edit_mlp, self._edit_hidden
-        self.seen.run = forward(self.model, embeds, positions, *edits, self._from_cache, *more)
+        self.seen.run = forward(
+            self.model,
+            embeds,
+            positions,
+            self._edit_weights,
+            self._edit_outputs,
+            self._from_cache,
+            self._edit_scores,
+            self._edit_mlp,
+            self._edit_hidden,
+        )
         return self.seen
 
     def _from_cache(self, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,14 +17,16 @@ class Vista:
 
 
 def unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm()
+    found: Tensor = vector / vector.norm()
+    return found
 
 
 def turned(output: Tensor, vector: Tensor, strength: float) -> Tensor:
     """One row m [D] by v [D]."""
     cosine = output @ -vector / (output.norm() * vector.norm())
     push = strength * (1 + max(0.0, float(cosine)))
-    return output.norm() * unit(unit(output) + push * unit(vector))
+    found: Tensor = output.norm() * unit(unit(output) + push * unit(vector))
+    return found
 
 
 def edited(output: Tensor, vector: Tensor, strength: float) -> Tensor:
