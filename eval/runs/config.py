@@ -16,6 +16,7 @@ run does not use is an EvalError that says what was expected.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,11 +45,11 @@ class Config:
     From `revision` to `attn_implementation` the settings go to from_pretrained; `quantization` is
     its quantization_config, as in {load_in_4bit: true}. Where none of `device_map`, `tp_plan` and
     `quantization` places the model, it goes to `device` as a whole. `chat_template` is Jinja that
-    renders prompts, for a model whose processor has none. `part`: of all images only the
-    half to tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each
-    split and task. `sections` holds the settings of each benchmark. `broken_images: error` stops at
-    an image that cannot be read rather than list it as skipped; one of more than `max_pixels` is
-    not read. `layers` and `heads` go to `wrap`.
+    renders prompts, for a model whose processor has none. `part`: of all images only the half to
+    tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each split
+    and task. `temperature` null is greedy decoding. `sections` holds the settings of each
+    benchmark. `broken_images: error` stops at an image that cannot be read rather than list it as
+    skipped; one of more than `max_pixels` is not read. `layers` and `heads` go to `wrap`.
     """
 
     model: str = "pocket"
@@ -68,6 +69,7 @@ class Config:
     limit: int | None = None
     batch_size: int = 8
     seed: int = 0
+    temperature: float | None = None
     broken_images: Literal["skip", "error"] = "skip"
     max_pixels: int = MAX_PIXELS
     methods: tuple[str, ...] = ()
@@ -78,6 +80,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check_positive("", self, "limit", "batch_size", "max_pixels")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise EvalError(
+                f"temperature: expected a number above 0, or null for greedy decoding, found "
+                f"{self.temperature}"
+            )
         own = [task for task in self.tasks if ":" in task]
         check_names("tasks", self.tasks, [*registry.TASKS, *own])
         check_names("methods", self.methods, [*METHODS, *filter(_is_path, self.methods)])

@@ -23,7 +23,6 @@ from eval.runs.images import pixel_limit
 from eval.runs.provenance import environment
 from eval.runs.samples import Sample, notice
 from eval.runs.workers import Engine, Load
-from vlm_patch.models.chat import GREEDY
 
 
 def run(
@@ -133,7 +132,7 @@ def describe(config: Config, samples: Sequence[Sample]) -> dict[str, Any]:
     return {
         "settings": config.settings(),
         "data": dataset.describe(samples),
-        "decoding": dict(GREEDY),
+        "decoding": generate.decoding(config),
         "environments": [],
         "patches": [],
         "notes": [],

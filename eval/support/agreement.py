@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import vlm_patch
 from eval.support import tiny
 from eval.support.reference import (
     Gift,
@@ -21,8 +22,6 @@ from eval.support.reference import (
     logits,
 )
 from vlm_patch import GIFT, PAINT, VAR, VHR, VISTA, MemVR
-from vlm_patch import Nullu as LibraryNullu
-from vlm_patch import Steering as LibrarySteering
 from vlm_patch.methods.var import sink_score
 
 DIMS = tiny.SINK_DIMS
@@ -77,10 +76,10 @@ PAIRS: dict[str, tuple[Method, Any]] = {
     ),
     "steering": (
         Steering(VECTORS, -0.7, "last"),
-        LibrarySteering(VECTORS, -0.7, "last"),
+        vlm_patch.Steering(VECTORS, -0.7, "last"),
     ),
-    "steering-all": (Steering(VECTORS, 0.4), LibrarySteering(VECTORS, 0.4)),
-    "nullu": (Nullu(DIRECTIONS, 3), LibraryNullu(DIRECTIONS, 3)),
+    "steering-all": (Steering(VECTORS, 0.4), vlm_patch.Steering(VECTORS, 0.4)),
+    "nullu": (Nullu(DIRECTIONS, 3), vlm_patch.Nullu(DIRECTIONS, 3)),
     "memvr": (MemVr((1, 2, 3), 0.3, 0.993), MemVR(0.3, 0.993, layers=(1, 2, 3))),
     "vista": (Vista((1, 3), 0.8), VISTA(0.8, layers=(1, 3))),
 }

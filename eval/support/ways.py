@@ -37,6 +37,10 @@ SIDES: dict[str, tuple[str, ...]] = {
     "all, map from an edited layer": ("var", "gift-inside", "vhr"),
     "paint": ("paint",),
     "all and paint": ("paint", "var", "gift-inside", "vhr"),
+    "steering": ("steering",),
+    "nullu": ("nullu",),
+    "memvr": ("memvr",),
+    "vista": ("vista",),
 }
 Names: TypeAlias = Sequence[str]
 STEPS = 6

@@ -27,6 +27,7 @@ ROUNDING = {True: 1e-9, False: 1e-4}
 """How near to a threshold a number may lie before rounding may decide."""
 
 UNCUT = "needs one that can be cut: use a DynamicCache of a model without sliding window"
+READ_TWICE = "memvr decides something for the whole prompt by the row that it edits"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -55,7 +56,8 @@ def test_anything(case: Case) -> None:
         try:
             found = RUNS[case.mode](case, model, batch)
         except PatchError as error:
-            if UNCUT in str(error) and (case.build.kind, case.mode) == ("sliding", "second turn"):
+            uncut = UNCUT in str(error) and case.build.kind == "sliding"
+            if case.mode == "second turn" and (uncut or READ_TWICE in str(error)):
                 return
             raise
     for one in found():

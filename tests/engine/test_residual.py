@@ -15,7 +15,7 @@ from eval.support.agreement import NO_PROCESSOR, generate, ours, planted
 from eval.support.build import build
 from eval.support.simulated_device import spread
 from tests.support.family import KINDS, Family
-from tests.support.untouched import answers, check_untouched
+from tests.support.untouched import answers, check_error_in_method, check_untouched
 from vlm_patch import ForwardContext, Method, PatchError, UnsupportedModelError, wrap
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR, "ignore:.*prompts hold no image")
@@ -157,6 +157,24 @@ def test_gradient_checkpointing_is_refused_behind_an_mlp() -> None:
             model(**batch, use_cache=False)
         with patch.disabled("times"):
             model(**batch, use_cache=False)
+
+
+STAGES = {
+    "steering": ("edit_hidden",),
+    "nullu": ("edit_mlp",),
+    "memvr": ("before_forward", "observe_readout", "edit_mlp"),
+    "vista": ("probe", "before_forward", "edit_mlp"),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_an_error_at_any_stage_of_a_method(name: str) -> None:
+    model = planted("llava")
+    batch = tiny.inputs(model)
+    methods = ours(RESIDUAL)
+    method = methods[RESIDUAL.index(name)]
+    for stage in STAGES[name]:
+        check_error_in_method(model, lambda: answers(model, batch), methods, method, stage)
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -121,8 +121,8 @@ def _behind_mlp(layer: int, run: Any, entering: Tensor, output: Any) -> Any:
         if not _acting(run.handed, layer, edits_mlp):
             return None
         raise PatchError(
-            f"the MLP of layer {layer} is run again for its gradients, and what a method does "
-            "behind it could not be done again: train without gradient checkpointing, or inside "
+            "layers are run again for their gradients, where what a method does behind an MLP "
+            "could not be done again: train without gradient checkpointing, or inside "
             "`with patch.disabled():`"
         )
 

@@ -73,8 +73,8 @@ MODELS = {
     "llava-1.5-7b": Known(
         "llava-hf/llava-1.5-7b-hf",
         *(32, 32, 32, 4096, llava),
-        {"all", *BOTH},
-        {"var", "gift", "vhr", "paint"},
+        {"all", *BOTH, "vista", "memvr", "nullu", "steering"},
+        {"var", "gift", "vhr", "paint", "vista", "memvr", "nullu"},
     ),
     "llava-1.5-13b": Known(
         "llava-hf/llava-1.5-13b-hf",
@@ -109,6 +109,9 @@ MODELS = {
 }
 LARGE = [path for path in SHIPPED if path.parent.name in MODELS]
 ONE_METHOD = [path for path in LARGE if path.stem in METHODS]
+BROUGHT = ("nullu", "steering")
+"""Methods whose tensors are a file of the user's, so that nothing is known of them here."""
+OWN_VALUES = [path for path in ONE_METHOD if path.stem not in BROUGHT]
 
 
 def name(path: Path) -> str:
@@ -133,6 +136,7 @@ def test_every_config_loads_and_holds_the_sections_of_its_methods(path: Path) ->
     made = load(path)
     stem = path.stem.split("-")[0]
     wanted = {"baseline": [], "all": ["var", "gift", "vhr"]}.get(stem, [stem])
+    wanted = [] if path.parent.name == "trivial" else wanted
     assert [*made.methods] == wanted
     assert [type(method) for method in made.build_methods()] == [METHODS[name] for name in wanted]
     assert {*made.options} == {*wanted}
@@ -140,10 +144,11 @@ def test_every_config_loads_and_holds_the_sections_of_its_methods(path: Path) ->
 
 def test_every_model_has_its_files() -> None:
     wanted = {folder: PLAIN | known.files for folder, known in MODELS.items()}
-    wanted["pocket"] = PLAIN | {"all"}
+    wanted["pocket"] = PLAIN | {"all", "vista", "memvr"}
     for folder in wanted:
         if folder == "pocket" or MODELS[folder].paint:
             wanted[folder].add("paint")
+    wanted["trivial"] = {"tokens-24", "tokens-32", "brief", "temperature"}
     assert {f.name: {path.stem for path in f.iterdir()} for f in CONFIGS.iterdir()} == wanted
 
 
@@ -174,7 +179,21 @@ def test_the_protocol_is_in_the_config(folder: str) -> None:
     ) == (500, 3, 3)
 
 
-@pytest.mark.parametrize("path", LARGE, ids=name)
+def test_a_trivial_baseline_differs_in_one_thing() -> None:
+    base = load(CONFIGS / "pocket" / "baseline.yaml").settings()
+    changed = {
+        "tokens-24": ("chair", {**base["chair"], "max_new_tokens": 24}),
+        "tokens-32": ("chair", {**base["chair"], "max_new_tokens": 32}),
+        "brief": ("chair", {**base["chair"], "prompt": "Please describe this image briefly."}),
+        "temperature": ("temperature", 0.7),
+    }
+    for stem, (key, value) in changed.items():
+        found = load(CONFIGS / "trivial" / f"{stem}.yaml").settings()
+        wanted = {**base, "tasks": ["chair"], "pope": found["pope"], key: value}
+        assert found == wanted
+
+
+@pytest.mark.parametrize("path", [p for p in LARGE if p.stem not in BROUGHT], ids=name)
 def test_layers_and_channels_are_there_in_the_model(path: Path) -> None:
     known, made = MODELS[path.parent.name], load(path)
     for method in made.build_methods():
@@ -185,7 +204,7 @@ def test_layers_and_channels_are_there_in_the_model(path: Path) -> None:
     assert (made.layers, made.heads) == (None, None)
 
 
-@pytest.mark.parametrize("path", ONE_METHOD, ids=name)
+@pytest.mark.parametrize("path", OWN_VALUES, ids=name)
 def test_the_library_takes_the_values_of_the_config_by_itself(path: Path) -> None:
     """The plain configs are what wrap(model, "gift") comes to; what is published, without scaling.
 
@@ -202,8 +221,8 @@ def test_the_library_takes_the_values_of_the_config_by_itself(path: Path) -> Non
         assert written.pop("tau") == (20.0 if seen.profile else None)
     assert written == {key: value for key, value in vars(fitted).items() if key in written}
     if path.stem in known.published:
-        # PAINT's own defaults are those for LLaVA-1.5-7B
-        assert (bool(seen.profile) or path.stem == "paint", scaled) == (True, [])
+        # PAINT's and VISTA's own defaults are those for LLaVA-1.5-7B
+        assert (bool(seen.profile) or path.stem in ("paint", "vista"), scaled) == (True, [])
 
 
 @pytest.mark.parametrize("path", ONE_METHOD, ids=name)
@@ -248,6 +267,9 @@ PUBLISHED = [
     ("llava-1.5-7b/paint", {"alpha": 0.7, "beta": 0.4, "rho": 0.15, "layers": (*range(2, 32),)}),
     ("llava-1.5-7b/paint-paper", vars(PAINT.paper()) | {"layers": (*range(2, 32),)}),
     ("llava-1.5-7b/paint-release", vars(PAINT.release()) | {"layers": (*range(2, 32),)}),
+    ("llava-1.5-7b/vista", {"strength": 0.17, "layers": (*range(32),)}),
+    ("llava-1.5-7b/memvr", {"share": 0.12, "threshold": 0.75, "layers": (*range(7, 17),)}),
+    ("llava-1.5-7b/nullu", {"rank": 4, "layers": (*range(16, 32),)}),
     ("instructblip-7b/vhr", {"alpha": 2.0, "layers": (*range(14, 32),), "filter": True}),
 ]
 
