@@ -51,10 +51,13 @@ RULES: Mapping[str, Callable[[str], list[str]]] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """A caption as the rules see it: merged singular tokens, and its (word, object) mentions."""
+    """A caption as the rules see it: merged singular tokens, its (word, object) mentions, and the
+    index of each among the tokens.
+    """
 
     tokens: tuple[str, ...]
     mentions: tuple[tuple[str, str], ...]
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,10 @@ class Vocabulary:
         """Tokens after merging (what CHAIR counts as length), and mentions in order."""
         merged = _merged(RULES[self.rules](caption))
         ignored = {"seat"} if "toilet" in merged else frozenset[str]()
-        found = [(w, self.words[w]) for w in merged if w in self.words and w not in ignored]
-        return Reading(tuple(merged), tuple(found))
+        named = [w in self.words and w not in ignored for w in merged]
+        places = tuple(place for place, names in enumerate(named) if names)
+        mentions = tuple((merged[place], self.words[merged[place]]) for place in places)
+        return Reading(tuple(merged), mentions, places)
 
     def mentions(self, caption: str) -> list[tuple[str, str]]:
         """(word, object) pairs of a caption in order, repeats kept."""
