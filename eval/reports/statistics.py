@@ -81,7 +81,7 @@ class Fit:
     coefficients: Numbers
     covariance: Numbers
 
-    def combine(self, weights: Sequence[float]) -> tuple[float, float]:
+    def combine(self, weights: Sequence[float] | Numbers) -> tuple[float, float]:
         """A linear combination of the coefficients, and its standard error."""
         row = np.asarray(weights, dtype=float)
         variance = float(row @ self.covariance @ row)
@@ -107,7 +107,7 @@ def poisson(x: Numbers, y: Numbers, exposure: Numbers, groups: Numbers) -> Fit:
     index = np.unique(groups, return_inverse=True)[1]
     scores = np.zeros((index.max() + 1, x.shape[1]))
     np.add.at(scores, index, (y - expected)[:, None] * x)
-    return Fit(beta, information @ (scores.T @ scores) @ information)
+    return Fit(np.asarray(beta, dtype=float), information @ (scores.T @ scores) @ information)
 
 
 @dataclass(frozen=True)

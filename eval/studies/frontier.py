@@ -71,7 +71,8 @@ def frontier(folders: Sequence[Path]) -> dict[str, Any]:
             "example, python -m eval run configs/pocket/baseline.yaml --out runs/stock"
         )
     order = sorted(range(len(runs)), key=lambda i: (i != trivial.index(True), not trivial[i]))
-    runs, names, trivial = ([of[i] for i in order] for of in (runs, names, trivial))
+    runs, names = [runs[i] for i in order], [names[i] for i in order]
+    trivial = [trivial[i] for i in order]
     _check_model(runs)
     result: dict[str, Any] = {}
     for benchmark in _drawn(runs):

@@ -47,7 +47,7 @@ def _point(axes: Any, index: int, name: str, run: Mapping[str, Any], about: Any)
 
     colour = COLOURS[index % len(COLOURS)]
     region = run["ellipse"]
-    center = [100 * part for part in region["center"]]
+    center = 100 * region["center"][0], 100 * region["center"][1]
     width, height = 100 * region["width"], 100 * region["height"]
     axes.add_patch(
         Ellipse(center, width, height, angle=region["angle"], color=colour, alpha=0.12, lw=0)

@@ -10,6 +10,7 @@ repetition and the share of captions that name nothing always stand beside it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -162,7 +163,7 @@ def counts_by_place(
 ) -> dict[str, dict[str, Numbers]]:
     """Mentions and invented ones of each caption, `[captions]` each, by their place in it."""
     ends = [*PLACES[1:], math.inf]
-    names = [f"{a + 1}-{b}" for a, b in zip(PLACES, PLACES[1:], strict=False)]
+    names = [f"{a + 1}-{b}" for a, b in itertools.pairwise(PLACES)]
     names.append(f"{PLACES[-1] + 1} and on")
     found = {
         name: {
