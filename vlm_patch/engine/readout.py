@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from vlm_patch.errors import UnsupportedModelError
 
-NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f")
+NORM_NAMES = (
+    *("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f"),
+    *("layer_norm", "embedding_norm"),
+)
 """What the norm behind the last layer is called in the models of transformers."""
 
 
