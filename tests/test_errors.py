@@ -21,6 +21,7 @@ from vlm_patch import GIFT, PAINT, VAR, VHR, PatchError, UnsupportedModelError, 
 from vlm_patch.engine import attention
 from vlm_patch.engine.generate_guard import REFUSED
 from vlm_patch.engine.hooks import MissingHandler
+from vlm_patch.methods.registry import METHODS
 
 TOKENS = PAINT(layers=(1, 2, 3))
 SINKS = VAR(dims=tiny.SINK_DIMS, tau=3.0)
@@ -51,7 +52,7 @@ def quiet(act: Callable[[], Any]) -> Any:
 # ---- wrap
 
 
-NAMES = "expected one of ['gift', 'paint', 'var', 'vhr']"
+NAMES = f"expected one of {list(METHODS)}"
 
 
 @pytest.mark.parametrize(
@@ -67,13 +68,13 @@ NAMES = "expected one of ['gift', 'paint', 'var', 'vhr']"
         (
             (VAR,),
             "found <class 'vlm_patch.methods.var.VAR'> as a method: write VAR(), a name of "
-            "['gift', 'paint', 'var', 'vhr'], or an import path such as "
+            f"{list(METHODS)}, or an import path such as "
             "'my_package.my_file:MyMethod'",
         ),
         (
             (7,),
             "found 7 as a method: pass one such as VAR(), a name of "
-            "['gift', 'paint', 'var', 'vhr'], or an import path such as "
+            f"{list(METHODS)}, or an import path such as "
             "'my_package.my_file:MyMethod'",
         ),
     ],
@@ -679,7 +680,7 @@ def test_an_unknown_kind_of_mask() -> None:
 
 
 def test_a_layer_that_runs_twice_and_was_handed_nothing() -> None:
-    assert message(PatchError, lambda: MissingHandler().attend(call())) == (
+    assert message(PatchError, lambda: MissingHandler(None).attend(call())) == (
         "layer 3 was not handed what this patch does in it, which is needed where layers run "
         "twice: train without gradient checkpointing, or inside `with patch.disabled():`"
     )

@@ -63,7 +63,7 @@ class MissingHandler:
     handed: what attention serves there.
     """
 
-    def __init__(self, handed: Editing) -> None:
+    def __init__(self, handed: Any) -> None:
         self.handed = handed
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:

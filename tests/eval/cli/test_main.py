@@ -12,6 +12,7 @@ import yaml
 from eval.__main__ import main
 from eval.pocket import world
 from tests.support.shared_data import SHARED, shared
+from vlm_patch.methods.registry import METHODS
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_errors_are_one_line_and_a_status(
     shown = capsys.readouterr()
     assert (
         shown.err
-        == "error: unknown name in methods: gfit; did you mean gift? Known: gift, paint, var, vhr\n"
+        == f"error: unknown name in methods: gfit; did you mean gift? Known: {', '.join(METHODS)}\n"
     )
     assert shown.out == ""
     assert main(["run", str(tmp_path / "none.yaml"), *out]) == 1
