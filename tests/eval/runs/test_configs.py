@@ -189,8 +189,8 @@ def test_a_trivial_baseline_differs_in_one_thing() -> None:
     }
     for stem, (key, value) in changed.items():
         found = load(CONFIGS / "trivial" / f"{stem}.yaml").settings()
-        wanted = {**base, "tasks": ["chair"], "pope": found["pope"], key: value}
-        assert found == wanted
+        # the scenes are drawn by all sections, so POPE's counts though it is not asked
+        assert found == {**base, "tasks": ["chair"], key: value}
 
 
 @pytest.mark.parametrize("path", [p for p in LARGE if p.stem not in BROUGHT], ids=name)
