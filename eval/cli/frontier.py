@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eval.cli import Commands
 from eval.studies import frontier as study
-from eval.studies import frontier_picture
+from eval.studies import frontier_picture, frontier_table
 
 
 def add(commands: Commands) -> None:
@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
 def frontier(options: argparse.Namespace) -> None:
     """Print the tables, write them, and draw the picture."""
     result = study.frontier(options.folders)
-    text = study.markdown(result)
+    text = frontier_table.markdown(result)
     print(json.dumps(result, indent=2) if options.json else text, end="")
     out = options.out or Path()
     out.mkdir(parents=True, exist_ok=True)
