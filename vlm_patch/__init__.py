@@ -6,6 +6,7 @@
 from vlm_patch.errors import PatchError, UnsupportedModelError
 from vlm_patch.method import (
     ExtraForward,
+    ExtraPrompt,
     ForwardContext,
     Method,
     ModelInfo,
@@ -23,6 +24,7 @@ from vlm_patch.primitives.reweighting import KeyReweighting, reweight
 
 __all__ = [
     "ExtraForward",
+    "ExtraPrompt",
     "ForwardContext",
     "KeyReweighting",
     "Method",

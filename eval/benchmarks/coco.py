@@ -43,16 +43,16 @@ _NAMED = re.compile(
 
 Rules: TypeAlias = Literal["pattern", "wordnet"]
 # what the words of a caption are read as
-RULES: Mapping[str, Callable[[str], list[str]]] = {
-    "pattern": singulars,
-    "wordnet": wordnet.lemmas,
-}
+RULES: Mapping[str, Callable[[str], list[str]]] = {"pattern": singulars, "wordnet": wordnet.lemmas}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A caption as the rules see it: merged singular tokens, its (word, object) mentions, and the
-    index of each among the tokens.
+    """A caption as the rules see it.
+
+    tokens: singular forms, neighbours merged
+    mentions: (word, object) pairs in order
+    places: the index of each among the tokens
     """
 
     tokens: tuple[str, ...]
@@ -62,7 +62,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words for objects. `name` says which list it is: file name and start of its SHA-256."""
+    """Words for objects.
+
+    name: file name of the list and start of its SHA-256
+    words: object by word
+    rules: how captions are read
+    """
 
     name: str
     words: Mapping[str, str]
@@ -162,8 +167,8 @@ def image_id(value: int | str) -> int:
 
 def id_in_name(name: str) -> int | None:
     """The id that a file name of one of the two forms states."""
-    found = _NAMED.fullmatch(re.split(r"[/\\]", name)[-1])
-    return int(found[1] or found[2]) if found else None
+    match = _NAMED.fullmatch(re.split(r"[/\\]", name)[-1])
+    return int(match[1] or match[2]) if match else None
 
 
 def image_id_in(where: str, value: int | str) -> int:
@@ -208,7 +213,7 @@ def named_truth(path: Path, vocabulary: Vocabulary) -> dict[str, list[str]]:
     for file in _annotation_files(path, "instances") if path.is_dir() else ():
         images = _load(file, "image_id").imgs
         names |= {number: record["file_name"] for number, record in images.items()}
-    return {names.get(n, f"COCO_val2014_{n:012d}.jpg"): found for n, found in truth.items()}
+    return {names.get(n, f"COCO_val2014_{n:012d}.jpg"): objects for n, objects in truth.items()}
 
 
 def _folder_truth(
@@ -224,12 +229,12 @@ def _named_objects(
     folder: Path, vocabulary: Vocabulary, images: Collection[int] | None
 ) -> Iterable[tuple[int, list[str]]]:
     """(image id, objects) of every image record, then instance, then reference caption."""
-    wanted = images if images is None else frozenset(images)
+    kept = images if images is None else frozenset(images)
     for path in _annotation_files(folder, "instances"):
         coco = _load(path, "image_id", "category_id")
-        yield from ((image, []) for image in coco.imgs if wanted is None or image in wanted)
+        yield from ((image, []) for image in coco.imgs if kept is None or image in kept)
         for note in coco.dataset["annotations"]:
-            if wanted is None or note["image_id"] in wanted:
+            if kept is None or note["image_id"] in kept:
                 if note["category_id"] not in coco.cats:
                     raise EvalError(
                         f"{path}, annotation {note.get('id')}: category_id {note['category_id']} "
@@ -238,7 +243,7 @@ def _named_objects(
                 yield note["image_id"], [coco.cats[note["category_id"]]["name"]]
     for path in _annotation_files(folder, "captions"):
         for note in _load(path, "image_id", "caption").dataset["annotations"]:
-            if wanted is None or note["image_id"] in wanted:
+            if kept is None or note["image_id"] in kept:
                 yield note["image_id"], [name for _, name in vocabulary.mentions(note["caption"])]
 
 
@@ -287,8 +292,8 @@ def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
             "(bytes, base64) are not read: write each to a file."
         )
     names: list[str] = [given, *_release_names(record)]
-    for place in dict.fromkeys([*_FOLDERS, *(f"images/{part}" for part in _FOLDERS)]):
-        for path in (folder / place / name for name in names):
+    for subfolder in dict.fromkeys([*_FOLDERS, *(f"images/{part}" for part in _FOLDERS)]):
+        for path in (folder / subfolder / name for name in names):
             if path.is_file():
                 return path
     raise EvalError(

@@ -102,7 +102,7 @@ def _check_model(runs: Sequence[Run]) -> None:
 
 def _drawn(runs: Sequence[Run]) -> list[Benchmark]:
     """The benchmarks with a frontier that every run answered."""
-    asked = [registry.asked(run.record["settings"]["tasks"]) for run in runs]
+    asked = [registry.requested(run.record["settings"]["tasks"]) for run in runs]
     shared = [b for name, b in asked[0].items() if all(name in others for others in asked)]
     return [benchmark for benchmark in shared if benchmark.frontier is not None]
 

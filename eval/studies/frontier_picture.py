@@ -18,7 +18,7 @@ NOTE = "Ellipses: 95 % bootstrap regions over images. Hollow: runs without metho
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Write the picture in the format of `path`."""
     panels = [
-        (registry.asked([name])[name], split, found)
+        (registry.requested([name])[name], split, found)
         for name, splits in result.items()
         for split, found in splits.items()
     ]

@@ -14,7 +14,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The tables of a frontier, two a split: the comparison, and the cost by place."""
     parts = []
     for name, splits in result.items():
-        benchmark = registry.asked([name])[name]
+        benchmark = registry.requested([name])[name]
         for split, found in splits.items():
             parts += [f"## {split}, {found['n']} images", _table(benchmark, found), NOTE]
             parts.append(_by_place(benchmark, found))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, generate, ours, planted
+from eval.support.agreement import ours, planted
 from eval.support.build import build
 from eval.support.simulated_device import spread
+from tests.support.agreement import NO_PROCESSOR, generate
 from tests.support.family import KINDS, Family
 from tests.support.untouched import answers, check_error_in_method, check_untouched
 from vlm_patch import ForwardContext, Method, PatchError, UnsupportedModelError, wrap

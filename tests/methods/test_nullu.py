@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from eval.support import tiny
-from eval.support.agreement import DIRECTIONS, NO_PROCESSOR, generate, planted
+from eval.support.agreement import DIRECTIONS, planted
+from tests.support.agreement import NO_PROCESSOR, generate
 from tests.support.examples import assert_near, tensor
 from vlm_patch import Nullu, wrap
 from vlm_patch.methods.nullu import hallucination_directions, remove_directions

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, VECTORS, generate, planted
+from eval.support.agreement import VECTORS, planted
+from tests.support.agreement import NO_PROCESSOR, generate
 from tests.support.examples import assert_near, tensor
 from vlm_patch import Steering, wrap
 from vlm_patch.methods.steering import steered

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, generate, planted
+from eval.support.agreement import planted
+from tests.support.agreement import NO_PROCESSOR, generate
 from tests.support.examples import PRECISIONS, assert_near, tensor
 from vlm_patch import VISTA, PatchError, wrap
 from vlm_patch.method import ModelInfo

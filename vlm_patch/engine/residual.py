@@ -5,77 +5,87 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from vlm_patch.engine.attention import HANDLER_ARGUMENT, ThreadState
-from vlm_patch.engine.hooks import Hook, MissingHandler
+from vlm_patch.engine.attention import HANDLER_ARGUMENT, Graph, ThreadState
+from vlm_patch.engine.compiled import TracedStep
+from vlm_patch.engine.hooks import Hook, MissingHandler, untraced
 from vlm_patch.engine.readout import Readout
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
 from vlm_patch.errors import PatchError, UnsupportedModelError
-from vlm_patch.method import ForwardContext, Method
+from vlm_patch.method import ForwardContext, Method, State
 from vlm_patch.models.info import Decoder, Layer
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff", "moe", "block_sparse_moe")
 """What the MLP of a block is called in the models of transformers."""
 
-edits_mlp: Callable[[Method], bool] = attrgetter("edits_mlp")
-edits_hidden: Callable[[Method], bool] = attrgetter("edits_hidden")
-Edit: TypeAlias = Callable[[ActiveMethod, Tensor, ForwardContext], Tensor]
+Acting: TypeAlias = list[tuple[ActiveMethod, State]]
+Edit: TypeAlias = Callable[[Method, Tensor, ForwardContext, State], Tensor]
 
 
 class ResidualHook(Hook):
-    """A forward hook of a block or an MLP that costs next to nothing while this thread runs
-    nothing. `call` is given the handler, the module's first argument and its output.
+    """A hook of a block or an MLP, before or behind it. `call` is given the handler, the module's
+    first argument and its output, also in a step inside torch.compile.
     """
 
-    def __init__(self, call: Callable[..., Any], now: ThreadState) -> None:
+    def __init__(self, call: Callable[..., Any] | None, now: ThreadState, graph: Graph) -> None:
         super().__init__(call)
-        self.now = now
+        self.now, self.graph = now, graph
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        run = kwargs.get(HANDLER_ARGUMENT, self.now.run)
-        if run is None:
+    def __call__(self, module: nn.Module, args: Any, more: Any, output: Any = None) -> Any:
+        handler = self.graph.run
+        if handler is None or self.call is None:
+            return untraced(self, module, args, more, output)
+        return self.call(handler, _first_argument(args, more), output)
+
+    def run(self, module: nn.Module, args: Any, more: Any, output: Any = None) -> Any:
+        handler = more.get(HANDLER_ARGUMENT, self.now.run)
+        if handler is None or self.call is None:
             return None
-        entering = args[0] if args else kwargs.get("hidden_states")
-        return super().__call__(run, entering, output)
+        return self.call(handler, _first_argument(args, more), output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResidualHook:
+        return ResidualHook(None, ThreadState(), Graph())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ResidualHook, (None, None, Graph())
 
 
-class EnteringHook(ResidualHook):
-    """The same as a hook that is called before a block."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
-        return super().__call__(module, args, kwargs, output)
+def _first_argument(args: Any, more: Any) -> Any:
+    return args[0] if args else more.get("hidden_states")
 
 
 def install(
-    decoder: Decoder, methods: Sequence[Method], now: ThreadState, undo: ExitStack, split: bool
+    decoder: Decoder,
+    methods: Sequence[Method],
+    around: tuple[ThreadState, Graph],
+    undo: ExitStack,
+    split: bool,
 ) -> None:
     """Puts hooks on the blocks, and on their MLPs, if a method reads or edits there; closing `undo`
-    takes them off. split: see `Readout`. Raises UnsupportedModelError for a block without an MLP,
-    or a decoder without a norm, to be found.
+    takes them off. around: what runs, and what is traced. split: see `Readout`. Raises
+    UnsupportedModelError for a block without an MLP, or a decoder without a norm, to be found.
     """
     for method in methods:
         if method.reads_logits:
             readout = Readout.of(decoder.module, decoder.generator, method.name, split)
             for layer in decoder.layers:
-                show = EnteringHook(partial(_entering, readout, layer.index), now)
+                show = ResidualHook(partial(_entering, readout, layer.index), *around)
                 handle = layer.block.register_forward_pre_hook(show, with_kwargs=True)
                 undo.callback(handle.remove)
             break
-    of_mlp = [method.name for method in filter(edits_mlp, methods)]
-    if not of_mlp and not any(map(edits_hidden, methods)):
+    of_mlp = [method.name for method in methods if method.edits_mlp]
+    if not of_mlp and not any(method.edits_hidden for method in methods):
         return
     for layer in decoder.layers:
         hooks = [(layer.block, _leaving)]
         if of_mlp:
             hooks.insert(0, (_mlp_of(layer, of_mlp[0]), _behind_mlp))
         for module, call in hooks:
-            hook = ResidualHook(partial(call, layer.index), now)
+            hook = ResidualHook(partial(call, layer.index), *around)
             undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
 
@@ -92,14 +102,14 @@ def _mlp_of(layer: Layer, name: str) -> nn.Module:
 
 def _entering(readout: Readout, layer: int, run: Any, hidden: Tensor, output: Any) -> None:
     """Shows what the model would say of what enters a block."""
-    actives = _acting(run, layer, attrgetter("reads_logits"))
+    actives = _acting(run, layer, "reads_logits")
     if actives:
-        forward = run.forward.on(hidden.device)
+        forward = _forward(run, hidden.device)
         rows = hidden[:, max(0, forward.position.prompt_rows - 1) :]
         with _without_autocast(hidden.device.type):
             logits = readout(rows)
-            for active in actives:
-                active.method.observe_readout(layer, logits, forward, active.state)
+            for active, state in actives:
+                active.method.observe_readout(layer, logits, forward, state)
 
 
 def _leaving(layer: int, run: Any, entering: Any, output: Any) -> Any:
@@ -109,16 +119,16 @@ def _leaving(layer: int, run: Any, entering: Any, output: Any) -> Any:
             run.watcher.output(layer, _first(output))
         return None
 
-    def edit(active: ActiveMethod, hidden: Tensor, forward: ForwardContext) -> Tensor:
-        return active.method.edit_hidden(layer, hidden, forward, active.state)
+    def edit(method: Method, hidden: Tensor, forward: ForwardContext, state: State) -> Tensor:
+        return method.edit_hidden(layer, hidden, forward, state)
 
-    return _edited(layer, run, _acting(run, layer, edits_hidden), output, edit)
+    return _edited(layer, run, _acting(run, layer, "edits_hidden"), output, edit)
 
 
 def _behind_mlp(layer: int, run: Any, entering: Tensor, output: Any) -> Any:
     """What an MLP gives, edited."""
     if isinstance(run, MissingHandler):
-        if not _acting(run.handed, layer, edits_mlp):
+        if not _acting(run.handed, layer, "edits_mlp"):
             return None
         raise PatchError(
             "layers are run again for their gradients, where what a method does behind an MLP "
@@ -126,33 +136,44 @@ def _behind_mlp(layer: int, run: Any, entering: Tensor, output: Any) -> Any:
             "`with patch.disabled():`"
         )
 
-    def edit(active: ActiveMethod, added: Tensor, forward: ForwardContext) -> Tensor:
-        hidden = entering.view(added.shape)
-        return active.method.edit_mlp(layer, added, hidden, forward, active.state)
+    def edit(method: Method, added: Tensor, forward: ForwardContext, state: State) -> Tensor:
+        return method.edit_mlp(layer, added, entering.view(added.shape), forward, state)
 
-    return _edited(layer, run, _acting(run, layer, edits_mlp), output, edit)
-
-
-def _acting(run: Any, layer: int, edits: Callable[[Method], bool]) -> list[ActiveMethod]:
-    """The methods that edit here in this forward."""
-    if not isinstance(run, Editing):
-        return []
-    return [one for one in run.actives if layer in one.heads and edits(one.method)]
+    return _edited(layer, run, _acting(run, layer, "edits_mlp"), output, edit)
 
 
-def _edited(layer: int, run: Any, actives: list[ActiveMethod], output: Any, edit: Edit) -> Any:
+def _acting(run: Any, layer: int, does: str) -> Acting:
+    """The methods that do this here in this forward, each with its state."""
+    acting: Sequence[tuple[ActiveMethod, State]] = ()
+    if isinstance(run, Editing):
+        acting = [(active, active.state) for active in run.actives]
+    elif isinstance(run, TracedStep):
+        acting = run.acting
+    return [
+        (one, state) for one, state in acting if layer in one.heads and getattr(one.method, does)
+    ]
+
+
+def _forward(run: Any, device: torch.device) -> ForwardContext:
+    """The forward with its masks on the device of a layer."""
+    traced = isinstance(run, TracedStep)
+    forward: ForwardContext = run.forward(device) if traced else run.forward.on(device)
+    return forward
+
+
+def _edited(layer: int, run: Any, actives: Acting, output: Any, edit: Edit) -> Any:
     """The output of a module after these methods; None if there are none."""
     if not actives:
         return None
     before = _first(output)
-    forward = run.forward.on(before.device)
+    forward = _forward(run, before.device)
     # mixtures of experts may give their rows without the batch
     hidden = before.view(*forward.valid.shape, -1)
     kept = (forward.valid & forward.seen[:, None])[..., None]
     with _without_autocast(hidden.device.type):
-        for active in actives:
+        for active, state in actives:
             _check_whole(active, layer)
-            new = edit(active, hidden, forward)
+            new = edit(active.method, hidden, forward, state)
             hidden = torch.where(kept, new.to(hidden.dtype), hidden)
     hidden = hidden.view(before.shape)
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from vlm_patch.errors import PatchError
 from vlm_patch.method import ExtraForward, ForwardContext, Method, ModelInfo, State, Watcher
-from vlm_patch.methods.vhr import distinct, without_image
+from vlm_patch.methods.vhr import without_image
 from vlm_patch.validation import check_number, check_wholes
 
 
@@ -102,19 +102,18 @@ class VISTA(Method):
                 "token)"
             )
         state.clear()
-        inputs, place = distinct(without_image(forward))
         text: dict[int, Tensor] = {}
         last = forward.position.prompt_rows - 1
 
         def keep_text(layer: int, hidden: Tensor) -> None:
             if layer in layers:
-                text[layer] = hidden[:, -1].index_select(0, place.to(hidden.device))
+                text[layer] = hidden[:, -1]
 
         def keep(layer: int, hidden: Tensor) -> None:
             if layer in layers:
                 state.vector[layer] = hidden[:, last] - text[layer]
 
-        run(inputs, Watcher(output=keep_text))
+        run(without_image(forward), Watcher(output=keep_text))
         run(forward.inputs, Watcher(output=keep))
         return self
 

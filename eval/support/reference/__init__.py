@@ -5,34 +5,19 @@ no code with `vlm_patch` and defines what correct means: a row of a padded batch
 beam are all compared with the same row of a single sample here.
 """
 
-from eval.support.reference.compose import Method, Trace, logits, sinks, trace
-from eval.support.reference.gift import Gift
-from eval.support.reference.hooked import Hooked
-from eval.support.reference.memvr import MemVr
-from eval.support.reference.nullu import Nullu
-from eval.support.reference.paint import Paint
-from eval.support.reference.sample import Sample, Turn, capture
-from eval.support.reference.steering import Steering
-from eval.support.reference.var import Var
-from eval.support.reference.vhr import Vhr
-from eval.support.reference.vista import Vista
-
-__all__ = [
-    "Gift",
-    "Hooked",
-    "MemVr",
-    "Method",
-    "Nullu",
-    "Paint",
-    "Sample",
-    "Steering",
-    "Trace",
-    "Turn",
-    "Var",
-    "Vhr",
-    "Vista",
-    "capture",
-    "logits",
-    "sinks",
-    "trace",
-]
+from eval.support.reference.compose import Method as Method
+from eval.support.reference.compose import Trace as Trace
+from eval.support.reference.compose import logits as logits
+from eval.support.reference.compose import sinks as sinks
+from eval.support.reference.compose import trace as trace
+from eval.support.reference.gift import Gift as Gift
+from eval.support.reference.memvr import MemVr as MemVr
+from eval.support.reference.nullu import Nullu as Nullu
+from eval.support.reference.paint import Paint as Paint
+from eval.support.reference.sample import Sample as Sample
+from eval.support.reference.sample import Turn as Turn
+from eval.support.reference.sample import capture as capture
+from eval.support.reference.steering import Steering as Steering
+from eval.support.reference.var import Var as Var
+from eval.support.reference.vhr import Vhr as Vhr
+from eval.support.reference.vista import Vista as Vista

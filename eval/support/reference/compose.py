@@ -20,7 +20,6 @@ from eval.support.reference.decoder import (
     WeightsEdit,
 )
 from eval.support.reference.gift import Gift
-from eval.support.reference.hooked import Hooked
 from eval.support.reference.memvr import MemVr
 from eval.support.reference.nullu import Nullu
 from eval.support.reference.paint import Paint
@@ -117,13 +116,15 @@ def forward(
     edit_mlp: MlpEdit = lambda layer, entering, output: output,
     edit_hidden: HiddenEdit = lambda layer, hidden: hidden,
 ) -> Run:
-    """One pass of the literal decoder, or of a model's own layers (with a cache without loss,
-    without edits of scores and of the residual stream).
+    """One pass of the literal decoder, or of a model that runs its own layers (with a cache without
+    loss and without edits of scores and of the residual stream).
     """
-    if isinstance(model, Hooked):
-        return model.run(embeds, edit_weights, edit_outputs)
-    edits = edit_weights, edit_outputs, from_cache, edit_scores, edit_mlp, edit_hidden
-    return decoder.forward(model, embeds, positions, *edits)
+    edits = edit_weights, edit_outputs
+    if hasattr(model, "run"):
+        own: Run = model.run(embeds, *edits)
+        return own
+    residual = edit_mlp, edit_hidden
+    return decoder.forward(model, embeds, positions, *edits, from_cache, edit_scores, *residual)
 
 
 def sinks(model: Any, sample: Sample, dims: tuple[int, ...], tau: float) -> Tensor:

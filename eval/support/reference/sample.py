@@ -52,11 +52,7 @@ class Sample:
         turns = tuple(turn for turn in self.turns if turn.start < end)
         pictures = tuple(one for one in self.pictures if one.places[-1] < end)
         return Sample(
-            self.embeds[:end],
-            self.positions[..., :end],
-            self.image[:end],
-            turns,
-            pictures=pictures,
+            self.embeds[:end], self.positions[..., :end], self.image[:end], turns, pictures=pictures
         )
 
     def followed_by(self, model: Any, ids: Tensor) -> "Sample":
@@ -66,19 +62,11 @@ class Sample:
         positions = torch.cat([self.positions, fresh.expand(*self.positions.shape[:-1], -1)], -1)
         image = torch.cat([self.image, torch.zeros(len(ids), dtype=torch.bool)])
         return Sample(
-            torch.cat([self.embeds, embeds]),
-            positions,
-            image,
-            self.turns,
-            pictures=self.pictures,
+            torch.cat([self.embeds, embeds]), positions, image, self.turns, pictures=self.pictures
         )
 
     def asked(
-        self,
-        model: Any,
-        ids: Tensor,
-        query: Tensor | None = None,
-        content: Tensor | None = None,
+        self, model: Any, ids: Tensor, query: Tensor | None = None, content: Tensor | None = None
     ) -> "Sample":
         """This sample with a further turn fed as ids [n]; query, content bool [n], all by default.
 
@@ -112,31 +100,7 @@ def capture(
     the last image token up to the last prompt token. content: bool [prompt], by default query.
     image: bool [prompt], by default the placeholders.
     """
-    caught: dict[str, Any] = {}
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-        caught.update(kwargs)
-        raise _Captured
-
-    entered: dict[nn.Module, Any] = {}
-
-    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered[layer] = args, kwargs
-
-    handles = [
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        for module in model.modules()
-        if type(module).__name__ in TOWER_ATTENTION
-    ]
-    handles.append(model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except _Captured:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    caught, entered = _entering(model, inputs)
     ids = inputs["input_ids"][0]
     places = (ids == model.config.image_token_id) if image is None or entered else image
     if entered and not places.any():
@@ -150,6 +114,34 @@ def capture(
     turns = (Turn(0, len(ids), query, content),)
     sample = Sample(embeds, positions, image, turns, pictures=pictures)
     return sample if generated is None else sample.followed_by(model, generated)
+
+
+def _entering(
+    model: Any, inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[nn.Module, Any]]:
+    """What enters the decoder, by name, and what enters each attention of the vision tower."""
+    caught: dict[str, Any] = {}
+    entered: dict[nn.Module, Any] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        caught.update(kwargs)
+        raise _Captured
+
+    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered[layer] = args, kwargs
+
+    tower = [module for module in model.modules() if type(module).__name__ in TOWER_ATTENTION]
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in tower]
+    handles.append(model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except _Captured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught, entered
 
 
 def plain_positions(given: Tensor | None, length: int) -> Tensor:
