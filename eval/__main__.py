@@ -7,11 +7,24 @@ import errno
 import sys
 from collections.abc import Sequence
 
-from eval.cli import compare, data, demo, models, modes, own, run, score, speed, sweep, table
+from eval.cli import (
+    compare,
+    data,
+    demo,
+    frontier,
+    models,
+    modes,
+    own,
+    run,
+    score,
+    speed,
+    sweep,
+    table,
+)
 from eval.errors import EvalError
 from vlm_patch import PatchError, UnsupportedModelError
 
-COMMANDS = (run, score, data, own, compare, table, sweep, demo, models, speed, modes)
+COMMANDS = (run, score, data, own, compare, table, frontier, sweep, demo, models, speed, modes)
 ROOM = ": what was written is kept; make room and give the same command again"
 
 

@@ -681,7 +681,7 @@ def test_an_unknown_kind_of_mask() -> None:
 
 
 def test_a_layer_that_runs_twice_and_was_handed_nothing() -> None:
-    assert message(PatchError, lambda: MissingHandler().attend(call())) == (
+    assert message(PatchError, lambda: MissingHandler(None).attend(call())) == (
         "layer 3 was not handed what this patch does in it, which is needed where layers run "
         "twice: train without gradient checkpointing, or inside `with patch.disabled():`"
     )

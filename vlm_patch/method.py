@@ -285,12 +285,15 @@ class Watcher:
     weights: called with layer, weights `[B, H, R, K]`, value `[B, KV, K, Dv]` and the attention
         module, for the rows `rows`.
     rows: `[R]`, indices.
+    output: called with layer and hidden `[B, S, D]`, the residual stream leaving a block; for
+        methods that edit the stream or an MLP's output.
     """
 
     block: Callable[[int, Tensor], None] | None = None
     heads: Callable[[int, Tensor], None] | None = None
     weights: Callable[[int, Tensor, Tensor, Any], None] | None = None
     rows: Tensor | None = None
+    output: Callable[[int, Tensor], None] | None = None
 
 
 @dataclass
@@ -313,17 +316,19 @@ ExtraForward: TypeAlias = Callable[[dict[str, Any], Watcher], None]
 
 
 class Method:
-    """A training-free edit of a model's attention. Subclasses are frozen dataclasses; the fields
-    are the hyperparameters.
+    """A training-free edit of a model's attention or residual stream. Subclasses are frozen
+    dataclasses; the fields are the hyperparameters.
 
     Every hook is optional. Within a layer the engine computes the scores of the rows that methods
     edit or watch, calls `edit_scores` of each method in the order given, takes one softmax, calls
-    `observe` and `edit_weights` of each, multiplies with the values, and asks for `edit_heads`. It
-    applies the head table, batching, padding and the cache: a method never sees any of these.
+    `observe` and `edit_weights` of each, multiplies with the values, and asks for `edit_heads`;
+    behind the MLP it calls `edit_mlp`, behind the block `edit_hidden`. It applies the head table,
+    batching, padding and the cache: a method never sees any of these.
 
     name: how the method is called in configs, head tables and messages.
     state: the class of what it remembers of a generation, given to every hook as `state`.
     reads_blocks: it wants `observe_hidden`.
+    reads_logits: it wants `observe_readout`.
     reads_question: it wants the masks query and content.
     words: what counts as content.
     edits_prompt_end: the row it edits in a prompt is the last, wherever that turns out to be.
@@ -343,6 +348,7 @@ class Method:
     name: ClassVar[str]
     state: ClassVar[type[State]] = State
     reads_blocks: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = False
     reads_question: ClassVar[bool] = False
     edits_prompt_end: ClassVar[bool] = False
     words: str | Tensor = "all"
@@ -397,6 +403,14 @@ class Method:
     ) -> None:
         """Shown the residual stream `[B, S, D]` entering a block, if `reads_blocks`."""
 
+    def observe_readout(
+        self, layer: int, logits: Tensor, forward: ForwardContext, state: Any
+    ) -> None:
+        """Shown what the model would say of the residual stream entering a block, if
+        `reads_logits`: its last norm and head, `[B, R, V]` in float32, of the R last rows, which
+        are the last one of a prompt and those behind it.
+        """
+
     def edited_rows(self, forward: ForwardContext) -> Tensor | None:
         """The rows `[B, S]` (bool) whose scores or weights it edits, or None."""
         return None
@@ -425,6 +439,37 @@ class Method:
         Not in place. Masked keys stay masked, whatever is returned for them.
         """
         return scores
+
+    @property
+    def edits_hidden(self) -> bool:
+        """Whether it has an `edit_hidden` of its own."""
+        return type(self).edit_hidden is not Method.edit_hidden
+
+    @property
+    def edits_mlp(self) -> bool:
+        """Whether it has an `edit_mlp` of its own."""
+        return type(self).edit_mlp is not Method.edit_mlp
+
+    @property
+    def in_stream(self) -> bool:
+        """Whether it edits the residual stream, or reads logits off it."""
+        return self.edits_mlp or self.edits_hidden or self.reads_logits
+
+    def edit_mlp(
+        self, layer: int, output: Tensor, hidden: Tensor, forward: ForwardContext, state: Any
+    ) -> Tensor:
+        """A new output `[B, S, D]` of a block's MLP, `hidden` `[B, S, D]` being what entered it.
+
+        Not in place, here and in `edit_hidden`. Whatever is returned for them, padding and samples
+        without an image stay stock. A layer is on or off as a whole: its row of the head table.
+        """
+        return output
+
+    def edit_hidden(
+        self, layer: int, hidden: Tensor, forward: ForwardContext, state: Any
+    ) -> Tensor:
+        """A new residual stream `[B, S, D]` leaving a block."""
+        return hidden
 
     def watched_rows(self, forward: ForwardContext) -> tuple[Sequence[int], Tensor] | None:
         """Layers, and the rows `[B, S]` (bool) whose weights it must be shown in each of them."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm_patch import heads
-from vlm_patch.engine import attention
+from vlm_patch.engine import attention, residual
 from vlm_patch.engine.generate_guard import GuardedGenerate, check_options, prompt_inputs
 from vlm_patch.engine.hooks import ForwardHooks, Hook, QuietHook
 from vlm_patch.engine.tower import tower_of
@@ -152,6 +152,8 @@ class Patch:
                 show = QuietHook(*calls, passes.now)
                 handle = layer.block.register_forward_pre_hook(show, with_kwargs=True)
                 undo.callback(handle.remove)
+        around = passes.now, passes.graph
+        residual.install(self._decoder, self._methods, around, undo, self._shard.ranks > 1)
         if self._tower is not None:
             self._tower.install(undo)
         # an adapter of PEFT calls the forward of its model past its hooks

@@ -78,6 +78,22 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Frontier:
+    """What `eval frontier` draws of a benchmark whose responses can say more or less.
+
+    gain, cost: the measures of what is said that is true, and of what is wrong in it
+    wrong, said: the counts that the cost is the quotient of
+    length: the count of how long a response is
+    """
+
+    gain: str
+    cost: str
+    wrong: str
+    said: str
+    length: str
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a benchmark finds its images and annotations.
 
@@ -155,6 +171,7 @@ class Benchmark:
     measures: what its numbers are called, in the order of a table
     main: the measure that a sweep tunes unless another is named ("": the first)
     plot: one measure drawn by part, or two against each other; none: not drawn
+    frontier: what `eval frontier` draws; None: nothing
     required: what every score of it holds; one that does not is of an older version
     score_files: scores of files made elsewhere; its arguments are the options of `score NAME`
     commands: further commands by name, their options made in the same way
@@ -166,6 +183,7 @@ class Benchmark:
     measures: ClassVar[Mapping[str, Measure]] = {}
     main: ClassVar[str] = ""
     plot: ClassVar[tuple[str, ...]] = ()
+    frontier: ClassVar[Frontier | None] = None
     required: ClassVar[Collection[str]] = ()
     score_files: ClassVar[Callable[..., Mapping[str, Any]] | None] = None
     commands: ClassVar[Mapping[str, Callable[..., None]]] = {}
@@ -181,6 +199,10 @@ class Benchmark:
         run's, with the scoring files in it.
         """
         raise lacks(self.name, "tallies")
+
+    def by_place(self, rows: Rows, settings: Any, folder: Path) -> Mapping[str, Tally]:
+        """Of a frontier: its cost by where in a response it arises."""
+        return {}
 
     def score(self, rows: Rows, settings: Any, folder: Path) -> dict[str, Any]:
         """The scores of one split: values, counts and 95 % intervals, by part."""

@@ -52,10 +52,12 @@ class Reading:
 
     tokens: singular forms, neighbours merged
     mentions: (word, object) pairs in order
+    places: the index of each among the tokens
     """
 
     tokens: tuple[str, ...]
     mentions: tuple[tuple[str, str], ...]
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,10 @@ class Vocabulary:
         """Tokens after merging (what CHAIR counts as length), and mentions in order."""
         merged = _merged(RULES[self.rules](caption))
         ignored = {"seat"} if "toilet" in merged else frozenset[str]()
-        mentions = [(w, self.words[w]) for w in merged if w in self.words and w not in ignored]
-        return Reading(tuple(merged), tuple(mentions))
+        named = [w in self.words and w not in ignored for w in merged]
+        places = tuple(place for place, names in enumerate(named) if names)
+        mentions = tuple((merged[place], self.words[merged[place]]) for place in places)
+        return Reading(tuple(merged), mentions, places)
 
     def mentions(self, caption: str) -> list[tuple[str, str]]:
         """(word, object) pairs of a caption in order, repeats kept."""

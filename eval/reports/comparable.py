@@ -58,6 +58,13 @@ class Run:
         rows = [self.rows[key] for key in keys]
         return benchmark.tallies(rows, recorded(self.record, benchmark), self.path)
 
+    def by_place(
+        self, benchmark: Benchmark, keys: Sequence[tuple[str, ...]]
+    ) -> Mapping[str, Tally]:
+        """What each of these samples adds, by where in its response."""
+        rows = [self.rows[key] for key in keys]
+        return benchmark.by_place(rows, recorded(self.record, benchmark), self.path)
+
     def reader(self, benchmark: Benchmark) -> str:
         """What reads its responses to the benchmark."""
         return benchmark.reader(recorded(self.record, benchmark), self.path)

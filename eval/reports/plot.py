@@ -32,7 +32,7 @@ def plot(folders: Sequence[Path], path: Path) -> None:
     if not drawn:
         raise EvalError("nothing to plot: the runs hold no scores of a benchmark that is drawn")
     size = (6 * len(panels), 4.4 * len(drawn) + 0.8)
-    figure = _matplotlib().Figure(figsize=size, dpi=150, layout="constrained")
+    figure = matplotlib_figure().Figure(figsize=size, dpi=150, layout="constrained")
     grid = figure.subplots(len(drawn), len(panels), squeeze=False)
     for line, split in zip(grid, drawn, strict=True):
         for axes, benchmark in zip(line, panels, strict=True):
@@ -51,11 +51,12 @@ def plot(folders: Sequence[Path], path: Path) -> None:
         raise EvalError(f"--plot {path}: {error}; name the picture FILE.png") from error
 
 
-def _matplotlib() -> Any:
+def matplotlib_figure(what: str = "--plot") -> Any:
+    """The module of figures; EvalError where matplotlib is not installed."""
     try:
         from matplotlib import figure
     except ImportError:
-        raise EvalError('--plot needs matplotlib: pip install -e ".[plot]"') from None
+        raise EvalError(f'{what} needs matplotlib: pip install -e ".[plot]"') from None
     return figure
 
 

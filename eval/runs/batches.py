@@ -108,9 +108,11 @@ class BatchRunner:
         """The responses, with the error in the position of each sample whose image is broken."""
         broken: dict[tuple[str, ...], BrokenImageError] = {}
         limit = self.config.sections[samples[0].task].max_new_tokens
+        greedy = self.config.temperature is None
+        choosing = () if greedy else (generate.decoding(self.config), self.config.seed)
         while left := [sample for sample in samples if sample.key not in broken]:
             try:
-                responses = iter(generate.ask(self.model, self.processor, left, limit))
+                responses = iter(generate.ask(self.model, self.processor, left, limit, *choosing))
             except BrokenImageError as error:
                 if self.config.broken_images == "error":
                     raise

@@ -14,6 +14,7 @@ run does not use is an EvalError that says what was expected.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Config:
     limit: images of each split and task at most
     batch_size: requests at once
     seed: of whatever is drawn
+    temperature: of sampling; null is greedy decoding
     broken_images: error stops at an image that cannot be read rather than list it as skipped
     max_pixels: a larger image is not read
     methods: names, or import paths
@@ -76,6 +78,7 @@ class Config:
     limit: int | None = None
     batch_size: int = 8
     seed: int = 0
+    temperature: float | None = None
     broken_images: Literal["skip", "error"] = "skip"
     max_pixels: int = MAX_PIXELS
     methods: tuple[str, ...] = ()
@@ -86,6 +89,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check_positive("", self, "limit", "batch_size", "max_pixels")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise EvalError(
+                f"temperature: expected a number above 0, or null for greedy decoding, found "
+                f"{self.temperature}"
+            )
         own = [task for task in self.tasks if ":" in task]
         check_names("tasks", self.tasks, [*registry.TASKS, *own])
         check_names("methods", self.methods, [*METHODS, *filter(_is_path, self.methods)])

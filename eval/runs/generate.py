@@ -1,7 +1,10 @@
-"""Answers of a model: greedy, in left-padded batches, prompts by the processor's chat template."""
+"""Answers of a model: greedy or sampled, in left-padded batches, prompts by the processor's chat
+template.
+"""
 
 import inspect
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -100,13 +103,31 @@ def prepare(processor: Any, name: str, chat_template: str | None = None) -> Any:
     return processor
 
 
+def decoding(config: Config) -> dict[str, Any]:
+    """The settings of `generate` by which tokens are chosen."""
+    if config.temperature is None:
+        return dict(GREEDY)
+    return {**GREEDY, "do_sample": True, "temperature": config.temperature, "top_k": 0}
+
+
 @torch.inference_mode()
-def ask(model: Any, processor: Any, batch: Sequence[Sample], max_new_tokens: int) -> list[Response]:
-    """Greedy answers to one batch of samples."""
+def ask(
+    model: Any,
+    processor: Any,
+    batch: Sequence[Sample],
+    max_new_tokens: int,
+    choosing: Mapping[str, Any] = GREEDY,
+    seed: int = 0,
+) -> list[Response]:
+    """The answers to one batch of samples; `choosing`: see `decoding`. Where it samples, the same
+    batch and seed give the same answers.
+    """
     inputs = encode(processor, batch)
     _check_images(model, inputs["input_ids"], batch)
     inputs = inputs.to(model.device, dtype=model.dtype)
-    settings = {**GREEDY, "max_new_tokens": max_new_tokens}
+    settings = {**choosing, "max_new_tokens": max_new_tokens}
+    if choosing["do_sample"]:
+        torch.manual_seed(zlib.crc32(repr((seed, batch[0].key)).encode()))
     responses = chat.respond(model, processor, inputs, settings)
     return [replace(response, text=response.text.strip()) for response in responses]
 

@@ -21,7 +21,6 @@ from eval.runs.folder import RunFolder
 from eval.runs.provenance import environment
 from eval.runs.samples import Sample, notice
 from eval.runs.workers import Engine, Load
-from vlm_patch.models.chat import GREEDY
 
 
 def run(
@@ -132,7 +131,7 @@ def describe(config: Config, samples: Sequence[Sample]) -> dict[str, Any]:
     return {
         "settings": config.settings(),
         "data": dataset.describe(samples),
-        "decoding": dict(GREEDY),
+        "decoding": generate.decoding(config),
         "environments": [],
         "patches": [],
         "notes": [],

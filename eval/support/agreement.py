@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import vlm_patch
 from eval.support import tiny
 from eval.support.reference import (
     AdaIat,
@@ -13,18 +14,37 @@ from eval.support.reference import (
     Gift,
     Iat,
     Mass,
+    MemVr,
     Method,
     MiddleLayers,
+    Nullu,
     Pai,
     Paint,
     Sample,
     Sparc,
+    Steering,
     Vaf,
     Var,
     Vhr,
+    Vista,
     logits,
 )
-from vlm_patch import ADHH, GIFT, IAT, PAI, PAINT, SPARC, VAF, VAR, VHR, AdaIAT, Devils, MassTarget
+from vlm_patch import (
+    ADHH,
+    GIFT,
+    IAT,
+    PAI,
+    PAINT,
+    SPARC,
+    VAF,
+    VAR,
+    VHR,
+    VISTA,
+    AdaIAT,
+    Devils,
+    MassTarget,
+    MemVR,
+)
 from vlm_patch.methods.adaiat import Calibration
 
 DIMS = tiny.SINK_DIMS
@@ -36,6 +56,14 @@ HALLUCINATED = tuple(tuple(0.05 + 0.1 * number for number in row) for row in rev
 CALIBRATION = Calibration(
     torch.tensor(REAL, dtype=torch.float64), torch.tensor(HALLUCINATED, dtype=torch.float64)
 )
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+VECTORS = {1: drawn(tiny.WIDTH), 2: drawn(tiny.WIDTH + 1)[1:]}
+DIRECTIONS = {n: torch.linalg.qr(drawn(tiny.WIDTH, 3 + n)).Q.T.contiguous() for n in (0, 2, 3)}
 PAIRS: dict[str, tuple[Method, Any]] = {
     "var": (Var(DIMS, TAU), VAR(tau=TAU, dims=DIMS)),
     "var-all-fields": (
@@ -83,6 +111,14 @@ PAIRS: dict[str, tuple[Method, Any]] = {
     "sparc": (Sparc(1.5, 0.3, 0.1, 2, (0, 1, 2, 3)), SPARC(1.5, 0.3, 0.1, 2, (0, 1, 2, 3))),
     "mass-target": (Mass(0.55, (1, 3)), MassTarget(0.55, (1, 3))),
     "mass-target-raise": (Mass(0.3, (0, 2), True), MassTarget(0.3, (0, 2), True)),
+    "steering": (
+        Steering(VECTORS, -0.7, "last"),
+        vlm_patch.Steering(VECTORS, -0.7, "last"),
+    ),
+    "steering-all": (Steering(VECTORS, 0.4), vlm_patch.Steering(VECTORS, 0.4)),
+    "nullu": (Nullu(DIRECTIONS, 3), vlm_patch.Nullu(DIRECTIONS, 3)),
+    "memvr": (MemVr((1, 2, 3), 0.3, 0.993), MemVR(0.3, 0.993, layers=(1, 2, 3))),
+    "vista": (Vista((1, 3), 0.8), VISTA(0.8, layers=(1, 3))),
 }
 MODELS: dict[str, Callable[..., Any]] = {
     "llava": tiny.llava,

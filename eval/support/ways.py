@@ -46,6 +46,10 @@ SIDES: dict[str, tuple[str, ...]] = {
     "adaiat": ("adaiat",),
     "sparc": ("sparc",),
     "attention-side": ("pai", "vaf", "devils", "iat", "adhh", "adaiat", "mass-target"),
+    "steering": ("steering",),
+    "nullu": ("nullu",),
+    "memvr": ("memvr",),
+    "vista": ("vista",),
 }
 Names: TypeAlias = Sequence[str]
 STEPS = 6

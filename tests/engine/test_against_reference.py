@@ -114,6 +114,8 @@ def random_tables(names: Sequence[str], seed: int) -> dict[str, Tensor]:
         )
         own = [layer for layer in range(4) if acting(layer, 4)]
         table = torch.rand(4, 4, generator=generator) < 0.5
+        if method.edits_hidden or method.edits_mlp:  # which has no heads
+            table = table[:, :1].repeat(1, 4)
         kept = own[1:] or own
         table[[layer for layer in range(4) if layer not in kept]] = False
         tables[method.name] = table

@@ -127,6 +127,8 @@ def graphs() -> int:
         (("paint-release",), "eager"),
         (("pai", "vaf", "devils", "iat", "adhh", "adaiat", "mass-target"), "eager"),
         (("sparc",), "eager"),
+        (("nullu", "memvr", "vista", "steering"), "eager"),
+        (("vista", "var", "steering-all", "vhr"), "eager"),
         (ALL, "aot_eager"),
     ],
 )

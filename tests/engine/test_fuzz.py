@@ -29,6 +29,7 @@ ROUNDING = {True: 1e-9, False: 1e-4}
 
 UNCUT = "needs one that can be cut: use a DynamicCache of a model without sliding window"
 ONE_BY_ONE = "sparc needs generated tokens one by one"
+READ_TWICE = "memvr decides something for the whole prompt by the row that it edits"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -57,7 +58,8 @@ def test_anything(case: Case) -> None:
         try:
             found = RUNS[case.mode](case, model, batch)
         except PatchError as error:
-            if UNCUT in str(error) and (case.build.kind, case.mode) == ("sliding", "second turn"):
+            uncut = UNCUT in str(error) and case.build.kind == "sliding"
+            if case.mode == "second turn" and (uncut or READ_TWICE in str(error)):
                 return
             if ONE_BY_ONE in str(error) and case.mode == "without cache":
                 return

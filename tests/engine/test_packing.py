@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 import vlm_patch
 from eval.support import tiny
 from eval.support.agreement import ours, planted
-from tests.support.agreement import NO_PROCESSOR, generate
+from tests.support.agreement import NO_PROCESSOR, error, generate
 from tests.support.family import made
 from vlm_patch import VHR, ExtraPrompt, ForwardContext, Method, Watcher
 from vlm_patch.engine import packing
@@ -386,6 +386,24 @@ def test_forwards_that_cannot_be_shared() -> None:
     for reason, methods, options in cases:
         assert described(model, *methods, **options)[0].startswith(ALONE + reason)
     assert described(model, VHR(layers=(1,)), batch=placed(padded))[0] == SHARES
+
+
+@pytest.mark.parametrize("name", ["steering", "steering-all", "nullu", "memvr", "vista"])
+def test_methods_in_the_residual_stream_meet_the_prompt_alone(name: str) -> None:
+    """Beside one of them the second prompt takes a forward of its own, until it is off."""
+    model = model_of("llava", exact=False)
+    batch = placed(tiny.inputs(model, tiny.BATCH_OF_3))
+    reason = f"{ALONE}a method edits the residual stream or reads logits off it"
+    names = (name, "vhr")
+    methods = ours(names)
+    with vlm_patch.wrap(model, *methods) as patch:
+        assert patch.describe().endswith(reason)
+        output = generate(model, batch)
+        assert patch.describe().endswith(reason)
+        with patch.disabled(methods[0].name):
+            generate(model, batch)
+            assert patch.describe().endswith(SHARES)
+    assert error(model, batch, output, names) < 1e-5
 
 
 def test_training_reads_it_in_a_forward_of_its_own() -> None:

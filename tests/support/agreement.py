@@ -22,6 +22,8 @@ TOGETHER = [
     ("gift-inside", "paint", "var", "vhr"),
     ("pai", "vaf", "devils", "adhh", "mass-target"),
     ("mass-target", "var", "adaiat", "devils", "pai", "adhh", "iat"),
+    ("nullu", "memvr", "vista", "steering"),
+    ("vista", "nullu", "var", "steering-all", "gift-inside", "vhr"),
 ]
 
 

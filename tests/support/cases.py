@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import vlm_patch
 from eval.support import tiny
 from eval.support.reference import (
     AdaIat,
@@ -15,16 +16,35 @@ from eval.support.reference import (
     Gift,
     Iat,
     Mass,
+    MemVr,
     Method,
     MiddleLayers,
+    Nullu,
     Pai,
     Paint,
     Sparc,
+    Steering,
     Vaf,
     Var,
     Vhr,
+    Vista,
 )
-from vlm_patch import ADHH, GIFT, IAT, PAI, PAINT, SPARC, VAF, VAR, VHR, AdaIAT, Devils, MassTarget
+from vlm_patch import (
+    ADHH,
+    GIFT,
+    IAT,
+    PAI,
+    PAINT,
+    SPARC,
+    VAF,
+    VAR,
+    VHR,
+    VISTA,
+    AdaIAT,
+    Devils,
+    MassTarget,
+    MemVR,
+)
 from vlm_patch.methods.adaiat import Calibration
 
 HEADS = 4
@@ -226,6 +246,42 @@ def sparc(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     return Sparc(*given), SPARC(*given)
 
 
+def drawn(draw: st.DrawFn, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+
+
+def steering(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = {
+        "vectors": {layer: drawn(draw, tiny.WIDTH) for layer in draw(some_layers(layers))},
+        "strength": draw(hundredths(-1, 1)),
+        "positions": draw(st.sampled_from(("all", "last", "generated"))),
+    }
+    return Steering(**given), vlm_patch.Steering(**given)
+
+
+def nullu(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    rank = draw(st.integers(1, 5))
+    directions = {
+        layer: torch.linalg.qr(drawn(draw, tiny.WIDTH, 5)).Q.T
+        for layer in draw(some_layers(layers))
+    }
+    return Nullu(directions, rank), vlm_patch.Nullu(directions, rank)
+
+
+def vista(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = {"layers": draw(some_layers(layers)), "strength": draw(hundredths(0, 1))}
+    return Vista(**given), VISTA(**given)
+
+
+def memvr(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = {
+        "layers": draw(some_layers(layers)),
+        "share": draw(hundredths(0, 1)),
+        "threshold": draw(st.integers(950, 1000)) / 1000,
+    }
+    return MemVr(**given), MemVR(**given)
+
+
 def acting(spec: Method, layers: int) -> list[int]:
     """The layers that a method is made for."""
     if isinstance(spec, Var):
@@ -241,6 +297,8 @@ def heads(draw: st.DrawFn, specs: list[Method], layers: int) -> dict[str, Tensor
         own = acting(spec, layers)
         if own and draw(st.booleans()):
             cells = draw(st.sets(st.tuples(st.sampled_from(own), st.integers(0, HEADS - 1))))
+            if isinstance(spec, Steering | Nullu | Vista | MemVr):  # which have no heads
+                cells = {(layer, head) for layer, _ in cells for head in range(HEADS)}
             table = torch.zeros(layers, HEADS, dtype=torch.bool)
             for cell in cells:
                 table[cell] = True
@@ -297,6 +355,10 @@ def cases(draw: st.DrawFn) -> Case:
         "adaiat": adaiat(build.layers),
         "adhh": adhh(build.layers),
         "mass target": mass_target(build.layers),
+        "steering": steering(build.layers),
+        "nullu": nullu(build.layers),
+        "vista": vista(build.layers),
+        "memvr": memvr(build.layers),
     }
     names = draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=4, unique=True))
     methods = [draw(kinds[name]) for name in names]

@@ -42,7 +42,7 @@ class Hooked:
         entering: dict[nn.Module, Tensor] = {}
         nothing = torch.zeros(1, 1, 1, dtype=torch.float64)
         empty = [nothing] * self.depth
-        run = Run(empty[:], empty[:], empty[:], empty[:])
+        run = Run(empty[:], [], empty[:], empty[:], empty[:])
 
         def attend(
             module: Any,

@@ -216,7 +216,10 @@ def with_processor(device: torch.device) -> list[Tensor]:
 
 
 CASES: dict[str, Callable[[torch.device], list[Tensor]]] = {
-    **{f"{name} with its defaults": alone(name) for name in ("var", "gift", "vhr")},
+    **{
+        f"{name} with its defaults": alone(name)
+        for name in ("var", "gift", "vhr", "vista", "memvr")
+    },
     "all with their defaults, beside each other": lambda device: answered(
         device, ["var", "gift", "vhr"], tiny.MIXED_BATCH
     ),

@@ -177,8 +177,16 @@ class ExtraPasses:
             active.method.before_forward(forward, active.state)
         first = [replace(a, heads={}) if a in late else a for a in actives]
         cache: Any = kwargs.get(self.cache_name)
-        again = any(a.method.decides_on_last_row(forward) for a in actives if a not in late)
-        again |= bool(forward.image[:, -1].any()) or _last_is_seen(forward, kwargs)
+        others = [a.method for a in actives if a not in late]
+        deciding = [method.name for method in others if method.decides_on_last_row(forward)]
+        if deciding and forward.position.past:
+            raise PatchError(
+                f"{late[0].method.name} watches a layer that is not below those it edits, and "
+                f"{deciding[0]} decides something for the whole prompt by the row that it edits "
+                "there, so the prompt would have to be read twice, which behind a cache cannot be: "
+                "watch a lower layer, or give the whole conversation without a cache"
+            )
+        again = bool(deciding) or bool(forward.image[:, -1].any()) or _last_is_seen(forward, kwargs)
         if again or not _can_be_cut(cache):
             if forward.position.past:
                 raise PatchError(

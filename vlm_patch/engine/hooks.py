@@ -44,7 +44,7 @@ class Hook:
     def __call__(self, module: nn.Module, args: Any, more: Any) -> Any:
         if self.traced is not None and self.traced(module, args, more):
             return None
-        return _untraced(self, module, args, more)
+        return untraced(self, module, args, more)
 
     def run(self, module: nn.Module, args: Any, more: Any) -> Any:
         """The hook in the forward that this thread runs."""
@@ -78,13 +78,18 @@ class QuietHook(Hook):
         return super().run(module, args, more)
 
 
-_untraced = outside(lambda hook, *given: hook.run(*given))
+untraced = outside(lambda hook, *given: hook.run(*given))
 
 
 class MissingHandler(ForwardHandler):
     """Takes the place of what attention serves in a layer that is run again for its gradients, and
     so must be given it by hand (`HANDLER_ARGUMENT`).
+
+    handed: what attention serves there.
     """
+
+    def __init__(self, handed: Any) -> None:
+        self.handed = handed
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
         raise PatchError(
@@ -120,6 +125,7 @@ class ForwardHooks:
             self.softmax_only,
             self.padding is not None,
             self.layout.shard,
+            lambda: any(method.in_stream for method, _ in self.switched()),
         )
         self.extra = ExtraPasses(self.decoder, self.learned, self.padding, self.now, packing)
 
@@ -262,7 +268,7 @@ class ForwardHooks:
             packed.prompt, self.now.run, kwargs = run, packed, packed.inputs
             packed.start()
         if self.decoder.training and _runs_layers_again(self.decoder):
-            kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler()
+            kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler(run)
         return actives, kwargs
 
     # ---- the same inside torch.compile

@@ -4,7 +4,7 @@ needs one of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Packing:
 
     softmax_only: every layer has softmax attention over the text's own tokens. counts_padding: the
     decoder counts its positions by padding. shard: which heads this process holds.
+    in_stream: asks whether a method is on that meets all rows in the residual stream.
     """
 
     decoder: nn.Module
@@ -44,6 +45,7 @@ class Packing:
     softmax_only: bool
     counts_padding: bool
     shard: Shard
+    in_stream: Callable[[], bool] = lambda: False
 
     def pack(self, forward: ForwardContext, kwargs: dict[str, Any], extra: ExtraPrompt) -> Packed:
         """Raises CannotPack where the second prompt would not be read as it is by itself."""
@@ -89,6 +91,7 @@ class Packing:
             f"the length decides its positions ({', '.join(ropes)})": bool(ropes),
             f"attn_implementation={kernel!r} takes no block mask": kernel not in ("sdpa", "eager"),
             "its heads are split over processes": self.shard.ranks > 1,
+            "a method edits the residual stream or reads logits off it": self.in_stream(),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 

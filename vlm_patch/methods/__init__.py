@@ -9,9 +9,13 @@ from vlm_patch.methods.devils import Devils as Devils
 from vlm_patch.methods.gift import GIFT as GIFT
 from vlm_patch.methods.iat import IAT as IAT
 from vlm_patch.methods.mass_target import MassTarget as MassTarget
+from vlm_patch.methods.memvr import MemVR as MemVR
+from vlm_patch.methods.nullu import Nullu as Nullu
 from vlm_patch.methods.pai import PAI as PAI
 from vlm_patch.methods.paint import PAINT as PAINT
 from vlm_patch.methods.sparc import SPARC as SPARC
+from vlm_patch.methods.steering import Steering as Steering
 from vlm_patch.methods.vaf import VAF as VAF
 from vlm_patch.methods.var import VAR as VAR
 from vlm_patch.methods.vhr import VHR as VHR
+from vlm_patch.methods.vista import VISTA as VISTA

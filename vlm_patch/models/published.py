@@ -21,8 +21,8 @@ class Profile:
 
 # Sources: VAR's D_sink table (arXiv 2503.03321), GIFT's release settings (arXiv 2510.22067), VHR's
 # section 4.1 (arXiv 2412.13949), the releases of VAF (2503.13107), Devils in the Middle Layers
-# (2411.16724) and IAT / AdaIAT (2603.04908), and massive activations of Mistral and LLaMA-3
-# (2402.17762).
+# (2411.16724), IAT / AdaIAT (2603.04908) and MemVR (2410.03577), and massive activations of Mistral
+# and LLaMA-3 (2402.17762).
 # InstructBLIP stands on an older Vicuna, made of LLaMA-1: v1.5's channels are not claimed for it.
 PROFILES = (
     Profile("llama", 32, 4096, 32, {"vhr": {"layers": tuple(range(14, 32))}}, "instructblip"),
@@ -40,6 +40,7 @@ PROFILES = (
             "sparc": {"layers": (20,)},
             "iat": {"layers": tuple(range(5, 18))},
             "adaiat": {"layers": tuple(range(5, 18))},
+            "memvr": {"layers": tuple(range(7, 17))},
         },
     ),
     Profile(

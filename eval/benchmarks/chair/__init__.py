@@ -8,6 +8,8 @@ CHAIR falls for free when captions get shorter, loop, or repeat a true object, s
 repetition and the share of captions that name nothing always stand beside it.
 """
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,6 +24,8 @@ from eval.errors import EvalError
 
 LENGTHS = (40, 60, 100)
 """CHAIR is also taken of the first so many words."""
+PLACES = (0, 10, 20, 40, 60, 100)
+"""CHAIR_I is also taken of what is named from each of these words up to the next."""
 LOOPING = 0.7
 """Captions of LLaVA-1.5 and InstructBLIP that do not loop have at least 0.8 of 4-grams distinct."""
 
@@ -156,6 +160,31 @@ def counts_by_caption(
         ]
         columns |= {f"{name}_at_{length}": column for name, column in _columns(cut).items()}
     return columns
+
+
+def counts_by_place(
+    captions: Sequence[tuple[int, str]],
+    truth: Mapping[int, Collection[str]],
+    vocabulary: Vocabulary,
+) -> dict[str, dict[str, Numbers]]:
+    """Mentions and invented ones of each caption, `[captions]` each, by their place in it."""
+    ends = [*PLACES[1:], math.inf]
+    names = [f"{a + 1}-{b}" for a, b in itertools.pairwise(PLACES)]
+    names.append(f"{PLACES[-1] + 1} and on")
+    found = {
+        name: {
+            "object_mentions": np.zeros(len(captions)),
+            "object_mentions_hallucinated": np.zeros(len(captions)),
+        }
+        for name in names
+    }
+    for index, (image, caption) in enumerate(captions):
+        reading = vocabulary.read(caption)
+        for place, (_, thing) in zip(reading.places, reading.mentions, strict=True):
+            part = found[names[next(i for i, end in enumerate(ends) if place < end)]]
+            part["object_mentions"][index] += 1
+            part["object_mentions_hallucinated"][index] += thing not in truth[image]
+    return found
 
 
 def _columns(scores: Sequence[CaptionScore]) -> dict[str, Numbers]:

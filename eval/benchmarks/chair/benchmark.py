@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import chair, echo
-from eval.benchmarks.base import Benchmark, Measure, Rows, Sample, Scores, Source
+from eval.benchmarks.base import (
+    Benchmark,
+    Frontier,
+    Measure,
+    Rows,
+    Sample,
+    Scores,
+    Source,
+)
 from eval.benchmarks.chair import LENGTHS, alarm
 from eval.benchmarks.chair.files import score_files
 from eval.benchmarks.coco import Rules, Vocabulary, image_id_in
@@ -72,6 +80,13 @@ class Chair(Benchmark):
     measures = MEASURES
     main = "f1"
     plot = ("recall", "chair_s")
+    frontier = Frontier(
+        gain="recall",
+        cost="chair_i",
+        wrong="object_mentions_hallucinated",
+        said="object_mentions",
+        length="tokens",
+    )
     required = (*MEASURES, "alarms")
     score_files = staticmethod(score_files)
 
@@ -85,6 +100,10 @@ class Chair(Benchmark):
     def tallies(self, rows: Rows, settings: ChairSettings, folder: Path) -> dict[str, Tally]:
         words = settings.vocabulary(folder)
         return {"": Tally(chair.counts_by_caption(*_captions(rows), words), chair.ratios)}
+
+    def by_place(self, rows: Rows, settings: ChairSettings, folder: Path) -> dict[str, Tally]:
+        counts = chair.counts_by_place(*_captions(rows), settings.vocabulary(folder))
+        return {place: Tally(of_place, _wrong_share) for place, of_place in counts.items()}
 
     def score(self, rows: Rows, settings: ChairSettings, folder: Path) -> dict[str, Any]:
         """CHAIR, and the share of captions that ended before the token limit."""
@@ -116,6 +135,10 @@ class Chair(Benchmark):
 
     def alarms(self, scores: Scores) -> Mapping[str, str]:
         return alarm.ringing(scores)
+
+
+def _wrong_share(c: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {"chair_i": (c["object_mentions_hallucinated"], c["object_mentions"])}
 
 
 def _captions(rows: Rows) -> tuple[list[tuple[int, str]], dict[int, list[str]]]:

@@ -16,12 +16,16 @@ from eval.support.reference.gift import Gift as Gift
 from eval.support.reference.iat import AdaIat as AdaIat
 from eval.support.reference.iat import Iat as Iat
 from eval.support.reference.mass_target import Mass as Mass
+from eval.support.reference.memvr import MemVr as MemVr
+from eval.support.reference.nullu import Nullu as Nullu
 from eval.support.reference.pai import Pai as Pai
 from eval.support.reference.paint import Paint as Paint
 from eval.support.reference.sample import Sample as Sample
 from eval.support.reference.sample import Turn as Turn
 from eval.support.reference.sample import capture as capture
 from eval.support.reference.sparc import Sparc as Sparc
+from eval.support.reference.steering import Steering as Steering
 from eval.support.reference.vaf import Vaf as Vaf
 from eval.support.reference.var import Var as Var
 from eval.support.reference.vhr import Vhr as Vhr
+from eval.support.reference.vista import Vista as Vista

@@ -1,5 +1,6 @@
 """Methods together: edits of scores in the order given, one softmax, edits of weights in the same
-order, then the values, then VHR's scale.
+order, then the values, then VHR's scale; behind the MLP edits of its output, and behind the block
+edits of the residual stream, in the order given too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,17 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.support.reference import decoder, gift, paint, var, vhr
+from eval.support.reference import decoder, gift, memvr, nullu, paint, steering, var, vhr, vista
 from eval.support.reference.answer import RowMethod
-from eval.support.reference.decoder import OutputsEdit, Run, ScoresEdit, WeightsEdit
+from eval.support.reference.decoder import (
+    HiddenEdit,
+    MlpEdit,
+    OutputsEdit,
+    Run,
+    ScoresEdit,
+    WeightsEdit,
+)
 from eval.support.reference.gift import Gift
+from eval.support.reference.memvr import MemVr
+from eval.support.reference.nullu import Nullu
 from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn
 from eval.support.reference.sparc import Sparc, Unrolled
+from eval.support.reference.steering import Steering
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
+from eval.support.reference.vista import Vista
 
-Method = Var | Gift | Vhr | Paint | RowMethod
+Method = Var | Gift | Vhr | Paint | RowMethod | Steering | Nullu | Vista | MemVr
 Heads = Mapping[str, Tensor]
 
 
@@ -78,22 +90,24 @@ def trace(
     if not sample.image.any():
         return Trace(run=forward(model, sample.embeds, sample.positions))
     text = text_outputs(model, sample) if any(isinstance(m, Vhr) for m in methods) else []
+    added = image_vectors(model, sample) if any(isinstance(m, Vista) for m in methods) else []
     maps: list[Tensor | None] = []
     margins: list[dict[str, float]] = []
     methods = [Unrolled(m, sample) if isinstance(m, Sparc) else m for m in methods]
     starts = [turn.start for turn in sample.turns[1:]] + [sample.length]
     for turn, stop in zip(sample.turns, starts, strict=True):
         for spec in [method for method in methods if isinstance(method, Gift)]:
-            first = _Pass(model, sample.until(turn.end), methods, heads or {}, maps, text).go()
+            part = sample.until(turn.end)
+            first = _Pass(model, part, methods, heads or {}, maps, text, added).go()
             maps = [*maps, _map(first, spec, turn, sample.image[: turn.end])]
             margins.append(first.margins)
         for run in [method for method in methods if isinstance(method, Unrolled)]:
             for row in range(turn.end - 1, stop):
                 part = replace(sample.until(row + 1), rounded=sample.rounded)
-                seen = _Pass(model, part, methods, heads or {}, maps, text).go()
+                seen = _Pass(model, part, methods, heads or {}, maps, text, added).go()
                 seen.near("sparc rise", run.learn(row, sample.image, row == turn.end - 1))
                 margins.append(seen.margins)
-    final = _Pass(model, sample, methods, heads or {}, maps, text).go()
+    final = _Pass(model, sample, methods, heads or {}, maps, text, added).go()
     for known in margins:
         for decision, distance in known.items():
             final.near(decision, torch.tensor(distance))
@@ -108,15 +122,18 @@ def forward(
     edit_outputs: OutputsEdit = lambda layer, outputs: outputs,
     from_cache: decoder.FromCache = decoder.as_they_are,
     edit_scores: ScoresEdit = lambda layer, scores: scores,
+    edit_mlp: MlpEdit = lambda layer, entering, output: output,
+    edit_hidden: HiddenEdit = lambda layer, hidden: hidden,
 ) -> Run:
     """One pass of the literal decoder, or of a model that runs its own layers (with a cache without
-    loss and without edits of scores).
+    loss and without edits of scores and of the residual stream).
     """
     edits = edit_weights, edit_outputs
     if hasattr(model, "run"):
         own: Run = model.run(embeds, *edits)
         return own
-    return decoder.forward(model, embeds, positions, *edits, from_cache, edit_scores)
+    residual = edit_mlp, edit_hidden
+    return decoder.forward(model, embeds, positions, *edits, from_cache, edit_scores, *residual)
 
 
 def sinks(model: Any, sample: Sample, dims: tuple[int, ...], tau: float) -> Tensor:
@@ -128,10 +145,24 @@ def sinks(model: Any, sample: Sample, dims: tuple[int, ...], tau: float) -> Tens
 def text_outputs(model: Any, sample: Sample) -> list[Tensor]:
     """VHR's look: per layer the stock head outputs [H, d] of the first prompt's last row, the
     image tokens deleted and the positions counted anew from 0."""
+    return [outputs[:, -1] for outputs in _text_only(model, sample).outputs]
+
+
+def _text_only(model: Any, sample: Sample) -> Run:
+    """The stock model on the first prompt without its image tokens."""
     prompt = sample.until(sample.turns[0].end)
     embeds = prompt.embeds[~prompt.image]
     positions = torch.arange(len(embeds)).expand(*prompt.positions.shape[:-1], -1)
-    return [outputs[:, -1] for outputs in forward(model, embeds, positions).outputs]
+    return forward(model, embeds, positions)
+
+
+def image_vectors(model: Any, sample: Sample) -> list[Tensor]:
+    """VISTA's look: per layer what the image adds [D] to the residual stream leaving it, in the
+    first prompt's last row."""
+    prompt = sample.until(sample.turns[0].end)
+    whole = forward(model, prompt.embeds, prompt.positions)
+    pairs = zip(whole.block_outputs, _text_only(model, sample).block_outputs, strict=True)
+    return [with_image[-1] - text[-1] for with_image, text in pairs]
 
 
 def _map(first: Trace, spec: Gift, turn: Turn, image: Tensor) -> Tensor | None:
@@ -159,14 +190,24 @@ class _Pass:
     heads: Heads
     maps: Sequence[Tensor | None]
     text: Sequence[Tensor]
+    added: Sequence[Tensor]
     seen: Trace = field(default_factory=Trace)
+    looked: set[int] = field(default_factory=set)
+    block_input: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def go(self) -> Trace:
         self.seen.maps = list(self.maps)
         embeds, positions = self.sample.embeds, self.sample.positions
-        edits = self._edit_weights, self._edit_outputs
         self.seen.run = forward(
-            self.model, embeds, positions, *edits, self._from_cache, self._edit_scores
+            self.model,
+            embeds,
+            positions,
+            self._edit_weights,
+            self._edit_outputs,
+            self._from_cache,
+            self._edit_scores,
+            self._edit_mlp,
+            self._edit_hidden,
         )
         return self.seen
 
@@ -215,6 +256,7 @@ class _Pass:
         return scores
 
     def _edit_weights(self, layer: int, block_input: Tensor, weights: Tensor) -> Tensor:
+        self.block_input = block_input
         for method in self.methods:
             edited = weights
             if isinstance(method, Var):
@@ -233,6 +275,54 @@ class _Pass:
                 edited = self._vhr(method, layer, outputs)
                 outputs = self._where_on(method, layer, edited, outputs)
         return outputs
+
+    def _edit_mlp(self, layer: int, entering: Tensor, output: Tensor) -> Tensor:
+        for method in self.methods:
+            if not self._is_on(method, layer):
+                continue
+            if isinstance(method, Nullu) and layer in method.layers:
+                output = nullu.edited(output, method, layer)
+            elif isinstance(method, Vista) and layer in method.layers:
+                output = vista.edited(output, self.added[layer], method.strength)
+            elif isinstance(method, MemVr) and layer in method.layers:
+                output = self._memvr(method, entering, output)
+        return output
+
+    def _memvr(self, spec: MemVr, entering: Tensor, output: Tensor) -> Tensor:
+        """Every prompt, and every generated token, whose last row is unsure for the first time."""
+        output = output.clone()
+        for start, end in self._forwards():
+            last = self.block_input[end - 1]
+            unsure = memvr.uncertainty(decoder.readout(self.model, last))
+            self.seen.near("memvr uncertainty", unsure - spec.threshold)
+            if unsure > spec.threshold and start not in self.looked:
+                self.looked.add(start)
+                features = self.sample.embeds[:end][self.sample.image[:end]]
+                rows = slice(start, end)
+                output[rows] = memvr.mixed(output[rows], entering[rows], features, spec.share)
+        return output
+
+    def _forwards(self) -> list[tuple[int, int]]:
+        """The rows that a cache lets run at once: those of a prompt, and one a generated token."""
+        prompts = [(turn.start, turn.end) for turn in self.sample.turns]
+        read = {row for start, end in prompts for row in range(start, end)}
+        return prompts + [(row, row + 1) for row in range(self.sample.length) if row not in read]
+
+    def _edit_hidden(self, layer: int, hidden: Tensor) -> Tensor:
+        for method in self.methods:
+            if (
+                isinstance(method, Steering)
+                and layer in method.layers
+                and self._is_on(method, layer)
+            ):
+                rows = steering.rows(method, self.sample.turns, self.sample.length)
+                hidden = steering.edited(hidden, rows, method, layer)
+        return hidden
+
+    def _is_on(self, method: Method, layer: int) -> bool:
+        """Whether the table leaves a layer on, as methods without heads ask."""
+        table = self.heads.get(method.name)
+        return table is None or bool(table[layer].all())
 
     def _where_on(self, method: Method, layer: int, edited: Tensor, before: Tensor) -> Tensor:
         """edited [H, ...] in the heads that the table leaves on, before in the others."""

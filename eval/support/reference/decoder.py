@@ -15,6 +15,10 @@ WeightsEdit = Callable[[int, Tensor, Tensor], Tensor]
 ScoresEdit = Callable[[int, Tensor], Tensor]
 # (layer, head outputs [H, S, d] before the output projection) -> head outputs [H, S, d]
 OutputsEdit = Callable[[int, Tensor], Tensor]
+# (layer, what enters the MLP [S, D], its output [S, D]) -> output [S, D]
+MlpEdit = Callable[[int, Tensor, Tensor], Tensor]
+# (layer, residual stream leaving the block [S, D]) -> residual stream [S, D]
+HiddenEdit = Callable[[int, Tensor], Tensor]
 # keys or values [groups, S, d] -> what a cache gives back, and the rows bool [S] that see it so
 FromCache = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -28,12 +32,13 @@ def as_they_are(states: Tensor) -> tuple[Tensor, Tensor]:
 class Run:
     """What one pass left behind; the lists have one entry per layer, all float64.
 
-    block_inputs [S, D] is the raw residual stream; stock_weights [H, S, S] is the softmax before
-    any edit, weights [H, S, S] after all edits; outputs [H, S, d] are the head outputs as the
-    output projection sees them. logits is [S, vocabulary].
+    block_inputs and block_outputs [S, D] are the raw residual stream; stock_weights [H, S, S] is
+    the softmax before any edit, weights [H, S, S] after all edits; outputs [H, S, d] are the head
+    outputs as the output projection sees them. logits is [S, vocabulary].
     """
 
     block_inputs: list[Tensor] = field(default_factory=list)
+    block_outputs: list[Tensor] = field(default_factory=list)
     stock_weights: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -49,6 +54,8 @@ def forward(
     edit_outputs: OutputsEdit = lambda layer, outputs: outputs,
     from_cache: FromCache = as_they_are,
     edit_scores: ScoresEdit = lambda layer, scores: scores,
+    edit_mlp: MlpEdit = lambda layer, entering, output: output,
+    edit_hidden: HiddenEdit = lambda layer, hidden: hidden,
 ) -> Run:
     """Run the decoder of `model` on embeds [S, D] at positions [S] or [3, S] (m-rope)."""
     decoder = model.model.language_model
@@ -68,9 +75,16 @@ def forward(
         outputs = edit_outputs(index, products(weights, values, from_cache))
         run.outputs.append(outputs)
         x = x + linear(block.self_attn.o_proj, outputs.transpose(0, 1).flatten(1))
-        x = x + swiglu(block.mlp, rms_norm(block.post_attention_layernorm, x))
-    run.logits = linear(model.lm_head, rms_norm(decoder.norm, x))
+        entering = rms_norm(block.post_attention_layernorm, x)
+        x = edit_hidden(index, x + edit_mlp(index, entering, swiglu(block.mlp, entering)))
+        run.block_outputs.append(x)
+    run.logits = readout(model, x)
     return run
+
+
+def readout(model: Any, x: Tensor) -> Tensor:
+    """Logits [..., vocabulary] of a residual stream [..., D]."""
+    return linear(model.lm_head, rms_norm(model.model.language_model.norm, x))
 
 
 def softmax(scores: Tensor, unseen: Tensor) -> Tensor:

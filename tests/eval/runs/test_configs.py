@@ -68,14 +68,15 @@ def qwen3_vl(text: Any) -> Any:
     return hf.Qwen3VLConfig(text_config=text)
 
 
+RESIDUAL = {"vista", "memvr"}
 ATTENTION = {"iat", "sparc", "pai", "vaf", "devils", "mass_target"}
 BOTH = {"gift-release", "vhr-paper", "var-release", "paint-paper", "paint-release"}
 MODELS = {
     "llava-1.5-7b": Known(
         "llava-hf/llava-1.5-7b-hf",
         *(32, 32, 32, 4096, llava),
-        {"all", "pai-release", *ATTENTION, *BOTH},
-        {"var", "gift", "vhr", "paint", "pai", "vaf", "devils", "iat", "sparc"},
+        {"all", "pai-release", *ATTENTION, *BOTH, *RESIDUAL, "nullu", "steering"},
+        {"var", "gift", "vhr", "paint", "pai", "vaf", "devils", "iat", "sparc", *RESIDUAL, "nullu"},
     ),
     "llava-1.5-13b": Known(
         "llava-hf/llava-1.5-13b-hf",
@@ -110,6 +111,9 @@ MODELS = {
 }
 LARGE = [path for path in SHIPPED if path.parent.name in MODELS]
 ONE_METHOD = [path for path in LARGE if path.stem in METHODS]
+BROUGHT = ("nullu", "steering")
+"""Methods whose tensors are a file of the user's, so that nothing is known of them here."""
+OWN_VALUES = [path for path in ONE_METHOD if path.stem not in BROUGHT]
 
 
 def name(path: Path) -> str:
@@ -134,6 +138,7 @@ def test_every_config_loads_and_holds_the_sections_of_its_methods(path: Path) ->
     made = load(path)
     stem = path.stem.split("-")[0]
     wanted = {"baseline": [], "all": ["var", "gift", "vhr"]}.get(stem, [stem])
+    wanted = [] if path.parent.name == "trivial" else wanted
     assert [*made.methods] == wanted
     assert [type(method) for method in made.build_methods()] == [METHODS[name] for name in wanted]
     assert {*made.options} == {*wanted}
@@ -141,10 +146,11 @@ def test_every_config_loads_and_holds_the_sections_of_its_methods(path: Path) ->
 
 def test_every_model_has_its_files() -> None:
     wanted = {folder: PLAIN | known.files for folder, known in MODELS.items()}
-    wanted["pocket"] = PLAIN | ATTENTION | {"all", "adhh"}
+    wanted["pocket"] = PLAIN | ATTENTION | RESIDUAL | {"all", "adhh"}
     for folder in wanted:
         if folder == "pocket" or MODELS[folder].paint:
             wanted[folder].add("paint")
+    wanted["trivial"] = {"tokens-24", "tokens-32", "brief", "temperature"}
     assert {f.name: {path.stem for path in f.iterdir()} for f in CONFIGS.iterdir()} == wanted
 
 
@@ -175,7 +181,21 @@ def test_the_protocol_is_in_the_config(folder: str) -> None:
     ) == (500, 3, 3)
 
 
-@pytest.mark.parametrize("path", LARGE, ids=name)
+def test_a_trivial_baseline_differs_in_one_thing() -> None:
+    base = load(CONFIGS / "pocket" / "baseline.yaml").settings()
+    changed = {
+        "tokens-24": ("chair", {**base["chair"], "max_new_tokens": 24}),
+        "tokens-32": ("chair", {**base["chair"], "max_new_tokens": 32}),
+        "brief": ("chair", {**base["chair"], "prompt": "Please describe this image briefly."}),
+        "temperature": ("temperature", 0.7),
+    }
+    for stem, (key, value) in changed.items():
+        found = load(CONFIGS / "trivial" / f"{stem}.yaml").settings()
+        # the scenes are drawn by all sections, so POPE's counts though it is not asked
+        assert found == {**base, "tasks": ["chair"], key: value}
+
+
+@pytest.mark.parametrize("path", [p for p in LARGE if p.stem not in BROUGHT], ids=name)
 def test_layers_and_channels_are_there_in_the_model(path: Path) -> None:
     known, made = MODELS[path.parent.name], load(path)
     for method in made.build_methods():
@@ -186,7 +206,7 @@ def test_layers_and_channels_are_there_in_the_model(path: Path) -> None:
     assert (made.layers, made.heads) == (None, None)
 
 
-@pytest.mark.parametrize("path", ONE_METHOD, ids=name)
+@pytest.mark.parametrize("path", OWN_VALUES, ids=name)
 def test_the_library_takes_the_values_of_the_config_by_itself(path: Path) -> None:
     """The plain configs are what wrap(model, "gift") comes to; what is published, without scaling.
 
@@ -203,8 +223,9 @@ def test_the_library_takes_the_values_of_the_config_by_itself(path: Path) -> Non
         assert written.pop("tau") == (20.0 if seen.profile else None)
     assert written == {key: value for key, value in vars(fitted).items() if key in written}
     if path.stem in known.published:
-        # PAINT's and PAI's own defaults are those for LLaVA-1.5-7B
-        assert (bool(seen.profile) or path.stem in ("paint", "pai"), scaled) == (True, [])
+        # their own defaults are those for LLaVA-1.5-7B
+        own = path.stem in ("paint", "pai", "vista")
+        assert (bool(seen.profile) or own, scaled) == (True, [])
 
 
 @pytest.mark.parametrize("path", ONE_METHOD, ids=name)
@@ -253,6 +274,9 @@ PUBLISHED = [
     ("llava-1.5-7b/pai-release", vars(PAI.release()) | {"layers": (*range(2, 32),)}),
     ("llava-1.5-7b/vaf", {"visual": 1.15, "system": 0.95, "layers": (*range(9, 15),)}),
     ("llava-1.5-7b/devils", {"alpha": 0.5, "layers": (*range(5, 19),)}),
+    ("llava-1.5-7b/vista", {"strength": 0.17, "layers": (*range(32),)}),
+    ("llava-1.5-7b/memvr", {"share": 0.12, "threshold": 0.75, "layers": (*range(7, 17),)}),
+    ("llava-1.5-7b/nullu", {"rank": 4, "layers": (*range(16, 32),)}),
     ("instructblip-7b/vhr", {"alpha": 2.0, "layers": (*range(14, 32),), "filter": True}),
 ]
 

@@ -1,6 +1,7 @@
 """Answers of a tiny random LLaVA: batches, greedy search, and inputs that cannot be used."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from transformers import GenerationConfig, GenerationMixin
 from eval.errors import EvalError
 from eval.runs import batches, generate
 from eval.runs.batches import BatchRunner
-from eval.runs.config import from_settings
+from eval.runs.config import Config, from_settings
 from eval.runs.samples import Sample
 from eval.support import tiny
 from tests.eval.conftest import Settings
 from vlm_patch.models import chat
+from vlm_patch.models.chat import GREEDY
 
 PROMPTS = (
     "Is there a dog ?",
@@ -111,6 +113,23 @@ def test_search_is_greedy_whatever_the_checkpoint_asks_for(
     model.generation_config.repetition_penalty = 3.0
     model.generation_config.num_beams = 2
     assert generate.ask(model, processor, samples, LONG) == plain
+
+
+def test_a_temperature_samples_and_can_be_repeated(
+    model: Any, processor: Any, samples: list[Sample]
+) -> None:
+    choosing = generate.decoding(Config(temperature=2.0))
+    assert (choosing["do_sample"], choosing["temperature"], choosing["top_k"]) == (True, 2.0, 0)
+    first, again, other = (
+        generate.ask(model, processor, samples, LONG, choosing, seed) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    assert first != generate.ask(model, processor, samples, LONG)
+    assert generate.decoding(Config()) == GREEDY
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(EvalError, match="temperature: expected a number above 0, or null"):
+            Config(temperature=wrong)
 
 
 def test_a_missing_and_a_broken_image_are_named(
