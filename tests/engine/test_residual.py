@@ -1,6 +1,7 @@
 """The hooks on the residual stream: what they show, what stays stock, and what is refused."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,6 +197,15 @@ def test_switched_off_it_is_the_stock_model() -> None:
         copied = generate(twin, batch)
     for found in (off, copied, generate(model, batch)):
         assert all(map(torch.equal, found.logits, stock.logits))
+
+
+def test_a_pickle_is_the_stock_model() -> None:
+    model = tiny.llava()  # not run yet, after which it cannot be pickled
+    with wrap(model, *ours(RESIDUAL)):
+        twin = pickle.loads(pickle.dumps(model))
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    found, stock = generate(twin, batch), generate(model, batch)
+    assert all(map(torch.equal, found.logits, stock.logits))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])

@@ -31,9 +31,14 @@ class ResidualHook(Hook):
     first argument and its output, also in a step inside torch.compile.
     """
 
-    def __init__(self, call: Callable[..., Any] | None, now: ThreadState, graph: Graph) -> None:
+    def __init__(
+        self,
+        call: Callable[..., Any] | None,
+        now: ThreadState | None = None,
+        graph: Graph | None = None,
+    ) -> None:
         super().__init__(call)
-        self.now, self.graph = now, graph
+        self.now, self.graph = now or ThreadState(), graph or Graph()
 
     def __call__(self, module: nn.Module, args: Any, more: Any, output: Any = None) -> Any:
         handler = self.graph.run
@@ -48,10 +53,10 @@ class ResidualHook(Hook):
         return self.call(handler, _first_argument(args, more), output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ResidualHook:
-        return ResidualHook(None, ThreadState(), Graph())
+        return ResidualHook(None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ResidualHook, (None, None, Graph())
+        return ResidualHook, (None,)
 
 
 def _first_argument(args: Any, more: Any) -> Any:
@@ -149,9 +154,8 @@ def _acting(run: Any, layer: int, does: str) -> Acting:
         acting = [(active, active.state) for active in run.actives]
     elif isinstance(run, TracedStep):
         acting = run.acting
-    return [
-        (one, state) for one, state in acting if layer in one.heads and getattr(one.method, does)
-    ]
+    here = [(active, state) for active, state in acting if layer in active.heads]
+    return [(active, state) for active, state in here if getattr(active.method, does)]
 
 
 def _forward(run: Any, device: torch.device) -> ForwardContext:
