@@ -235,14 +235,33 @@ ExtraForward: TypeAlias = Callable[[dict[str, Any], Watcher], None]
 """Runs the decoder once more on the given inputs, without a cache and with every method off."""
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A second stream of the same generation, with a cache of its own: another prompt, and then
+    the tokens that the first one chose. Methods are off in it.
+
+    image: False takes the image tokens out of the prompt; the positions of the text close up.
+    prefix: text (needs the processor) or token ids, put in front of the user's question.
+    pixels: makes other pixels of the same shape from those of each image: `[..., H, W]`, or the
+        patches `[P, D]` of models that take them so.
+
+        Branch(image=False)
+    """
+
+    image: bool = True
+    prefix: str | tuple[int, ...] = ""
+    pixels: Callable[[Tensor], Tensor] | None = None
+
+
 class Method:
-    """A training-free edit of a model's attention. Subclasses are frozen dataclasses; the fields
+    """A training-free edit of a model's attention or logits. Subclasses are frozen dataclasses; the fields
     are the hyperparameters.
 
     Every hook is optional. Within a layer the engine computes the scores of the rows that methods
     edit or watch, calls `edit_scores` of each method in the order given, takes one softmax, calls
     `observe` and `edit_weights` of each, multiplies with the values, and asks for `edit_heads`. It
     applies the head table, batching, padding and the cache: a method never sees any of these.
+    Behind the last layer it calls `edit_logits` of each.
 
     name: how the method is called in configs, head tables and messages.
     state: the class of what it remembers of a generation, given to every hook as `state`.
@@ -356,3 +375,39 @@ class Method:
     ) -> Tensor | None:
         """A gain `[B, H]` for the head outputs `[B, S, H, Dv]` of all rows, or None."""
         return None
+
+    @property
+    def edits_layers(self) -> bool:
+        """Whether it acts inside the layers at all, so that its head table means something."""
+        own = ("edited_rows", "edit_scores", "edit_weights", "edit_heads", "watched_rows")
+        return any(getattr(type(self), name) is not getattr(Method, name) for name in own)
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether it has an `edit_logits` of its own."""
+        return type(self).edit_logits is not Method.edit_logits
+
+    def branches(self) -> Mapping[str, Branch]:
+        """The second streams whose logits it wants, by names of its own."""
+        return {}
+
+    def early_layers(self) -> Sequence[int]:
+        """The layers whose input it wants to see as logits: the residual stream entering them
+        (`hidden_states` of transformers by the same index) through the model's last norm and head.
+        """
+        return ()
+
+    def edit_logits(
+        self,
+        logits: Tensor,
+        others: Mapping[str | int, Tensor],
+        forward: ForwardContext,
+        state: Any,
+    ) -> Tensor:
+        """New logits `[B, R, V]` in float32 for the R last rows of the forward, those that predict
+        a new token: one, or more where drafts are verified. Not in place.
+
+        others: the logits `[B, R, V]` of its branches by name, of its early layers by index. What
+        it returns is the model's own output, so that every way of decoding sees it.
+        """
+        return logits

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from vlm_patch import heads
 from vlm_patch.engine import attention
+from vlm_patch.engine.branches import Branches
 from vlm_patch.engine.generate_guard import GuardedGenerate, check_options, told
 from vlm_patch.engine.hooks import ForwardHooks, Hook, QuietHook
+from vlm_patch.engine.logits import LogitsEditor, check_model
 from vlm_patch.engine.tower import tower_of
 from vlm_patch.engine.tracker import PromptTracker
 from vlm_patch.errors import PatchError
@@ -111,6 +113,7 @@ class Patch:
                 )
         self.model, self._base, self._decoder = model, base, decoder
         self._methods = resolve(instances(methods), decoder)
+        check_model(self._methods, decoder)
         self.heads = _tables(self._methods, decoder, layers, head_specs)
         self._disabled: list[frozenset[str]] = []
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
@@ -118,6 +121,7 @@ class Patch:
         reader = (
             None if processor is None else QuestionReader(processor, ids, special.has_chat_template)
         )
+        self._processor, self._logits = processor, None
         self._shard = shard_of(base, decoder.layers[0].attention)
         reads = {method.name: method.tower_reads() for method in self._methods}
         self._tower = tower_of(base, decoder, reads)
@@ -134,6 +138,7 @@ class Patch:
         config: Any = decoder.config
         padding = config.pad_token_id if self._decoder.special.positions_from_padding else None
         passes = ForwardHooks(decoder, self._layout, self._switched, self._learned, padding)
+        self._put_on_logits(passes, undo)
         for layer in self._decoder.layers:
             attention.install(layer, passes.now, undo, self)
             if any(method.reads_blocks for method in self._methods):
@@ -147,7 +152,8 @@ class Patch:
         for module, call in calls.items():
             handle = module.register_forward_pre_hook(Hook(call), with_kwargs=True)
             undo.callback(handle.remove)
-        after = QuietHook(passes.after_decoder, passes.now)
+        call = passes.after_decoder
+        after = Hook(call) if passes.logits else QuietHook(call, passes.now)
         handle = decoder.register_forward_hook(after, always_call=True)
         undo.callback(handle.remove)
         generator = self._decoder.generator
@@ -157,6 +163,29 @@ class Patch:
         )
         undo.callback(generator.__dict__.update, before)
         undo.callback(generator.__dict__.pop, "generate", None)
+
+    def _put_on_logits(self, passes: ForwardHooks, undo: ExitStack) -> None:
+        """The hooks of methods that edit logits; without one there are none."""
+        if not any(method.edits_logits for method in self._methods):
+            return
+        tokenizer = getattr(self._processor, "tokenizer", None)
+        encode = tokenizer and (lambda text: tokenizer.encode(text, add_special_tokens=False))
+        branches = Branches(passes.extra, encode, self._base.get_input_embeddings())
+        editor = passes.logits = self._logits = LogitsEditor(self._decoder, passes.extra, branches)
+        generator = self._decoder.generator
+        inner = [] if generator is self._base else [generator]
+        for module in (*self._shells, *inner):
+            handle = module.register_forward_hook(Hook(editor.after_model))
+            undo.callback(handle.remove)
+        for module in inner:
+            hook = Hook(passes.before_generator)
+            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        early = {layer for method in self._methods for layer in method.early_layers()}
+        for layer in self._decoder.layers:
+            if layer.index in early:
+                hook = Hook(editor.enter(layer.index))
+                handle = layer.block.register_forward_pre_hook(hook, with_kwargs=True)
+                undo.callback(handle.remove)
 
     def remove(self) -> None:
         """Takes the patch off; the model is exactly as before. Harmless when called again."""
@@ -195,7 +224,8 @@ class Patch:
         prompt = told(arguments, generator.generation_config, inner, mask_name)
         reading = any(method.tower_reads() for method, _ in self._switched())
         listening = self._tower.generating(arguments) if self._tower and reading else nullcontext()
-        with self._layout.generating(prompt), listening:
+        asking = self._logits.generating(arguments) if self._logits else nullcontext()
+        with self._layout.generating(prompt), listening, asking:
             yield
 
     @contextmanager

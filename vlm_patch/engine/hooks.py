@@ -13,6 +13,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from vlm_patch.engine.attention import HANDLER_ARGUMENT, Call, ThreadState
 from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, shows_weights
+from vlm_patch.engine.logits import LogitsEditor
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
 from vlm_patch.engine.state import GenerationState, attach
 from vlm_patch.engine.tracker import PromptTracker, carries_images
@@ -75,7 +76,8 @@ class ForwardHooks:
 
     switched: the methods that are on, each with its layers and their heads; asked at every forward.
     learned: told of a method that found out something about the model. padding: the padding token,
-    where the decoder counts its positions by it and takes none.
+    where the decoder counts its positions by it and takes none. logits: edits them, if a method
+    does.
     """
 
     decoder: nn.Module
@@ -84,6 +86,7 @@ class ForwardHooks:
     learned: Callable[[Method, Method], None]
     padding: int | None = None
     now: ThreadState = field(default_factory=ThreadState)
+    logits: LogitsEditor | None = None
 
     def __post_init__(self) -> None:
         self.extra = ExtraPasses(self.decoder, self.learned, self.padding, self.now)
@@ -94,9 +97,16 @@ class ForwardHooks:
         if self.now.inside:
             return
         inputs = self.layout.pending = _named(module, args, kwargs) if args else kwargs
+        if self.logits is not None:
+            self.logits.before_model(module, inputs)
         tower = self.layout.tower
         if tower is not None and carries_images(inputs) and _readers(self.switched()):
             tower.listen(inputs)
+
+    def before_generator(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a language model inside the whole, which generates by itself."""
+        if self.logits is not None and not self.now.inside:
+            self.logits.before_model(module, _named(module, args, kwargs))
 
     def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the decoder."""
@@ -145,12 +155,17 @@ class ForwardHooks:
         if self.now.inside:
             return None
         first, self.now.run, self.now.first = self.now.first, None, None
-        if first is None or output is None:
-            return None
+        if first is not None and output is not None:
+            self._complete(first, output)
+        if self.logits is not None:
+            self.logits.after_decoder(output)
+        return output
+
+    def _complete(self, first: Any, output: Any) -> None:
+        """Puts the rows of a first pass in front of the output of the last rows."""
         for name, dim in (("last_hidden_state", 1), ("hidden_states", 1), ("attentions", 2)):
             if output.get(name) is not None:
                 output[name] = _join(first[name], output[name], dim)
-        return output
 
     def before_block(self, layer: int) -> Callable[..., None]:
         """A forward pre-hook for the block of a layer."""
@@ -188,6 +203,8 @@ class ForwardHooks:
                 generation.follow(method.name, layers, forward.position.past)
             elif method.tower_reads():
                 generation.follow(method.name, (), forward.position.past)
+        if self.logits is not None:
+            self.logits.start(forward, generation, actives, kwargs)
         if forward.position.starts:
             for active in actives:
                 self.extra.probe(active, forward)
@@ -202,6 +219,9 @@ class ForwardHooks:
             forward, kwargs = self.extra.read_first(forward, actives, late, kwargs)
         for active in actives:
             active.method.before_forward(forward, active.state)
+        if not any(_in_layers(active.method) for active in actives):
+            generation.step = None
+            return kwargs
         run: Editing | None = generation.step
         if run is not None and run.serves(actives, forward):
             run.go_on(forward)
@@ -213,6 +233,11 @@ class ForwardHooks:
         if self.decoder.training and _runs_layers_again(self.decoder):
             kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler()
         return kwargs
+
+
+def _in_layers(method: Method) -> bool:
+    """Whether a method acts or looks on inside the layers, and not behind them alone."""
+    return method.edits_layers or method.reads_blocks
 
 
 def _readers(switched: list[tuple[Method, dict[int, Tensor | None]]]) -> list[str]:

@@ -86,6 +86,7 @@ class GenerationState:
     edge: number of tokens up to and with the last image token.
     tails: the text behind it, where the prompt may go on.
     unsaid: warnings, by what they are about, that hold only if it does not.
+    streams: second streams, by name (`branches.Stream`).
     """
 
     owner: int
@@ -105,10 +106,11 @@ class GenerationState:
     edge: int = 0
     tails: list[Tail] = field(default_factory=list)
     unsaid: list[tuple[str, str]] = field(default_factory=list)
+    streams: dict[str, Any] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> None:
         """Follows the cache when its samples are reordered, picked or repeated; index `[B]`."""
-        for state in (self.keys, *self.states.values()):
+        for state in (self.keys, *self.states.values(), *self.streams.values()):
             state.select(index)
         for tail in self.tails:
             tail.select(index, self.batch)

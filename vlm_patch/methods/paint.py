@@ -7,7 +7,7 @@ The patches that the vision tower itself looks at get more of the answer's atten
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vlm_patch.method import (
+    Branch,
     ForwardContext,
     Method,
     ModelInfo,
@@ -23,11 +24,13 @@ from vlm_patch.method import (
     TowerRead,
 )
 from vlm_patch.primitives.buffers import append, cast
+from vlm_patch.primitives.contrast import guided
 from vlm_patch.validation import check_number, check_wholes
 
 LOCAL, SUMMARY = TowerRead(0), TowerRead(-2)
 SPATIAL = TowerRead(0, "patches")
 TUKEY = 1.5
+NO_IMAGE = "no image"
 
 
 @lru_cache(maxsize=16)
@@ -112,13 +115,16 @@ class PAINT(Method):
         ("spatial"; the release's own score is a constant), which join the local ones.
     sensitivity: ours, off at None: a table `[layers, heads]` of how much each head attends to
         images, by which alpha and beta are scaled, 1 at its maximum.
+    gamma: at least 1, the contrast with a second stream without the image: gamma log p -
+        (gamma - 1) log p'. 1, no contrast and no second stream; the paper's runs have 1.1.
+    cutoff: with the contrast, a token stays if its probability is at least this share of the
+        likeliest's, 0 to 1.
 
-    The second half, the contrast with a pass without the image, is not part of this version. Where
-    the paper is silent, by our proposal: towers without a class token are read by the mean over
+    Where the paper is silent, by our proposal: towers without a class token are read by the mean over
     their patches, tokens made of several patches by the mean of these; tiles are compared over
     their whole image; every image, and every frame of a video, has sets of its own.
 
-    The defaults are the settings at which captions do not loop; `PAINT.paper()` and
+    The defaults are the settings at which captions do not loop, without the contrast; `PAINT.paper()` and
     `PAINT.release()` are the published ones, at which a third of them do. Raises ValueError on
     values out of range.
 
@@ -136,16 +142,18 @@ class PAINT(Method):
     semantics: str = "paper"
     rho_sp: float = 0.0
     sensitivity: Sequence[Sequence[float]] | None = None
+    gamma: float = 1.0
+    cutoff: float = 0.1
 
     @classmethod
     def paper(cls) -> PAINT:
         """The paper's best row."""
-        return cls(alpha=0.7, beta=0.4, rho=0.25)
+        return cls(alpha=0.7, beta=0.4, rho=0.25, gamma=1.1)
 
     @classmethod
     def release(cls) -> PAINT:
-        """The defaults of the release, without its contrast."""
-        return cls(alpha=0.7, beta=0.3, rho=0.25, semantics="release")
+        """The release as its scripts run it."""
+        return cls(alpha=0.7, beta=0.3, rho=0.25, semantics="release", gamma=1.1)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
@@ -158,6 +166,8 @@ class PAINT(Method):
                 )
         check_number("PAINT rho", self.rho, 0, 1)
         check_number("PAINT rho_sp", self.rho_sp, 0, 1)
+        check_number("PAINT gamma", self.gamma, 1)
+        check_number("PAINT cutoff", self.cutoff, 0, 1)
         check_wholes("PAINT layers", self.layers)
         if self.semantics not in ("paper", "release"):
             raise ValueError(
@@ -252,3 +262,17 @@ class PAINT(Method):
             heads = _relative(self.sensitivity, scores.device, scores.dtype)[layer]
             strength = strength * forward.shard.mine(heads, 0)[:, None, None]
         return boosted(scores, strength)
+
+    def branches(self) -> Mapping[str, Branch]:
+        return {NO_IMAGE: Branch(image=False)} if self.gamma > 1 else {}
+
+    def edit_logits(
+        self,
+        logits: Tensor,
+        others: Mapping[str | int, Tensor],
+        forward: ForwardContext,
+        state: BoostState,
+    ) -> Tensor:
+        if self.gamma == 1:
+            return logits
+        return guided(logits, others[NO_IMAGE], self.gamma, self.cutoff)
