@@ -254,8 +254,8 @@ class Branch:
 
 
 class Method:
-    """A training-free edit of a model's attention or logits. Subclasses are frozen dataclasses; the fields
-    are the hyperparameters.
+    """A training-free edit of a model's attention or logits. Subclasses are frozen dataclasses; the
+    fields are the hyperparameters.
 
     Every hook is optional. Within a layer the engine computes the scores of the rows that methods
     edit or watch, calls `edit_scores` of each method in the order given, takes one softmax, calls

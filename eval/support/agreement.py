@@ -1,20 +1,35 @@
 """The same methods twice, for the reference and for the library, and how far both are apart."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eval.support import tiny
-from eval.support.reference import Gift, Method, Paint, Sample, Var, Vhr, logits
-from vlm_patch import GIFT, PAINT, VAR, VHR
+from eval.support.reference import (
+    Deco,
+    Dola,
+    Gift,
+    Icd,
+    M3id,
+    Method,
+    Paint,
+    Sample,
+    Var,
+    Vcd,
+    Vhr,
+    logits,
+)
+from vlm_patch import GIFT, ICD, M3ID, PAINT, VAR, VCD, VHR, DeCo, DoLa
 from vlm_patch.methods.var import sink_score
 
 DIMS = tiny.SINK_DIMS
 TAU = 3.0
 NO_PROCESSOR = "ignore:No processor was given"
 
+ROLE = (77, 78, 79)
 TABLE = ((0.3, 0.1, 0.4, 0.2), (0.0, 0.2, 0.1, 0.3), (0.5, 0.0, 0.4, 0.1), (0.2, 0.3, 0.5, 0.4))
 PAIRS: dict[str, tuple[Method, Any]] = {
     "var": (Var(DIMS, TAU), VAR(tau=TAU, dims=DIMS)),
@@ -53,6 +68,15 @@ PAIRS: dict[str, tuple[Method, Any]] = {
         Paint(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
         PAINT(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
     ),
+    "paint-guided": (
+        Paint(0.7, 0.4, 0.25, (1, 2, 3), gamma=1.5),
+        PAINT(0.7, 0.4, 0.25, layers=(1, 2, 3), gamma=1.5),
+    ),
+    "vcd": (Vcd(1.0, 0.1, 600, 3), VCD(1.0, 0.1, 600, 3)),
+    "icd": (Icd(0.5, 0.1, ROLE), ICD(0.5, 0.1, ROLE)),
+    "m3id": (M3id(0.2, 0.9), M3ID(0.2, 0.9)),
+    "dola": (Dola((0, 1, 2), 0.1), DoLa((0, 1, 2), 0.1)),
+    "deco": (Deco((1, 2, 3), top_k=8), DeCo((1, 2, 3), top_k=8)),
 }
 ALONE = [(name,) for name in PAIRS]
 TOGETHER = [
@@ -63,6 +87,8 @@ TOGETHER = [
     ("gift-inside", "var-release", "vhr-paper"),
     ("var", "gift-inside"),
     ("gift-inside", "paint", "var", "vhr"),
+    ("vcd", "gift-inside", "m3id", "deco"),
+    ("icd", "paint-guided", "dola"),
 ]
 MODELS: dict[str, Callable[..., Any]] = {
     "llava": tiny.llava,
@@ -86,19 +112,35 @@ def ours(names: Sequence[str]) -> list[Any]:
 def generate(model: Any, batch: Mapping[str, Tensor], steps: int = 8, **options: Any) -> Any:
     """Exactly `steps` new tokens, greedy unless `options` say otherwise.
 
-    The output's logits are those of the head: transformers' own copy is rounded to float32.
+    The output's logits are those of the model: transformers' own copy is rounded to float32.
     """
     settings = {"do_sample": False, "max_new_tokens": steps, "min_new_tokens": steps} | options
-    caught: list[Tensor] = []
-    handle = model.lm_head.register_forward_hook(
-        lambda module, args, output: caught.append(output[:, -1].detach())
-    )
-    try:
+    with own_forwards(model) as seen:
         output = model.generate(**batch, **settings, return_dict_in_generate=True)
-    finally:
-        handle.remove()
-    output.logits = tuple(caught)
+    output.logits = tuple(said.logits[:, -1].detach() for _, said in seen)
     return output
+
+
+@contextmanager
+def own_forwards(model: Any) -> Iterator[list[tuple[dict[str, Any], Any]]]:
+    """Inputs and outputs of the forwards of a wrapped model, but for those that run inside one."""
+    seen: list[tuple[dict[str, Any], Any]] = []
+    running: list[Any] = []
+
+    def leave(module: Any, args: Any, inputs: dict[str, Any], output: Any) -> None:
+        running.pop()
+        if not running:
+            seen.append((inputs, output))
+
+    handles = [
+        model.register_forward_pre_hook(lambda *_: running.append(None)),
+        model.register_forward_hook(leave, with_kwargs=True),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def generated(batch: Mapping[str, Tensor], output: Any) -> Tensor:
@@ -133,7 +175,13 @@ def error(
     """The largest difference of the logits of a generation from the reference's."""
     samples = tiny.samples(model, batch, generated(batch, output), **masks)
     steps = torch.stack(output.logits, 1).double()
-    return float((steps - answer_logits(model, samples, names, heads)).abs().max())
+    return distance(steps, answer_logits(model, samples, names, heads))
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two tensors; none where both are -inf."""
+    same = found == expected
+    return float((found - expected).abs().masked_fill(same, 0.0).max())
 
 
 def new_tokens(

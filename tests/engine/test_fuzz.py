@@ -15,7 +15,7 @@ from hypothesis import event, given
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.agreement import generate, generated
+from eval.support.agreement import distance, generate, generated
 from eval.support.reference import Sample, logits, trace
 from tests.support.cases import MODES, Case, cases
 from vlm_patch import PatchError, wrap
@@ -66,7 +66,7 @@ def compare(case: Case, model: nn.Module, found: Found) -> None:
     """Raises AssertionError where they are apart and it was not for rounding to decide."""
     expected = logits(model, found.sample, case.specs, case.heads)
     rows = expected[found.first : found.first + len(found.rows)]
-    error = float((rows - found.rows).abs().max())
+    error = distance(found.rows, rows)
     if error > CLOSE[case.build.exact]:
         margins = trace(model, found.sample, case.specs, case.heads).margins
         tight = {what: m for what, m in margins.items() if m < ROUNDING[case.build.exact]}

@@ -1,5 +1,5 @@
-"""The model's own logits, edited where they leave it: so greedy search, sampling, beams and a loop of
-one's own all see the edit.
+"""The model's own logits, edited where they leave it: so greedy search, sampling, beams and a loop
+of one's own all see the edit.
 
 Between decoder and head the rows that methods ask for (of second streams, of early layers) are put
 beside the decoder's output as further samples. The model's head and whatever it does to logits acts
@@ -22,7 +22,6 @@ from vlm_patch.engine.extra_passes import ExtraPasses
 from vlm_patch.engine.pixels import with_pixels
 from vlm_patch.engine.rows import ActiveMethod
 from vlm_patch.engine.state import GenerationState
-from vlm_patch.engine.tracker import carries_images
 from vlm_patch.errors import PatchError, UnsupportedModelError
 from vlm_patch.method import Branch, ForwardContext, Method
 from vlm_patch.models.info import Decoder
@@ -58,8 +57,8 @@ class LogitsJob:
 class LogitsEditor(threading.local):
     """Follows a forward from the whole model to its logits; one state per thread.
 
-    module, inputs: the whole model that runs, and its inputs. asked: the arguments of the `generate`
-    that it runs in. job: what is to be done.
+    module, inputs: the whole model that runs, and its inputs. asked: the arguments of the
+    `generate` that it runs in. job: what is to be done.
     """
 
     def __init__(self, decoder: Decoder, extra: ExtraPasses, branches: Branches) -> None:
@@ -174,7 +173,8 @@ class LogitsEditor(threading.local):
         forward, given = job.forward, job.given
         at, rows = forward.position, forward.valid.shape[1]
         stream = self.branches.stream(name, job.generation.streams, at.past, given)
-        if branch.pixels is None or not carries_images(self.inputs):
+        pictured = bool(at.prompt_rows and forward.image[:, forward.new].any())
+        if branch.pixels is None or not pictured:
             part = self.branches.part(name, branch, stream, forward, given)
             return self.branches.run(stream, part, rows)
         inputs = with_pixels(name, branch, self.inputs, self.asked, forward, self.decoder)
@@ -192,7 +192,7 @@ class LogitsEditor(threading.local):
     def _cache(self, cache: Any) -> dict[str, Any]:
         """A cache by the names under which the whole model may have been given another."""
         given = [name for name in ("cache", "past_key_values") if name in self.inputs]
-        return {name: cache for name in given or [self.extra.cache_name]}
+        return dict.fromkeys(given or [self.extra.cache_name], cache)
 
 
 def stream_name(method: Method, name: str, branch: Branch) -> str:

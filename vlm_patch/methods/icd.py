@@ -17,9 +17,7 @@ from vlm_patch.primitives.contrast import contrasted, cut
 from vlm_patch.validation import check_number, check_wholes
 
 CONFUSED = "confused"
-ROLE = (
-    "You are a confused objects detector to provide a fuzzy overview or impression of the image."
-)
+ROLE = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
 
 
 @dataclass(frozen=True)

@@ -120,13 +120,13 @@ class PAINT(Method):
     cutoff: with the contrast, a token stays if its probability is at least this share of the
         likeliest's, 0 to 1.
 
-    Where the paper is silent, by our proposal: towers without a class token are read by the mean over
-    their patches, tokens made of several patches by the mean of these; tiles are compared over
+    Where the paper is silent, by our proposal: towers without a class token are read by the mean
+    over their patches, tokens made of several patches by the mean of these; tiles are compared over
     their whole image; every image, and every frame of a video, has sets of its own.
 
-    The defaults are the settings at which captions do not loop, without the contrast; `PAINT.paper()` and
-    `PAINT.release()` are the published ones, at which a third of them do. Raises ValueError on
-    values out of range.
+    The defaults are the settings at which captions do not loop, without the contrast;
+    `PAINT.paper()` and `PAINT.release()` are the published ones, at which a third of them do.
+    Raises ValueError on values out of range.
 
         wrap(model, PAINT(rho=0.2))
     """
@@ -263,8 +263,12 @@ class PAINT(Method):
             strength = strength * forward.shard.mine(heads, 0)[:, None, None]
         return boosted(scores, strength)
 
+    @property
+    def edits_logits(self) -> bool:
+        return self.gamma > 1
+
     def branches(self) -> Mapping[str, Branch]:
-        return {NO_IMAGE: Branch(image=False)} if self.gamma > 1 else {}
+        return {NO_IMAGE: Branch(image=False)} if self.edits_logits else {}
 
     def edit_logits(
         self,
@@ -273,6 +277,4 @@ class PAINT(Method):
         forward: ForwardContext,
         state: BoostState,
     ) -> Tensor:
-        if self.gamma == 1:
-            return logits
         return guided(logits, others[NO_IMAGE], self.gamma, self.cutoff)

@@ -10,18 +10,24 @@ from eval.support.reference.gift import Gift
 from eval.support.reference.hooked import Hooked
 from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn, capture
+from eval.support.reference.streams import Deco, Dola, Icd, M3id, Vcd
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
 
 __all__ = [
+    "Deco",
+    "Dola",
     "Gift",
     "Hooked",
+    "Icd",
+    "M3id",
     "Method",
     "Paint",
     "Sample",
     "Trace",
     "Turn",
     "Var",
+    "Vcd",
     "Vhr",
     "capture",
     "logits",

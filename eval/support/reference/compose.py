@@ -1,5 +1,5 @@
 """Methods together: edits of scores in the order given, one softmax, edits of weights in the same
-order, then the values, then VHR's scale.
+order, then the values, then VHR's scale; behind the head edits of logits, in order again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.support.reference import decoder, gift, paint, var, vhr
+from eval.support.reference import decoder, gift, paint, streams, var, vhr
 from eval.support.reference.decoder import OutputsEdit, Run, ScoresEdit, WeightsEdit
 from eval.support.reference.gift import Gift
 from eval.support.reference.hooked import Hooked
 from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn
+from eval.support.reference.streams import Deco, Dola, Icd, M3id, Vcd
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
 
-Method = Var | Gift | Vhr | Paint
+Method = Var | Gift | Vhr | Paint | Vcd | Icd | M3id | Dola | Deco
 Heads = Mapping[str, Tensor]
 
 
@@ -88,6 +89,8 @@ def trace(
     for known in margins:
         for decision, distance in known.items():
             final.near(decision, torch.tensor(distance))
+    for method in methods:
+        final.run.logits = streams.edited(model, sample, method, final.run, final.near)
     return final
 
 

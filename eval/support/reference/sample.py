@@ -33,7 +33,8 @@ class Sample:
     image is bool [S]. Tokens after the last turn's end, and between one turn's end and the next
     turn's start, are generated ones. rounded: what a lossy cache gives back of the keys or values
     [groups, S, d] of a layer, given how many tokens the first prompt has; rows behind that see it.
-    pictures: what the vision tower looks at in each image.
+    pictures: what the vision tower looks at in each image. with_pixels: embeds of the prompt [n, D]
+    with the pixels of each image changed by a function.
     """
 
     embeds: Tensor
@@ -42,6 +43,7 @@ class Sample:
     turns: tuple[Turn, ...]
     rounded: Callable[[Tensor, int], Tensor] | None = None
     pictures: tuple[Picture, ...] = ()
+    with_pixels: Callable[[Callable[[Tensor], Tensor]], Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -57,6 +59,7 @@ class Sample:
             self.image[:end],
             turns,
             pictures=pictures,
+            with_pixels=self.with_pixels,
         )
 
     def followed_by(self, model: Any, ids: Tensor) -> "Sample":
@@ -71,6 +74,7 @@ class Sample:
             image,
             self.turns,
             pictures=self.pictures,
+            with_pixels=self.with_pixels,
         )
 
     def asked(
@@ -112,6 +116,29 @@ def capture(
     the last image token up to the last prompt token. content: bool [prompt], by default query.
     image: bool [prompt], by default the placeholders.
     """
+    caught, entered = _run(model, inputs)
+    ids = inputs["input_ids"][0]
+    places = (ids == model.config.image_token_id) if image is None or entered else image
+    if entered and not places.any():
+        places = image
+    pictures = paint.pictures(model, entered, places.nonzero().flatten())
+    image = ids == model.config.image_token_id if image is None else image
+    query = text_after_last_image(image) if query is None else query
+    content = query if content is None else content
+    embeds = caught["inputs_embeds"][0].double()
+    positions = plain_positions(caught.get("position_ids"), len(ids))
+    turns = (Turn(0, len(ids), query, content),)
+
+    def with_pixels(change: Callable[[Tensor], Tensor]) -> Tensor:
+        other: Tensor = _run(model, {**inputs, **_changed(inputs, change)})[0]["inputs_embeds"][0]
+        return other.double()
+
+    sample = Sample(embeds, positions, image, turns, pictures=pictures, with_pixels=with_pixels)
+    return sample if generated is None else sample.followed_by(model, generated)
+
+
+def _run(model: Any, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[nn.Module, Any]]:
+    """What the model hands its decoder, and the layers of its tower."""
     caught: dict[str, Any] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
@@ -137,19 +164,22 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-    ids = inputs["input_ids"][0]
-    places = (ids == model.config.image_token_id) if image is None or entered else image
-    if entered and not places.any():
-        places = image
-    pictures = paint.pictures(model, entered, places.nonzero().flatten())
-    image = ids == model.config.image_token_id if image is None else image
-    query = text_after_last_image(image) if query is None else query
-    content = query if content is None else content
-    embeds = caught["inputs_embeds"][0].double()
-    positions = plain_positions(caught.get("position_ids"), len(ids))
-    turns = (Turn(0, len(ids), query, content),)
-    sample = Sample(embeds, positions, image, turns, pictures=pictures)
-    return sample if generated is None else sample.followed_by(model, generated)
+    return caught, entered
+
+
+def _changed(inputs: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The pixels of every image changed; those of Qwen's are patches in one row."""
+    found = {}
+    for name, grid in (
+        ("pixel_values", "image_grid_thw"),
+        ("pixel_values_videos", "video_grid_thw"),
+    ):
+        if name in inputs and grid in inputs:
+            sizes = [int(t * h * w) for t, h, w in inputs[grid]]
+            found[name] = torch.cat([change(image) for image in inputs[name].split(sizes)])
+        elif name in inputs:
+            found[name] = torch.stack([change(image) for image in inputs[name]])
+    return found
 
 
 def plain_positions(given: Tensor | None, length: int) -> Tensor:
