@@ -5,6 +5,7 @@
 
 from vlm_patch.errors import PatchError, UnsupportedModelError
 from vlm_patch.method import (
+    Branch,
     ExtraForward,
     ForwardContext,
     Method,
@@ -22,6 +23,7 @@ from vlm_patch.primitives.buffers import append
 from vlm_patch.primitives.reweighting import KeyReweighting, reweight
 
 __all__ = [
+    "Branch",
     "ExtraForward",
     "ForwardContext",
     "KeyReweighting",

@@ -253,6 +253,18 @@ class Branch:
     pixels: Callable[[Tensor], Tensor] | None = None
 
 
+INSIDE = (
+    "observe_hidden",
+    "edited_rows",
+    "watched_rows",
+    "edit_scores",
+    "edit_weights",
+    "edit_heads",
+    "edit_hidden",
+)
+"""The hooks of a method that are called in a layer, or say what is done in one."""
+
+
 class Method:
     """A training-free edit of a model's attention or logits. Subclasses are frozen dataclasses; the
     fields are the hyperparameters.
@@ -377,10 +389,15 @@ class Method:
         return None
 
     @property
-    def edits_layers(self) -> bool:
-        """Whether it acts inside the layers at all, so that its head table means something."""
-        own = ("edited_rows", "edit_scores", "edit_weights", "edit_heads", "watched_rows")
-        return any(getattr(type(self), name) is not getattr(Method, name) for name in own)
+    def acts_in_layers(self) -> bool:
+        """Whether it acts or looks on inside the layers, so that its head table means something;
+        not if it does nothing but edit logits.
+        """
+        kind = type(self)
+        inside = any(
+            getattr(kind, hook, None) is not getattr(Method, hook, None) for hook in INSIDE
+        )
+        return inside or not self.edits_logits
 
     @property
     def edits_logits(self) -> bool:

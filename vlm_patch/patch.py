@@ -121,7 +121,8 @@ class Patch:
         reader = (
             None if processor is None else QuestionReader(processor, ids, special.has_chat_template)
         )
-        self._processor, self._logits = processor, None
+        self._processor = processor
+        self._logits: LogitsEditor | None = None
         self._shard = shard_of(base, decoder.layers[0].attention)
         reads = {method.name: method.tower_reads() for method in self._methods}
         self._tower = tower_of(base, decoder, reads)
@@ -263,6 +264,9 @@ class Patch:
 
     def _where(self, method: Method) -> str:
         table = self.heads[method.name]
+        if not method.acts_in_layers:
+            where = "on the logits" if table.any() else "off"
+            return where + ", disabled at the moment" * (method.name in self._off())
         on = [layer for layer, row in enumerate(table) if row.any()]
         partly = [layer for layer in on if not table[layer].all()]
         where = f"on in layers {heads.text(on)}" if on else "off"
@@ -298,6 +302,15 @@ class Patch:
         self._methods = [after if method is before else method for method in self._methods]
 
 
+def _check_no_heads(method: Method, specs: Any) -> None:
+    """Raises ValueError where heads were named for a method that has none."""
+    if isinstance(specs, Mapping) and method.name in specs:
+        raise ValueError(
+            f"heads: found {method.name!r}, which edits logits and has no heads: leave it out, and "
+            f'switch it by `with patch.disabled("{method.name}"):`'
+        )
+
+
 def _tables(
     methods: list[Method],
     decoder: Decoder,
@@ -315,6 +328,10 @@ def _tables(
         own = [layer for layer in method.default_layers(decoder.depth) if softmax[layer]]
         spec = chosen[method.name]
         tables[method.name] = dict.fromkeys(own, "*") if spec is None else spec
+        if not method.acts_in_layers:
+            _check_no_heads(method, specs)
+            tables[method.name] = "all"
+            continue
         lost = (tables[method.name] & ~softmax).any(1).nonzero().flatten().tolist()
         if lost:
             warnings.warn(

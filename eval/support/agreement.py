@@ -74,7 +74,7 @@ PAIRS: dict[str, tuple[Method, Any]] = {
     ),
     "vcd": (Vcd(1.0, 0.1, 600, 3), VCD(1.0, 0.1, 600, 3)),
     "icd": (Icd(0.5, 0.1, ROLE), ICD(0.5, 0.1, ROLE)),
-    "m3id": (M3id(0.2, 0.9), M3ID(0.2, 0.9)),
+    "m3id": (M3id(0.1, 0.9), M3ID(0.1, 0.9)),
     "dola": (Dola((0, 1, 2), 0.1), DoLa((0, 1, 2), 0.1)),
     "deco": (Deco((1, 2, 3), top_k=8), DeCo((1, 2, 3), top_k=8)),
 }

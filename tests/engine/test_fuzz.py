@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eval.support import tiny
 from eval.support.agreement import distance, generate, generated
 from eval.support.reference import Sample, logits, trace
-from tests.support.cases import MODES, Case, cases
+from tests.support.cases import MODES, ON_LOGITS, Case, cases
 from vlm_patch import PatchError, wrap
 
 STEPS, BEAMS = 3, 3
@@ -27,6 +27,9 @@ ROUNDING = {True: 1e-9, False: 1e-4}
 """How near to a threshold a number may lie before rounding may decide."""
 
 UNCUT = "needs one that can be cut: use a DynamicCache of a model without sliding window"
+NEVER = 10**6
+"""The end of an answer: no token, which a method may leave as the only one that is likely."""
+UNASKED = "without a question behind its image"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -55,6 +58,8 @@ def test_anything(case: Case) -> None:
         try:
             found = RUNS[case.mode](case, model, batch)
         except PatchError as error:
+            if UNASKED in str(error) and any(spec.name == "icd" for spec in case.specs):
+                return
             if UNCUT in str(error) and (case.build.kind, case.mode) == ("sliding", "second turn"):
                 return
             raise
@@ -67,7 +72,8 @@ def compare(case: Case, model: nn.Module, found: Found) -> None:
     expected = logits(model, found.sample, case.specs, case.heads)
     rows = expected[found.first : found.first + len(found.rows)]
     error = distance(found.rows, rows)
-    if error > CLOSE[case.build.exact]:
+    contrasts = sum(isinstance(spec, ON_LOGITS) for spec in case.specs)
+    if error > CLOSE[case.build.exact] * 4**contrasts:  # which multiply what rounding did before
         margins = trace(model, found.sample, case.specs, case.heads).margins
         tight = {what: m for what, m in margins.items() if m < ROUNDING[case.build.exact]}
         assert tight, f"{error:.1e} apart"
@@ -79,7 +85,7 @@ def answers(
 ) -> Callable[[], Iterator[Found]]:
     """`each` sequences for every prompt."""
     torch.manual_seed(0)
-    output = generate(model, batch, STEPS, **options)
+    output = generate(model, batch, STEPS, eos_token_id=NEVER, **options)
     new, said = generated(batch, output), torch.stack(output.logits, 1)
     if "beam_indices" in output:  # the rows that a beam took
         said = said[output.beam_indices[:, :STEPS], torch.arange(STEPS)]
@@ -137,13 +143,14 @@ ASKED = (30, 31, tiny.SINK_WORD, 8)
 
 def second_turn(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
     """On the cache that the first one returned; its question is all of its text."""
-    first = generate(model, batch, STEPS)
+    first = generate(model, batch, STEPS, eos_token_id=NEVER)
     count = len(first.sequences)
     ids = torch.cat([first.sequences, torch.tensor([ASKED] * count)], 1)
     padding = batch["attention_mask"]
     mask = torch.cat([padding, torch.ones_like(ids)[:, padding.shape[1] :]], 1)
     again = {"input_ids": ids, "attention_mask": mask}
-    second = generate(model, again | {"past_key_values": first.past_key_values}, STEPS)
+    known = {"past_key_values": first.past_key_values}
+    second = generate(model, again | known, STEPS, eos_token_id=NEVER)
     answer, later = generated(batch, first), generated(again, second)
     said = torch.stack(second.logits, 1)
 

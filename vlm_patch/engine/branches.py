@@ -136,7 +136,7 @@ class Branches:
     ) -> Part:
         """What a stream reads where the first one's decoder was `given` its inputs."""
         if not branch.image:
-            return self._without_image(stream, forward, given)
+            return self._without_image(name, stream, forward, given)
         prompt = bool(forward.position.prompt_rows)
         if branch.prefix and prompt:
             return self._prefixed(name, branch, stream, forward, given)
@@ -156,7 +156,9 @@ class Branches:
         hidden: Tensor = self.extra.run(None, inputs).last_hidden_state
         return hidden
 
-    def _without_image(self, stream: Stream, forward: ForwardContext, given: Any) -> Part:
+    def _without_image(
+        self, name: str, stream: Stream, forward: ForwardContext, given: Any
+    ) -> Part:
         """The text alone, packed to the right, its positions counted without the image."""
         tokens = {key: given[key] for key in PER_TOKEN if given.get(key) is not None}
         before = 0 if stream.count is None else stream.count[:, None]
@@ -165,7 +167,12 @@ class Branches:
             tokens["position_ids"] = before + forward.valid.cumsum(1) - 1
             return Part(forward.valid, tokens, prompt=False)
         keep = forward.valid & ~forward.image[:, forward.new]
-        _check_causal("this method", forward, given, keep)
+        _check_causal(name, forward, given, keep)
+        if forward.position.ends and not _in_each(keep, forward.seen):
+            raise PatchError(
+                "a stream without the image needs some text of the prompt in the forward that ends "
+                "it: found image tokens alone. Read the image together with text."
+            )
         length = max(1, int(keep.sum(1).max()))
         order = keep.long().argsort(dim=1, stable=True)[:, -length:]
         tokens = {key: _gathered(value, order) for key, value in tokens.items()}

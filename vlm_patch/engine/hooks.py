@@ -219,7 +219,7 @@ class ForwardHooks:
             forward, kwargs = self.extra.read_first(forward, actives, late, kwargs)
         for active in actives:
             active.method.before_forward(forward, active.state)
-        if not any(_in_layers(active.method) for active in actives):
+        if not any(active.method.acts_in_layers for active in actives):
             generation.step = None
             return kwargs
         run: Editing | None = generation.step
@@ -233,11 +233,6 @@ class ForwardHooks:
         if self.decoder.training and _runs_layers_again(self.decoder):
             kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler()
         return kwargs
-
-
-def _in_layers(method: Method) -> bool:
-    """Whether a method acts or looks on inside the layers, and not behind them alone."""
-    return method.edits_layers or method.reads_blocks
 
 
 def _readers(switched: list[tuple[Method, dict[int, Tensor | None]]]) -> list[str]:

@@ -119,9 +119,9 @@ class LogitsEditor(threading.local):
         last: Tensor = output["last_hidden_state"]
         found: dict[str | int, Tensor] = {}
         for name, branch in self._streams(job.actives):
-            hidden = self._follow(name, branch, job)
-            if hidden is not None and job.rows:
-                found[name] = hidden[:, -job.rows :]
+            told = self._follow(name, branch, job)
+            if told is not None and job.rows:
+                found[name] = told[:, -job.rows :]
         if job.rows:
             norm = final_norm(self.decoder)
             found |= {layer: norm(hidden) for layer, hidden in job.entering.items()}
@@ -148,7 +148,7 @@ class LogitsEditor(threading.local):
         stock = edited = cast(logits[:, -rows:], dtype)
         forward = job.forward.on(logits.device)
         for active in job.actives:
-            named = {name: others[name] for name in active.method.early_layers()}
+            named: dict[str | int, Tensor] = {i: others[i] for i in active.method.early_layers()}
             for name, branch in active.method.branches().items():
                 named[name] = others[stream_name(active.method, name, branch)]
             edited = active.method.edit_logits(edited, named, forward, active.state)

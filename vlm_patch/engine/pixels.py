@@ -62,7 +62,7 @@ def changed(inputs: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> di
             grid = inputs.get(GRIDS.get(key, ""))
             if isinstance(value, Tensor) and grid is not None:
                 sizes = grid.prod(-1).tolist()
-                found[key] = torch.cat([change(image) for image in value.split(sizes)])
+                found[key] = torch.cat([change(image) for image in torch.split(value, sizes)])
             else:
                 images = [change(image) for image in value]
                 found[key] = torch.stack(images) if isinstance(value, Tensor) else images

@@ -66,7 +66,11 @@ class VCD(Method):
     def __post_init__(self) -> None:
         check_number("VCD alpha", self.alpha, 0)
         check_number("VCD beta", self.beta, 0, 1)
-        check_whole("VCD noise_step", self.noise_step, STEPS)
+        check_whole("VCD noise_step", self.noise_step)
+        if self.noise_step >= STEPS:
+            raise ValueError(
+                f"VCD noise_step: found {self.noise_step}, expected an integer from 0 to {STEPS - 1}"
+            )
         check_whole("VCD seed", self.seed)
 
     def noised(self, pixels: Tensor) -> Tensor:

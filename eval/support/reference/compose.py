@@ -89,7 +89,8 @@ def trace(
     for known in margins:
         for decision, distance in known.items():
             final.near(decision, torch.tensor(distance))
-    for method in methods:
+    off = {name for name, table in (heads or {}).items() if not table.any()}
+    for method in [method for method in methods if method.name not in off]:
         final.run.logits = streams.edited(model, sample, method, final.run, final.near)
     return final
 

@@ -176,7 +176,7 @@ def _changed(inputs: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -
     ):
         if name in inputs and grid in inputs:
             sizes = [int(t * h * w) for t, h, w in inputs[grid]]
-            found[name] = torch.cat([change(image) for image in inputs[name].split(sizes)])
+            found[name] = torch.cat([change(image) for image in torch.split(inputs[name], sizes)])
         elif name in inputs:
             found[name] = torch.stack([change(image) for image in inputs[name]])
     return found

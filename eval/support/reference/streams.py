@@ -113,7 +113,8 @@ def _row(method: Any, own: Tensor, others: Sequence[Tensor], place: int, near: N
 def plausible(mixed: Tensor, own: Tensor, beta: float, near: Near) -> Tensor:
     """-inf where a token has less than `beta` times the probability of the likeliest."""
     p = own.softmax(0)
-    near("cut", (p / p.max()).log() - math.log(beta))
+    if beta:
+        near("cut", (p / p.max()).log() - math.log(beta))
     return torch.where(p >= beta * p.max(), mixed, -torch.inf)
 
 
@@ -124,7 +125,7 @@ def dola(method: Dola, own: Tensor, others: Sequence[Tensor], near: Near) -> Ten
     for other in others:
         q = other.softmax(0)
         m = (p + q) / 2
-        apart.append((p * (p / m).log()).sum() / 2 + (q * (q / m).log()).sum() / 2)
+        apart.append((torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum() / 2)
     found = torch.stack(apart)
     if len(found) > 1:
         best = found.topk(2).values
