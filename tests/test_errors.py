@@ -51,7 +51,7 @@ def quiet(act: Callable[[], Any]) -> Any:
 # ---- wrap
 
 
-NAMES = "expected one of ['gift', 'paint', 'var', 'vhr']"
+NAMES = "expected one of ['deco', 'dola', 'gift', 'icd', 'm3id', 'paint', 'var', 'vcd', 'vhr']"
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ NAMES = "expected one of ['gift', 'paint', 'var', 'vhr']"
         (
             (VAR,),
             "found <class 'vlm_patch.methods.var.VAR'> as a method: write VAR(), a name of "
-            "['gift', 'paint', 'var', 'vhr'], or an import path such as "
+            "['deco', 'dola', 'gift', 'icd', 'm3id', 'paint', 'var', 'vcd', 'vhr'], or an import path such as "
             "'my_package.my_file:MyMethod'",
         ),
         (
             (7,),
             "found 7 as a method: pass one such as VAR(), a name of "
-            "['gift', 'paint', 'var', 'vhr'], or an import path such as "
+            "['deco', 'dola', 'gift', 'icd', 'm3id', 'paint', 'var', 'vcd', 'vhr'], or an import path such as "
             "'my_package.my_file:MyMethod'",
         ),
     ],

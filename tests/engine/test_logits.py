@@ -20,6 +20,8 @@ from vlm_patch import M3ID, PAINT, VAR, VCD, Branch, DoLa, Method, PatchError, w
 from vlm_patch.method import ForwardContext
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
+CLOSED = ("m3id", "paint-guided")
+STREAMS = {"no image", "vcd", "icd"}
 NAMES = ("vcd", "icd", "m3id", "dola", "deco", "paint-guided")
 DECODING: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -101,7 +103,7 @@ class Decodings:
 
 
 def test_one_stream_for_all_that_want_the_same() -> None:
-    """PAINT's contrast and M3ID's: one more forward a step, its prompt without the image."""
+    """PAINT's contrast and M3ID's: its prompt without the image, its tokens in the same batch."""
     model = model_of()
     batch = prompt(model, tiny.ONE_IMAGE)
     length = batch["input_ids"].shape[1]
@@ -110,7 +112,47 @@ def test_one_stream_for_all_that_want_the_same() -> None:
     with wrap(model, *methods):
         count = Decodings(model)
         generate(model, batch, 3)
-    assert count.shapes == [(1, length), (1, text), (1, 1), (1, 1), (1, 1), (1, 1)]
+    assert count.shapes == [(1, length), (1, text), (2, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2-vl"])
+@pytest.mark.parametrize(
+    "names", [("vcd",), ("icd", "paint-guided", "dola"), ("gift", "m3id", "vhr", "vcd")]
+)
+def test_one_batch_gives_what_streams_apart_give(
+    names: tuple[str, ...], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Methods inside the layers act in the first stream alone."""
+    model = planted(kind)
+    batch = prompt(model, tiny.MIXED_BATCH)
+    with wrap(model, *ours(names)):
+        count = Decodings(model)
+        joint = generate(model, batch, 5)
+        monkeypatch.setattr("vlm_patch.engine.logits.can_join", lambda *_: False)
+        apart = generate(model, batch, 5)
+    streams = 1 + len({"no image" if name in CLOSED else name for name in names} & STREAMS)
+    assert count.shapes.count((len(batch["input_ids"]) * streams, 1)) == 4
+    assert torch.equal(joint.sequences, apart.sequences)
+    for one, other in zip(joint.logits, apart.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"output_attentions": True},
+        {"output_hidden_states": True},
+    ],
+    ids=str,
+)
+def test_streams_run_apart_where_one_batch_would_show(options: dict[str, Any]) -> None:
+    model = planted("llava", attn="eager" if "output_attentions" in options else "sdpa")
+    batch = prompt(model, tiny.ONE_IMAGE)
+    with wrap(model, *ours(["vcd"])):
+        count = Decodings(model)
+        generate(model, batch, 3, **options)
+    assert count.shapes[2:] == [(1, 1)] * 4
 
 
 def test_no_stream_and_no_hook_without_a_contrast() -> None:

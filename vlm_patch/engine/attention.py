@@ -140,17 +140,22 @@ class Thread(Protocol):
     @property
     def run(self) -> ForwardHandler | None: ...
 
+    @property
+    def joint(self) -> Any: ...
+
 
 class ThreadState(threading.local):
     """What this thread does at the moment.
 
     run: what attention serves. inside: the decoder runs for a pass of our own. first: the output of
-    a pass that did all of the prompt but its last token.
+    a pass that did all of the prompt but its last token. joint: what splits a batch of several
+    streams (`joint.JointStep`).
     """
 
     run: ForwardHandler | None = None
     inside: bool = False
     first: Any = None
+    joint: Any = None
 
 
 def check(call: Call) -> None:
@@ -217,6 +222,11 @@ def attention(
     out. torch.compile is kept out of this frame alone; where nothing is on, it sees the stock one.
     """
     slot: PatchSlot = module.__dict__[SLOT]
+    if slot.now is not None and slot.now.joint is not None:
+        joint: tuple[Tensor, Tensor | None] = slot.now.joint.attend(
+            attention, module, query, key, value, options
+        )
+        return joint
     config = module.__dict__[CONFIG]
     # past the lookups that transformers puts before every attribute of a config: they cost almost
     # as much as the rest of this function

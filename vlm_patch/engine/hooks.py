@@ -146,6 +146,7 @@ class ForwardHooks:
             attach(cache, generation)
         if generation.pictured:
             kwargs = self._start(forward, generation, switched, kwargs)
+            kwargs = kwargs if self.logits is None else self.logits.join(kwargs)
         else:
             generation.stock = generation.length
         return (), kwargs

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from vlm_patch.engine.branches import Branches, Part, Stream
 from vlm_patch.engine.extra_passes import ExtraPasses
+from vlm_patch.engine.joint import can_join, join
 from vlm_patch.engine.pixels import with_pixels
 from vlm_patch.engine.rows import ActiveMethod
 from vlm_patch.engine.state import GenerationState
 from vlm_patch.errors import PatchError, UnsupportedModelError
-from vlm_patch.method import Branch, ForwardContext, Method
+from vlm_patch.method import Branch, ForwardContext, Method, Phase
 from vlm_patch.models.info import Decoder
 from vlm_patch.primitives.buffers import cast
 
@@ -37,9 +38,10 @@ NO_IMAGE = "no image"
 class LogitsJob:
     """What is done to the logits of one forward.
 
-    actives: the methods that edit them, in order.
+    actives: the methods that edit them, in order. everyone: all methods that are on.
     given: the inputs of the decoder. rows: how many of its last rows predict a new token.
     entering: by early layer, the residual stream `[B, rows, D]` entering it.
+    joint: the first stream's cache, where all streams run in one forward.
     ready: logits `[B, rows, V]` by stream. beside: the names, of streams or early layers, of what
         stands beside the decoder's output, each as many samples as the batch.
     """
@@ -47,9 +49,11 @@ class LogitsJob:
     forward: ForwardContext
     generation: GenerationState
     actives: list[ActiveMethod]
+    everyone: Sequence[ActiveMethod]
     given: dict[str, Any]
     rows: int
     entering: dict[int, Tensor] = field(default_factory=dict)
+    joint: Any = None
     ready: dict[str | int, Tensor] = field(default_factory=dict)
     beside: list[str | int] = field(default_factory=list)
 
@@ -96,7 +100,24 @@ class LogitsEditor(threading.local):
         at, rows = forward.position, forward.valid.shape[1]
         if at.prompt_rows:
             rows = rows - at.prompt_rows + 1 if at.ends else 0
-        self.job = LogitsJob(forward, generation, mine, given, rows)
+        self.job = LogitsJob(forward, generation, mine, actives, given, rows)
+
+    def join(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's inputs, at a generated token with those of the streams beside them."""
+        job, name = self.job, self.extra.cache_name
+        if job is None or job.forward.position.phase is not Phase.DECODE or _looks_on(job):
+            return given
+        cache, past = given.get(name), job.forward.position.past
+        wanted = dict(self._streams(job.actives))
+        streams = [self.branches.stream(one, job.generation.streams, past, given) for one in wanted]
+        if not can_join(self.decoder, given, cache, streams):
+            return given
+        parts = [
+            self.branches.part(one, branch, stream, job.forward, given)
+            for (one, branch), stream in zip(wanted.items(), streams, strict=True)
+        ]
+        job.joint, job.beside = cache, [*wanted]
+        return join(self.extra.now, given, name, streams, parts)
 
     def enter(self, layer: int) -> Callable[..., None]:
         """A forward pre-hook for the block of an early layer."""
@@ -104,7 +125,8 @@ class LogitsEditor(threading.local):
         def keep(block: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             if self.job is not None and self.job.rows and not self.extra.now.inside:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                self.job.entering[layer] = hidden[:, -self.job.rows :]
+                own = len(self.job.forward.valid)
+                self.job.entering[layer] = hidden[:own, -self.job.rows :]
 
         return keep
 
@@ -112,13 +134,15 @@ class LogitsEditor(threading.local):
         """Called behind the decoder: runs the streams, and puts rows beside its output; None after
         an error.
         """
-        job = self.job
+        job, self.extra.now.joint = self.job, None
         if job is None or output is None:
             self.job, self.module, self.inputs = None, None, {}
             return
-        last: Tensor = output["last_hidden_state"]
+        last: Tensor = output["last_hidden_state"][: len(job.forward.valid)]
         found: dict[str | int, Tensor] = {}
-        for name, branch in self._streams(job.actives):
+        if job.joint is not None:
+            output[self.extra.cache_name] = job.joint
+        for name, branch in () if job.joint is not None else self._streams(job.actives):
             told = self._follow(name, branch, job)
             if told is not None and job.rows:
                 found[name] = told[:, -job.rows :]
@@ -193,6 +217,15 @@ class LogitsEditor(threading.local):
         """A cache by the names under which the whole model may have been given another."""
         given = [name for name in ("cache", "past_key_values") if name in self.inputs]
         return dict.fromkeys(given or [self.extra.cache_name], cache)
+
+
+def _looks_on(job: LogitsJob) -> bool:
+    """Whether a method sees the residual stream in this forward, which is the first stream's."""
+    stock = getattr(Method, "edit_hidden", None)
+    return any(
+        active.method.reads_blocks or getattr(type(active.method), "edit_hidden", None) is not stock
+        for active in job.everyone
+    )
 
 
 def stream_name(method: Method, name: str, branch: Branch) -> str:

@@ -69,7 +69,7 @@ class VCD(Method):
         check_whole("VCD noise_step", self.noise_step)
         if self.noise_step >= STEPS:
             raise ValueError(
-                f"VCD noise_step: found {self.noise_step}, expected an integer from 0 to {STEPS - 1}"
+                f"VCD noise_step: found {self.noise_step}, expected an integer from 0 to 999"
             )
         check_whole("VCD seed", self.seed)
 

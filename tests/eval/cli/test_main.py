@@ -99,7 +99,8 @@ def test_errors_are_one_line_and_a_status(
     shown = capsys.readouterr()
     assert (
         shown.err
-        == "error: unknown name in methods: gfit; did you mean gift? Known: gift, paint, var, vhr\n"
+        == "error: unknown name in methods: gfit; did you mean gift? Known: deco, dola, gift, icd, "
+        "m3id, paint, var, vcd, vhr\n"
     )
     assert shown.out == ""
     assert main(["run", str(tmp_path / "none.yaml"), *out]) == 1
