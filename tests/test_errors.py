@@ -67,14 +67,14 @@ NAMES = "expected one of ['deco', 'dola', 'gift', 'icd', 'm3id', 'paint', 'var',
         (
             (VAR,),
             "found <class 'vlm_patch.methods.var.VAR'> as a method: write VAR(), a name of "
-            "['deco', 'dola', 'gift', 'icd', 'm3id', 'paint', 'var', 'vcd', 'vhr'], or an import path such as "
-            "'my_package.my_file:MyMethod'",
+            "['deco', 'dola', 'gift', 'icd', 'm3id', 'paint', 'var', 'vcd', 'vhr'], or an import "
+            "path such as 'my_package.my_file:MyMethod'",
         ),
         (
             (7,),
             "found 7 as a method: pass one such as VAR(), a name of "
-            "['deco', 'dola', 'gift', 'icd', 'm3id', 'paint', 'var', 'vcd', 'vhr'], or an import path such as "
-            "'my_package.my_file:MyMethod'",
+            "['deco', 'dola', 'gift', 'icd', 'm3id', 'paint', 'var', 'vcd', 'vhr'], or an import "
+            "path such as 'my_package.my_file:MyMethod'",
         ),
     ],
     ids=str,

@@ -27,13 +27,24 @@ from vlm_patch import PatchError
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
 IN_PARTS = ("chunked prefill", "questions behind a cached image")
-REFUSED = {(name, side) for name in IN_PARTS for side in SIDES if "vhr" in SIDES[side]} | {
-    ("inputs_embeds", side) for side in SIDES if "paint" in SIDES[side]
+UNSEEN = {
+    "chunked prefill": ("vhr", "vcd", "icd"),
+    "questions behind a cached image": ("vhr", "icd"),
+    "inputs_embeds": ("paint", "paint-guided", "vcd"),
+    "image after text": ("icd",),
+}
+"""By way, the methods that cannot see there what they must see."""
+REFUSED = {
+    (name, side)
+    for name, without in UNSEEN.items()
+    for side, names in SIDES.items()
+    if not set(names).isdisjoint(without)
 }
 MIXED, PAINTED = "all, map from an edited layer", "all and paint"
+ON_LOGITS = "var and the logits' side"
 
 
-@pytest.mark.parametrize("side", [MIXED, PAINTED])
+@pytest.mark.parametrize("side", [MIXED, PAINTED, ON_LOGITS])
 @pytest.mark.parametrize("name", [name for name, mode in MODES.items() if mode.known])
 def test_all_methods_together(name: str, side: str) -> None:
     row = measure(name, side)
@@ -43,7 +54,9 @@ def test_all_methods_together(name: str, side: str) -> None:
 
 if tiny.FEATURES:
 
-    @pytest.mark.parametrize("side", ["var", "gift", "gift, map from an edited layer", "paint"])
+    @pytest.mark.parametrize(
+        "side", ["var", "gift", "gift, map from an edited layer", "paint", "m3id", "dola"]
+    )
     @pytest.mark.parametrize("name", IN_PARTS)
     def test_a_prompt_in_parts(name: str, side: str) -> None:
         row = measure(name, side)
