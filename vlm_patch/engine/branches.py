@@ -151,7 +151,12 @@ class Branches:
         """The hidden states `[B, T, D]` behind the last layer of a part's tokens, for `rows` of
         the first stream.
         """
-        inputs = {**part.inputs, "attention_mask": stream.grow(part, rows)}
+        mask = stream.grow(part, rows)
+        config: Any = self.extra.decoder.config
+        plain = config._attn_implementation == "sdpa" and can_be_cut(stream.cache)
+        if mask is not None and plain and part.valid.shape[1] == 1 and not part.prompt:
+            mask = mask.bool()[:, None, None]  # of a mask of tokens transformers asks if it is full
+        inputs = {**part.inputs, "attention_mask": mask}
         inputs |= {self.extra.cache_name: stream.cache, "use_cache": stream.cache is not None}
         hidden: Tensor = self.extra.run(None, inputs).last_hidden_state
         return hidden

@@ -112,7 +112,7 @@ class ForwardHooks:
         """Forward pre-hook of the decoder."""
         if self.now.inside:
             return None
-        self.now.run = self.now.first = None
+        self.now.run = self.now.first = self.now.joint = None
         if self.layout.tower is not None:
             self.layout.tower.run = None
         switched = self.switched()
