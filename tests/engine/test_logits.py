@@ -15,8 +15,21 @@ from transformers import DynamicCache
 
 from eval.support import tiny
 from eval.support.agreement import NO_PROCESSOR, ours, own_forwards, planted
+from eval.support.build import build
+from eval.support.check import Subject
 from eval.support.ways import CLOSE, SIDES, generate, measure, off, prompt
-from vlm_patch import M3ID, PAINT, VAR, VCD, Branch, DoLa, Method, PatchError, wrap
+from vlm_patch import (
+    M3ID,
+    PAINT,
+    VAR,
+    VCD,
+    Branch,
+    DoLa,
+    Method,
+    PatchError,
+    UnsupportedModelError,
+    wrap,
+)
 from vlm_patch.method import ForwardContext
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
@@ -276,6 +289,48 @@ def test_pixels_that_are_not_at_hand() -> None:
     features = model.get_image_features(batch.pop("pixel_values"), return_dict=True)
     with wrap(model, "vcd"), pytest.raises(PatchError, match="images of this prompt were encoded"):
         model(**batch, mm_encoder_outputs={"image": features})
+
+
+@pytest.mark.parametrize("kind", ["instructblip", "qwen3_vl", "internvl", "mllama"])
+def test_a_stream_without_the_image_in_other_families(kind: str) -> None:
+    """It is the language model alone: another image changes nothing in it."""
+    subject = Subject(kind)
+    shown = []
+    for seed in (0, 1):
+        SHOWN.clear()
+        with wrap(subject.model, Keep()):
+            subject.answer(seed)
+        shown.append(SHOWN[0])
+    assert torch.equal(shown[0]["other"], shown[1]["other"])
+    assert not torch.allclose(shown[0]["own"], shown[0]["other"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text"),
+    [
+        ("qwen3_vl", "icd", "whose decoder is also given visual_pos_masks"),
+        ("mllama", "vcd", "whose decoder is also given cross_attention_states"),
+        ("paligemma", "m3id", "tokens of its prompts look ahead"),
+        ("gemma4", "icd", "its decoder takes inputs for every token and layer"),
+    ],
+)
+def test_families_in_which_a_stream_would_be_another(kind: str, name: str, text: str) -> None:
+    subject = Subject(kind)
+    with wrap(subject.model, *ours([name])), pytest.raises(PatchError, match=text):
+        subject.answer()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text"),
+    [
+        ("kosmos-2", "m3id", "its decoder counts positions by itself"),
+        ("kosmos-2", "dola", "has no norm behind its last block"),
+        ("instructblip", "vcd", "it generates from embeddings"),
+    ],
+)
+def test_families_refused_at_wrap(kind: str, name: str, text: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=text):
+        wrap(build(kind), *ours([name]))
 
 
 def test_heads_of_a_method_that_has_none() -> None:

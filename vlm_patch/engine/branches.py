@@ -20,6 +20,8 @@ from vlm_patch.primitives.buffers import append
 PER_TOKEN = ("inputs_embeds", "input_ids", "per_layer_inputs")
 """Decoder inputs `[B, S, ...]` that hold something for every token."""
 
+KNOWN = (*PER_TOKEN, "attention_mask", "position_ids", "cache_position")
+
 
 @dataclass
 class Stream:
@@ -137,6 +139,7 @@ class Branches:
         """What a stream reads where the first one's decoder was `given` its inputs."""
         if not branch.image:
             return self._without_image(name, stream, forward, given)
+        check_known(name, given)
         prompt = bool(forward.position.prompt_rows)
         if branch.prefix and prompt:
             return self._prefixed(name, branch, stream, forward, given)
@@ -239,6 +242,20 @@ class Branches:
                 )
             self.prefixes[prefix] = tuple(self.encode(prefix))
         return self.prefixes[prefix]
+
+
+def check_known(name: str, given: Mapping[str, Any], held: Sequence[str] = ()) -> None:
+    """Raises PatchError where the decoder takes more of an image than its tokens, beside `held`: a
+    stream that has the image, too, would go without it.
+    """
+    more = [key for key, value in given.items() if isinstance(value, Tensor | list | tuple)]
+    strange = [key for key in more if key not in (*KNOWN, *held)]
+    if strange:
+        raise PatchError(
+            f"{name} cannot run a second stream with the image on this model, whose decoder is "
+            f"also given {', '.join(strange)}. Use a method whose stream is without the image, or "
+            "none."
+        )
 
 
 def _gathered(value: Tensor, index: Tensor) -> Tensor:

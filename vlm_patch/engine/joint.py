@@ -46,11 +46,12 @@ class JointStep:
     ) -> tuple[Tensor, Tensor | None]:
         """The attention of a layer; methods act on the first stream alone."""
         first, *others = query.chunk(len(self.masks))
+        seen, *masks = (None if m is None else m.to(query.device) for m in self.masks)
         run, self.now.joint = self.now.run, None
         try:
-            output, weights = attention(module, first, key, value, self.masks[0], **options)
+            output, weights = attention(module, first, key, value, seen, **options)
             self.now.run, outputs = None, [output]
-            for part, (own, held), mask in zip(others, self.past, self.masks[1:], strict=True):
+            for part, (own, held), mask in zip(others, self.past, masks, strict=True):
                 outputs.append(attention(module, part, own, held, mask, **options)[0])
         finally:
             self.now.run, self.now.joint = run, self

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_patch.engine.branches import Branches, Part, Stream
+from vlm_patch.engine.branches import Branches, Part, Stream, check_known
 from vlm_patch.engine.extra_passes import ExtraPasses
 from vlm_patch.engine.joint import can_join, join
 from vlm_patch.engine.pixels import with_pixels
@@ -30,6 +30,8 @@ from vlm_patch.primitives.buffers import cast
 
 NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 """What decoders call the norm behind their last block."""
+HELD = ("visual_pos_masks", "deepstack_visual_embeds")
+"""Inputs of a decoder's prompt alone, which the whole model makes anew of other pixels."""
 NO_IMAGE = "no image"
 """The name of the stream that all methods share which want no more than the image gone."""
 
@@ -142,10 +144,10 @@ class LogitsEditor(threading.local):
         found: dict[str | int, Tensor] = {}
         if job.joint is not None:
             output[self.extra.cache_name] = job.joint
-        for name, branch in () if job.joint is not None else self._streams(job.actives):
-            told = self._follow(name, branch, job)
+        for stream, branch in () if job.joint is not None else self._streams(job.actives):
+            told = self._follow(stream, branch, job)
             if told is not None and job.rows:
-                found[name] = told[:, -job.rows :]
+                found[stream] = told[:, -job.rows :]
         if job.rows:
             norm = final_norm(self.decoder)
             found |= {layer: norm(hidden) for layer, hidden in job.entering.items()}
@@ -201,6 +203,7 @@ class LogitsEditor(threading.local):
         if branch.pixels is None or not pictured:
             part = self.branches.part(name, branch, stream, forward, given)
             return self.branches.run(stream, part, rows)
+        check_known(name, given, HELD)
         inputs = with_pixels(name, branch, self.inputs, self.asked, forward, self.decoder)
         job.ready[name] = self._whole(stream, Part(forward.valid, inputs), job)
         return None

@@ -72,6 +72,7 @@ class Deco:
     name = "deco"
 
 
+@torch.no_grad()
 def edited(model: Any, sample: Sample, method: Any, run: decoder.Run, near: Near) -> Tensor:
     """The logits [S, V] of a run with the rows of every answer edited; near: told the distances
     from every threshold."""
