@@ -291,7 +291,7 @@ def test_pixels_that_are_not_at_hand() -> None:
         model(**batch, mm_encoder_outputs={"image": features})
 
 
-@pytest.mark.parametrize("kind", ["instructblip", "qwen3_vl", "internvl", "mllama"])
+@pytest.mark.parametrize("kind", ["instructblip", "qwen3_vl", "internvl"])
 def test_a_stream_without_the_image_in_other_families(kind: str) -> None:
     """It is the language model alone: another image changes nothing in it."""
     subject = Subject(kind)
@@ -331,6 +331,18 @@ def test_families_in_which_a_stream_would_be_another(kind: str, name: str, text:
 def test_families_refused_at_wrap(kind: str, name: str, text: str) -> None:
     with pytest.raises(UnsupportedModelError, match=text):
         wrap(build(kind), *ours([name]))
+
+
+def test_an_early_layer_that_is_not_there() -> None:
+    @dataclass(frozen=True)
+    class Late(Keep):
+        name: ClassVar[str] = "late"
+
+        def early_layers(self) -> tuple[int, ...]:
+            return (4,)
+
+    with pytest.raises(ValueError, match="late reads layer 4 early, but this model has layers"):
+        wrap(model_of(), Late())
 
 
 def test_heads_of_a_method_that_has_none() -> None:

@@ -249,7 +249,9 @@ def final_norm(decoder: Decoder) -> Callable[[Tensor], Tensor]:
 
 
 def check_model(methods: Sequence[Method], decoder: Decoder) -> None:
-    """Raises UnsupportedModelError for methods whose streams or early layers cannot be had."""
+    """Raises UnsupportedModelError for methods whose streams or early layers cannot be had, and
+    ValueError for layers that are not there.
+    """
     for method in methods:
         branches = method.branches().values()
         if branches and decoder.special.positions_from_padding:
@@ -262,8 +264,13 @@ def check_model(methods: Sequence[Method], decoder: Decoder) -> None:
                 f"{method.name} is not supported on this model: it generates from embeddings, so "
                 "that other pixels cannot be put into a second stream"
             )
-        if method.early_layers():
+        for layer in method.early_layers():
             final_norm(decoder)
+            if layer not in decoder.softmax:
+                raise ValueError(
+                    f"{method.name} reads layer {layer} early, but this model has layers with "
+                    f"softmax attention, which can be read, in {list(decoder.softmax)}"
+                )
 
 
 def _check(inputs: Mapping[str, Any]) -> None:
