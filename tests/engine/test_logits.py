@@ -330,7 +330,7 @@ def test_families_in_which_a_stream_would_be_another(kind: str, name: str, text:
 )
 def test_families_refused_at_wrap(kind: str, name: str, text: str) -> None:
     with pytest.raises(UnsupportedModelError, match=text):
-        wrap(build(kind), *ours([name]))
+        wrap(build(kind), name)
 
 
 def test_an_early_layer_that_is_not_there() -> None:
