@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlm_patch.heads import text
 from vlm_patch.method import ForwardContext, Method, ModelInfo
 from vlm_patch.validation import check_number, check_whole, check_wholes
 
@@ -79,7 +78,7 @@ class DeCo(Method):
         last = info.depth - 1
         scaled = [min(last, round(layer * info.depth / DEPTH)) for layer in PUBLISHED]
         layers = info.acting(range(scaled[0], scaled[-1] + 1))
-        notes = [] if info.depth == DEPTH else [f"deco.layers={text(list(layers))}"]
+        notes = [] if info.depth == DEPTH else [f"DeCo layers={list(layers)}"]
         return replace(self, layers=layers), notes
 
     def early_layers(self) -> Sequence[int]:
