@@ -19,11 +19,13 @@ from eval.support.build import build
 from eval.support.check import Subject
 from eval.support.ways import CLOSE, SIDES, generate, measure, off, prompt
 from vlm_patch import (
+    ICD,
     M3ID,
     PAINT,
     VAR,
     VCD,
     Branch,
+    DeCo,
     DoLa,
     Method,
     PatchError,
@@ -75,6 +77,27 @@ def test_never_inactive(way: str, name: str) -> None:
     assert not torch.allclose(edited, stock, atol=1e-3)
     kept = edited[:1].isfinite()  # generate takes tokens out of the logits of drafts
     torch.testing.assert_close(edited[:1][kept], own[kept], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        VCD(alpha=0.0, beta=0.0),
+        ICD(alpha=0.0, beta=0.0, prefix=(5, 6)),
+        M3ID(decay=0.0),
+        DeCo(layers=(1,), alpha=0.0, top_p=1.0, top_k=10**6),
+        PAINT(alpha=0.0, beta=0.0, layers=(1,), gamma=1.0),
+    ],
+    ids=lambda method: method.name,
+)
+def test_strength_0_is_the_stock_model(method: Method) -> None:
+    model = model_of()
+    batch = prompt(model, tiny.BATCH_OF_3)
+    with torch.no_grad():
+        stock = model(**batch).logits
+        with wrap(model, method):
+            found = model(**batch).logits
+    torch.testing.assert_close(found, stock, rtol=0, atol=1e-6)
 
 
 def test_only_the_last_row_of_a_prompt() -> None:
