@@ -74,7 +74,7 @@ test-torchao: $(TORCHAO)/.ready  ## models with torchao's 8-bit layers
 # `make test-gpu GPU_VENV=...` for another place; `python3 -m pytest tests/gpu` where all is installed
 $(GPU_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
-	$(GPU_VENV)/bin/python -m pip install --quiet --editable ".[eval]" pytest
+	$(GPU_VENV)/bin/python -m pip install --quiet --editable ".[eval]" pytest pytest-xdist hypothesis
 	touch $(GPU_VENV)/.ready
 
 # before anything is installed: a CUDA build of torch is several GB
@@ -85,7 +85,7 @@ card:
 	    "checks on the CPU, without the kernels"; exit 3; }
 
 test-gpu: card $(GPU_VENV)/.ready  ## what needs a GPU
-	$(GPU_VENV)/bin/python -m pytest tests/gpu
+	$(GPU_VENV)/bin/python -m pytest tests/gpu -n logical --maxprocesses 10 --dist worksteal
 
 lint: $(READY)  ## ruff check, ruff format --check
 	$(BIN)/ruff check .
@@ -97,6 +97,7 @@ types: $(READY)  ## mypy --strict vlm_patch eval
 docs: $(READY)  ## writes the tables of docs/ that commands generate
 	$(BIN)/python -m eval models --docs
 	$(BIN)/python -m eval modes --docs
+	$(BIN)/python -m eval demo --docs
 
 pocket: $(READY)  ## trains the pocket model anew
 	$(BIN)/python -m eval.pocket.train

@@ -1,7 +1,5 @@
 """What is said to the person at the keyboard: the one error that is meant for them, and notices."""
 
-from __future__ import annotations
-
 import sys
 
 from tqdm import tqdm

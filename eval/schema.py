@@ -1,7 +1,5 @@
 """Checks of values that people write in YAML or on the command line."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import types

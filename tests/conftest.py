@@ -18,9 +18,7 @@ settings.register_profile(
 settings.register_profile("long", max_examples=5000, deadline=None, suppress_health_check=SLOW)
 settings.load_profile("suite")
 
-# read when Triton is first imported; the kernels' tests run on the CPU
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
+GPU = Path(__file__).parent / "gpu"
 FAMILIES = (
     "eval/support/test_families.py",
     "primitives/test_planted_sinks.py",
@@ -30,8 +28,17 @@ FAMILIES = (
 """They need families, or image features, that older versions of transformers do not have."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """All but tests/gpu runs on the CPU, on a machine with a card too: kernels in Triton's
+    interpreter. Both variables are read later, by Triton's import and by CUDA's first use.
+    """
+    paths = [config.invocation_params.dir / arg.partition("::")[0] for arg in config.args]
+    if not any(path.resolve().is_relative_to(GPU) for path in paths):
+        os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    from eval.support import tiny  # after the line for Triton
+    from eval.support import tiny  # imports Triton, so not before pytest_configure
 
     left_out = collection_path.as_posix().endswith(tuple(f"tests/{name}" for name in FAMILIES))
     return True if left_out and not tiny.FEATURES else None

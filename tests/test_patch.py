@@ -61,14 +61,12 @@ def watched(model: nn.Module, rows: Any = tiny.BATCH_OF_3) -> Iterator[list[list
 
 
 def head_outputs(model: nn.Module) -> list[list[Tensor]]:
-    """See `watched`; VHR's image-ablated forward, which comes before both, does not count."""
+    """See `watched`; VHR's text, in rows behind the prompt's, does not count."""
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
     with watched(model) as found:
-        model.generate(
-            **tiny.inputs(model, tiny.BATCH_OF_3),
-            max_new_tokens=2,
-            prefix_allowed_tokens_fn=lambda sample, ids: [60],
-        )
-    return [layer[-2:] for layer in found]
+        model.generate(**batch, max_new_tokens=2, prefix_allowed_tokens_fn=lambda sample, ids: [60])
+    rows = batch["input_ids"].shape[1]
+    return [[output[:, :rows] for output in layer] for layer in found]
 
 
 def blocks(model: nn.Module) -> tuple[Tensor, ...]:
@@ -161,11 +159,12 @@ def test_one_head_changes_its_own_slice_and_nothing_else(kind: str, name: str) -
             found = head_outputs(model)
         others = [other for other in range(4) if other != head]
         for time in range(2):
-            assert torch.equal(found[0][time], stock[0][time])
-            assert torch.equal(found[1][time], stock[1][time])
+            for layer in (0, 1):
+                assert torch.allclose(found[layer][time], stock[layer][time], rtol=0, atol=1e-5)
             mine, theirs = found[2][time], stock[2][time]
-            assert torch.equal(mine[:, :, others], theirs[:, :, others])
-            moved.append(not torch.equal(mine[:, :, head], theirs[:, :, head]))
+            assert torch.allclose(mine[:, :, others], theirs[:, :, others], rtol=0, atol=1e-5)
+            same = torch.allclose(mine[:, :, head], theirs[:, :, head], rtol=0, atol=1e-3)
+            moved.append(not same)
     assert any(moved[0::2])
     assert any(moved[1::2])
 
@@ -322,7 +321,8 @@ first_layer=0, exclude_last_layer=True, require_visual_sink=False, semantics=pap
 on in layers 0-2, with some heads off in 1
   GIFT(alpha=3.0, beta=1.0, saliency_layer=0, layers=1-3, head_fraction=0.5, words=content): \
 on in layers 1-3
-  VHR(alpha=2.0, layers=1-3, filter=True, semantics=release): on in layers 2"""
+  VHR(alpha=2.0, layers=1-3, filter=True, semantics=release): \
+on in layers 2; its extra prompt shares the prompt's forward"""
     assert patch.describe() == repr(patch) == str(patch) == expected
     patch.heads["vhr"][:] = False
     with patch.disabled("gift"):

@@ -147,7 +147,7 @@ def test_an_error_in_a_pass_of_our_own_leaves_the_patch_whole() -> None:
 STAGES = {
     "var": ("probe", "before_forward", "observe_hidden", "edited_rows", "edit_weights"),
     "gift": ("before_forward", "edited_rows", "watched_rows", "observe", "edit_weights"),
-    "vhr": ("probe", "before_forward", "edit_heads", "choose"),
+    "vhr": ("extra_prompt", "before_forward", "edit_heads", "choose"),
     "paint": ("before_forward", "edited_rows", "edit_scores"),
 }
 

@@ -7,6 +7,7 @@ from vlm_patch.errors import PatchError, UnsupportedModelError
 from vlm_patch.method import (
     Branch,
     ExtraForward,
+    ExtraPrompt,
     ForwardContext,
     Method,
     ModelInfo,
@@ -25,6 +26,7 @@ from vlm_patch.primitives.reweighting import KeyReweighting, reweight
 __all__ = [
     "Branch",
     "ExtraForward",
+    "ExtraPrompt",
     "ForwardContext",
     "KeyReweighting",
     "Method",

@@ -55,15 +55,15 @@ def _parts(spec: str | Mapping[int, Iterable[int] | str]) -> list[tuple[LayerSpe
 def numbers(spec: LayerSpec, size: int, what: str) -> list[int]:
     """Sorted indices below `size` from `3`, `[0, 3]`, `"0,3"`, `"4-7"` or `"*"`. Raises "
     "ValueError."""
-    found = _text_numbers(spec, size, what) if isinstance(spec, str) else _int_numbers(spec, what)
-    wrong = [n for n in found if not 0 <= n < size]
+    result = _text_numbers(spec, size, what) if isinstance(spec, str) else _int_numbers(spec, what)
+    wrong = [n for n in result if not 0 <= n < size]
     if wrong:
         raise ValueError(
             f"{what} {wrong[0]} is out of range: this model has {size} {what}s, 0 to {size - 1}"
         )
-    if not found:
+    if not result:
         raise ValueError(f"no {what} given: expected at least one of 0 to {size - 1}")
-    return sorted(set(found))
+    return sorted(set(result))
 
 
 def _int_numbers(spec: int | Iterable[int], what: str) -> list[int]:
@@ -75,18 +75,18 @@ def _int_numbers(spec: int | Iterable[int], what: str) -> list[int]:
 
 
 def _text_numbers(text: str, size: int, what: str) -> list[int]:
-    found: list[int] = []
+    result: list[int] = []
     for piece in text.split(","):
         first, dash, last = (part.strip() for part in piece.partition("-"))
         if first == "*" and not dash:
-            found += range(size)
+            result += range(size)
         elif first.isdigit() and (last.isdigit() or not dash):
-            found += range(int(first), int(last if dash else first) + 1)
+            result += range(int(first), int(last if dash else first) + 1)
         else:
             raise ValueError(
                 f'{what}: found {piece.strip()!r}, expected a number, a range "4-7" or "*"'
             )
-    return found
+    return result
 
 
 class HeadTables(Mapping[str, Tensor]):

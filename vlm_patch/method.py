@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlm_patch.models.tensor_parallel import WHOLE, Shard
+from vlm_patch.primitives.buffers import StaticLength
 from vlm_patch.validation import check_wholes
 
 
@@ -22,12 +23,15 @@ class State:
     tensors with the batch first, dicts of such tensors by layer, or None; all have a default.
 
     The engine makes one per generation, lets it travel with the cache, and reorders its samples
-    as beams are.
+    as beams are. per_key: names of the fields whose last dimension is the keys so far, or more of
+    them; a compiled step finds room there for all keys of its static cache.
 
         @dataclass
         class Seen(State):
             mass: dict[int, Tensor] = field(default_factory=dict)  # by layer, [B, H]
     """
+
+    per_key: ClassVar[tuple[str, ...]] = ()
 
     def select(self, index: Tensor) -> None:
         """Keeps the samples `index` `[B]`, which may be reordered or repeated."""
@@ -128,7 +132,7 @@ class Phase(Enum):
 class Position:
     """Where the rows of a forward stand in their conversation.
 
-    past: number of cached tokens.
+    past: number of cached tokens; in a compiled step a `StaticLength`.
     phase: what the rows are.
     prompt_rows: number of rows, the first ones, that are of a prompt; those behind were generated
         or drafted.
@@ -141,7 +145,7 @@ class Position:
         None without an image in these rows.
     """
 
-    past: int = 0
+    past: Any = 0
     phase: Phase = Phase.PREFILL
     prompt_rows: int = 0
     first_prompt: bool = False
@@ -209,7 +213,9 @@ class ForwardContext:
 
             image = forward.newest(forward.image, weights.shape[-1])
         """
-        total = self.image.shape[1]
+        total, past = self.image.shape[1], self.position.past
+        if isinstance(past, StaticLength):
+            return past.newest(mask, keys)
         return mask[..., total - keys : total]
 
 
@@ -229,6 +235,21 @@ class Watcher:
     heads: Callable[[int, Tensor], None] | None = None
     weights: Callable[[int, Tensor, Tensor, Any], None] | None = None
     rows: Tensor | None = None
+
+
+@dataclass
+class ExtraPrompt:
+    """A second prompt that the stock model reads beside a prompt, each of its B samples as many
+    tokens long.
+
+    inputs: what the decoder is given for it: the tokens `[B, T, ...]` under the name they have
+        among `ForwardContext.inputs`, left-padded; attention_mask `[B, T]`, or bool `[B, 1, T, T]`,
+        or a mapping of such by kind of layer; position_ids `[B, T]`.
+    watcher: observes its rows. In each layer it is called before `edit_heads` of that layer.
+    """
+
+    inputs: dict[str, Any]
+    watcher: Watcher
 
 
 ExtraForward: TypeAlias = Callable[[dict[str, Any], Watcher], None]
@@ -327,6 +348,14 @@ class Method:
         """
         return self
 
+    def extra_prompt(
+        self, forward: ForwardContext, state: Any, layers: list[int]
+    ) -> ExtraPrompt | None:
+        """Called before a prompt runs, for a second prompt to be read beside it: in the same
+        forward where the model allows it, else in one before; `layers` are the ones switched on.
+        """
+        return None
+
     def report(self) -> str:
         """What it found out about the model, or is yet to find out, for people to read."""
         return ""
@@ -352,6 +381,11 @@ class Method:
     def edits_weights(self) -> bool:
         """Whether it edits weights, or says which rows to compute and edits nothing."""
         return type(self).edit_weights is not Method.edit_weights or not self.edits_scores
+
+    @property
+    def edits_heads(self) -> bool:
+        """Whether it has an `edit_heads` of its own."""
+        return type(self).edit_heads is not Method.edit_heads
 
     def edit_scores(
         self, layer: int, scores: Tensor, forward: ForwardContext, state: Any
@@ -386,6 +420,10 @@ class Method:
         self, layer: int, output: Tensor, forward: ForwardContext, state: Any
     ) -> Tensor | None:
         """A gain `[B, H]` for the head outputs `[B, S, H, Dv]` of all rows, or None."""
+        return None
+
+    def settled_gain(self, layer: int, state: Any) -> Tensor | None:
+        """What `edit_heads` gives from now on, if that is known before the head outputs are."""
         return None
 
     @property

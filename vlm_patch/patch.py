@@ -14,7 +14,7 @@ from torch import Tensor
 from vlm_patch import heads
 from vlm_patch.engine import attention
 from vlm_patch.engine.branches import Branches
-from vlm_patch.engine.generate_guard import GuardedGenerate, check_options, told
+from vlm_patch.engine.generate_guard import GuardedGenerate, check_options, prompt_inputs
 from vlm_patch.engine.hooks import ForwardHooks, Hook, QuietHook
 from vlm_patch.engine.logits import LogitsEditor, check_model
 from vlm_patch.engine.tower import tower_of
@@ -67,14 +67,14 @@ def unwrap(model: Any) -> bool:
         vlm_patch.unwrap(model)  # at the top of a notebook cell that wraps the model
         patch = vlm_patch.wrap(model, VAR())
     """
-    found = {
+    result = {
         id(p): p
         for layer in inspect_model(unwrapped(model)[-1]).layers
         if (p := attention.patch_on(layer))
     }
-    for patch in found.values():
+    for patch in result.values():
         patch.remove()
-    return bool(found)
+    return bool(result)
 
 
 class Patch:
@@ -130,6 +130,8 @@ class Patch:
             next(_owners), ids, reader, special.mask, self._shard, self._tower
         )
         self._removed = False
+        self._graph = attention.Graph()
+        self._switched()
         with ExitStack() as undo:
             self._put_on(undo)
             self._undo = undo.pop_all()
@@ -138,23 +140,34 @@ class Patch:
         decoder = self._decoder.module
         config: Any = decoder.config
         padding = config.pad_token_id if self._decoder.special.positions_from_padding else None
-        passes = ForwardHooks(decoder, self._layout, self._switched, self._learned, padding)
+        softmax_only = len(self._decoder.layers) == self._decoder.depth
+        passes = self._passes = ForwardHooks(
+            decoder,
+            self._layout,
+            self._switched,
+            self._learned,
+            padding,
+            softmax_only,
+            graph=self._graph,
+        )
         self._put_on_logits(passes, undo)
         for layer in self._decoder.layers:
-            attention.install(layer, passes.now, undo, self)
+            attention.install(layer, passes.now, undo, self, passes.graph)
             if any(method.reads_blocks for method in self._methods):
-                show = QuietHook(passes.before_block(layer.index), passes.now)
+                calls = passes.before_block(layer.index), passes.trace_block(layer.index)
+                show = QuietHook(*calls, passes.now)
                 handle = layer.block.register_forward_pre_hook(show, with_kwargs=True)
                 undo.callback(handle.remove)
         if self._tower is not None:
             self._tower.install(undo)
         # an adapter of PEFT calls the forward of its model past its hooks
-        calls = dict.fromkeys(self._shells, passes.before_model) | {decoder: passes.before_decoder}
-        for module, call in calls.items():
-            handle = module.register_forward_pre_hook(Hook(call), with_kwargs=True)
+        hooks = dict.fromkeys(self._shells, (passes.before_model, passes.trace_model))
+        hooks[decoder] = passes.before_decoder, passes.trace_decoder
+        for module, both in hooks.items():
+            handle = module.register_forward_pre_hook(Hook(*both), with_kwargs=True)
             undo.callback(handle.remove)
-        call = passes.after_decoder
-        after = Hook(call) if passes.logits else QuietHook(call, passes.now)
+        calls = passes.after_decoder, passes.trace_end
+        after = Hook(*calls) if passes.logits else QuietHook(*calls, passes.now)
         handle = decoder.register_forward_hook(after, always_call=True)
         undo.callback(handle.remove)
         generator = self._decoder.generator
@@ -167,7 +180,8 @@ class Patch:
 
     def _put_on_logits(self, passes: ForwardHooks, undo: ExitStack) -> None:
         """The hooks of methods that edit logits; without one there are none."""
-        if not any(method.edits_logits for method in self._methods):
+        passes.on_logits = tuple(method.name for method in self._methods if method.edits_logits)
+        if not passes.on_logits:
             return
         tokenizer = getattr(self._processor, "tokenizer", None)
         encode = tokenizer and (lambda text: tokenizer.encode(text, add_special_tokens=False))
@@ -176,15 +190,15 @@ class Patch:
         generator = self._decoder.generator
         inner = [] if generator is self._base else [generator]
         for module in (*self._shells, *inner):
-            handle = module.register_forward_hook(Hook(editor.after_model))
+            handle = module.register_forward_hook(Hook(editor.after_model, passes.trace_logits))
             undo.callback(handle.remove)
         for module in inner:
-            hook = Hook(passes.before_generator)
+            hook = Hook(passes.before_generator, passes.trace_logits)
             undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         early = {layer for method in self._methods for layer in method.early_layers()}
         for layer in self._decoder.layers:
             if layer.index in early:
-                hook = Hook(editor.enter(layer.index))
+                hook = Hook(editor.enter(layer.index), passes.trace_logits)
                 handle = layer.block.register_forward_pre_hook(hook, with_kwargs=True)
                 undo.callback(handle.remove)
 
@@ -208,10 +222,12 @@ class Patch:
             if name not in self.heads:
                 raise ValueError(unknown(name, list(self.heads)))
         self._disabled.append(frozenset(names or self.heads))
+        self._switched()
         try:
             yield
         finally:
             self._disabled.pop()
+            self._switched()
 
     @contextmanager
     def _generating(self, arguments: Mapping[str, Any]) -> Iterator[None]:
@@ -222,7 +238,7 @@ class Patch:
         generator = self._decoder.generator
         check_options(arguments, generator.generation_config)
         inner, mask_name = generator is not self._base, self._decoder.special.mask
-        prompt = told(arguments, generator.generation_config, inner, mask_name)
+        prompt = prompt_inputs(arguments, generator.generation_config, inner, mask_name)
         reading = any(method.tower_reads() for method, _ in self._switched())
         listening = self._tower.generating(arguments) if self._tower and reading else nullcontext()
         asking = self._logits.generating(arguments) if self._logits else nullcontext()
@@ -256,8 +272,12 @@ class Patch:
         if self._removed:
             lines[0] += " (removed: the model is stock)"
         for method in self._methods:
-            report = f"; {method.report()}" if method.report() else ""
-            lines.append(f"  {values(method)}: {self._where(method)}{report}")
+            reports = [method.report()]
+            own = type(method).extra_prompt is not Method.extra_prompt
+            if own and self.heads[method.name].any():
+                reports.append(self._passes.extra.report())
+            said = "".join(f"; {report}" for report in reports if report)
+            lines.append(f"  {values(method)}: {self._where(method)}{said}")
         return "\n".join(lines)
 
     __repr__ = describe
@@ -280,10 +300,13 @@ class Patch:
         return frozenset().union(*self._disabled)
 
     def _switched(self) -> list[tuple[Method, dict[int, Tensor | None]]]:
-        """The methods that are on, and by layer their heads (None: all)."""
+        """The methods that are on, and by layer their heads (None: all); `Graph.off` is told."""
         off = self._off()
         layers = [(m, self._layers(m.name)) for m in self._methods if m.name not in off]
-        return [(method, on) for method, on in layers if on]
+        on = [(method, by_layer) for method, by_layer in layers if by_layer]
+        names = {method.name for method, _ in on}
+        self._graph.off.update({method.name: method.name not in names for method in self._methods})
+        return on
 
     def _layers(self, name: str) -> dict[int, Tensor | None]:
         """What the live table of a method says; worked out again only after it was written."""

@@ -15,12 +15,12 @@ def check_number(
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not low <= value <= high or (above and value == low):
         if high < math.inf:
-            wanted = f"a number from {low:g} to {high:g}"
+            expected = f"a number from {low:g} to {high:g}"
         elif low == -math.inf:
-            wanted = "a finite number"
+            expected = "a finite number"
         else:
-            wanted = f"a finite number {'above' if above else 'of at least'} {low:g}"
-        raise ValueError(f"{name}: found {value!r}, expected {wanted}")
+            expected = f"a finite number {'above' if above else 'of at least'} {low:g}"
+        raise ValueError(f"{name}: found {value!r}, expected {expected}")
 
 
 def check_whole(name: str, value: int, size: int | None = None) -> None:

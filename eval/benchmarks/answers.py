@@ -10,8 +10,6 @@ What a row holds as the model's answer is decided by its form:
 - any other row: the first field of ANSWER that it has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +47,10 @@ def label(row: Row, *names: str) -> str:
     """ "yes" or "no" of the first of these fields: Yes, 1 and true are yes, No, 0 and false no."""
     value = row.first(*names)
     whole = isinstance(value, float) and value.is_integer()
-    found = LABELS.get(str(int(value) if whole else value).strip().lower())
-    if found is None:
+    reading = LABELS.get(str(int(value) if whole else value).strip().lower())
+    if reading is None:
         raise EvalError(f"{row.where}: label {value!r}; expected 'yes' or 'no'.")
-    return found
+    return reading
 
 
 def _of_lmms_eval(row: Row) -> Row:

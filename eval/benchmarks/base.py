@@ -4,8 +4,6 @@ A benchmark is a subclass of `Benchmark` in a file of its own and one line in `r
 user's file and named by its import path; docs/add-a-benchmark.md builds one.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,9 +111,9 @@ class Source:
         random.Random(self.seed).shuffle(order)
         return order
 
-    def find(self, *places: str) -> Path:
+    def find(self, *names: str) -> Path:
         """The first of these places that has a file, else the first of them."""
-        paths = [self.folder / place for place in places]
+        paths = [self.folder / name for name in names]
         return next((path for path in paths if path.is_file()), paths[0])
 
 
@@ -155,7 +153,7 @@ class Benchmark:
         lies in a folder of its own; None where it is scored from files only
     before: settings with which runs were read before these settings existed
     measures: what its numbers are called, in the order of a table
-    main: the measure that a sweep tunes unless told otherwise ("": the first)
+    main: the measure that a sweep tunes unless another is named ("": the first)
     plot: one measure drawn by part, or two against each other; none: not drawn
     required: what every score of it holds; one that does not is of an older version
     score_files: scores of files made elsewhere; its arguments are the options of `score NAME`
@@ -173,7 +171,7 @@ class Benchmark:
     commands: ClassVar[Mapping[str, Callable[..., None]]] = {}
 
     def samples(self, settings: Any, source: Source) -> Iterable[Sample]:
-        """What is asked of one split."""
+        """The requests of one split."""
         raise lacks(self.name, "samples")
 
     def tallies(self, rows: Rows, settings: Any, folder: Path) -> Mapping[str, Tally]:
@@ -187,8 +185,8 @@ class Benchmark:
     def score(self, rows: Rows, settings: Any, folder: Path) -> dict[str, Any]:
         """The scores of one split: values, counts and 95 % intervals, by part."""
         tallies = self.tallies(rows, settings, folder)
-        found = {part: tally.report() for part, tally in tallies.items()}
-        return found.get("", found)
+        reports = {part: tally.report() for part, tally in tallies.items()}
+        return reports.get("", reports)
 
     def scoring_files(self, settings: Any) -> Sequence[Path]:
         """What a run copies into its folder so that it can be scored again."""
@@ -200,7 +198,7 @@ class Benchmark:
         return "one rule" if parser is None else f"the {parser} parser"
 
     def parts(self, scores: Scores) -> dict[str, Scores]:
-        """Whatever has intervals in the scores of one split, by its place; "" is all of it."""
+        """Whatever has intervals in the scores of one split, by its name; "" is all of it."""
         return dict(_with_intervals(scores))
 
     def key(self, part: str, measure: str) -> str:
@@ -217,28 +215,28 @@ class Benchmark:
 
     def notes(self, split: str, scores: Scores) -> Iterator[str]:
         """What a reader of the numbers of one split should know."""
-        for part, found in self.parts(scores).items():
-            yield from (f"{self.key(part, '')}, {flag}" for flag in found.get("flags", ()))
+        for part, measured in self.parts(scores).items():
+            yield from (f"{self.key(part, '')}, {flag}" for flag in measured.get("flags", ()))
 
     def alarms(self, scores: Scores) -> Mapping[str, str] | None:
         """What rings, with the sentence that says why; None for a benchmark without alarms."""
         return None
 
 
-def _with_intervals(scores: Scores, place: str = "") -> Iterator[tuple[str, Scores]]:
+def _with_intervals(scores: Scores, name: str = "") -> Iterator[tuple[str, Scores]]:
     if "intervals" in scores:
-        yield place, scores
+        yield name, scores
     for key, part in scores.items():
         if isinstance(part, Mapping) and key != "intervals":
-            yield from _with_intervals(part, f"{place} {key}".strip())
+            yield from _with_intervals(part, f"{name} {key}".strip())
 
 
 def pairs(rows: Rows, *keys: str) -> list[Rows]:
     """Rows that belong together, two by two; one whose partner was skipped is left out."""
-    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    whole: list[Rows] = [pair for pair in found.values() if len(pair) == 2]
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    whole: list[Rows] = [pair for pair in groups.values() if len(pair) == 2]
     if not whole:
-        raise EvalError("no pair of questions has both its answers yet: run it again to go on")
+        raise EvalError("no pair of questions has both its answers yet: run it again to resume")
     return whole

@@ -43,15 +43,16 @@ _NAMED = re.compile(
 
 Rules: TypeAlias = Literal["pattern", "wordnet"]
 # what the words of a caption are read as
-RULES: Mapping[str, Callable[[str], list[str]]] = {
-    "pattern": singulars,
-    "wordnet": wordnet.lemmas,
-}
+RULES: Mapping[str, Callable[[str], list[str]]] = {"pattern": singulars, "wordnet": wordnet.lemmas}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A caption as the rules see it: merged singular tokens, and its (word, object) mentions."""
+    """A caption as the rules see it.
+
+    tokens: singular forms, neighbours merged
+    mentions: (word, object) pairs in order
+    """
 
     tokens: tuple[str, ...]
     mentions: tuple[tuple[str, str], ...]
@@ -59,7 +60,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words for objects. `name` says which list it is: file name and start of its SHA-256."""
+    """Words for objects.
+
+    name: file name of the list and start of its SHA-256
+    words: object by word
+    rules: how captions are read
+    """
 
     name: str
     words: Mapping[str, str]
@@ -93,8 +99,8 @@ class Vocabulary:
         """Tokens after merging (what CHAIR counts as length), and mentions in order."""
         merged = _merged(RULES[self.rules](caption))
         ignored = {"seat"} if "toilet" in merged else frozenset[str]()
-        found = [(w, self.words[w]) for w in merged if w in self.words and w not in ignored]
-        return Reading(tuple(merged), tuple(found))
+        mentions = [(w, self.words[w]) for w in merged if w in self.words and w not in ignored]
+        return Reading(tuple(merged), tuple(mentions))
 
     def mentions(self, caption: str) -> list[tuple[str, str]]:
         """(word, object) pairs of a caption in order, repeats kept."""
@@ -157,8 +163,8 @@ def image_id(value: int | str) -> int:
 
 def id_in_name(name: str) -> int | None:
     """The id that a file name of one of the two forms states."""
-    found = _NAMED.fullmatch(re.split(r"[/\\]", name)[-1])
-    return int(found[1] or found[2]) if found else None
+    match = _NAMED.fullmatch(re.split(r"[/\\]", name)[-1])
+    return int(match[1] or match[2]) if match else None
 
 
 def image_id_in(where: str, value: int | str) -> int:
@@ -203,7 +209,7 @@ def named_truth(path: Path, vocabulary: Vocabulary) -> dict[str, list[str]]:
     for file in _annotation_files(path, "instances") if path.is_dir() else ():
         images = _load(file, "image_id").imgs
         names |= {number: record["file_name"] for number, record in images.items()}
-    return {names.get(n, f"COCO_val2014_{n:012d}.jpg"): found for n, found in truth.items()}
+    return {names.get(n, f"COCO_val2014_{n:012d}.jpg"): objects for n, objects in truth.items()}
 
 
 def _folder_truth(
@@ -219,12 +225,12 @@ def _named_objects(
     folder: Path, vocabulary: Vocabulary, images: Collection[int] | None
 ) -> Iterable[tuple[int, list[str]]]:
     """(image id, objects) of every image record, then instance, then reference caption."""
-    wanted = images if images is None else frozenset(images)
+    kept = images if images is None else frozenset(images)
     for path in _annotation_files(folder, "instances"):
         coco = _load(path, "image_id", "category_id")
-        yield from ((image, []) for image in coco.imgs if wanted is None or image in wanted)
+        yield from ((image, []) for image in coco.imgs if kept is None or image in kept)
         for note in coco.dataset["annotations"]:
-            if wanted is None or note["image_id"] in wanted:
+            if kept is None or note["image_id"] in kept:
                 if note["category_id"] not in coco.cats:
                     raise EvalError(
                         f"{path}, annotation {note.get('id')}: category_id {note['category_id']} "
@@ -233,7 +239,7 @@ def _named_objects(
                 yield note["image_id"], [coco.cats[note["category_id"]]["name"]]
     for path in _annotation_files(folder, "captions"):
         for note in _load(path, "image_id", "caption").dataset["annotations"]:
-            if wanted is None or note["image_id"] in wanted:
+            if kept is None or note["image_id"] in kept:
                 yield note["image_id"], [name for _, name in vocabulary.mentions(note["caption"])]
 
 
@@ -282,8 +288,8 @@ def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
             "(bytes, base64) are not read: write each to a file."
         )
     names: list[str] = [given, *_release_names(record)]
-    for place in dict.fromkeys([*_FOLDERS, *(f"images/{part}" for part in _FOLDERS)]):
-        for path in (folder / place / name for name in names):
+    for subfolder in dict.fromkeys([*_FOLDERS, *(f"images/{part}" for part in _FOLDERS)]):
+        for path in (folder / subfolder / name for name in names):
             if path.is_file():
                 return path
     raise EvalError(

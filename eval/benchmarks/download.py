@@ -5,8 +5,6 @@ one that its first download brought, which `sources.lock.json` beside the files 
 Hugging Face hub are fetched by its own client, which knows mirrors (HF_ENDPOINT) and tokens.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import urllib.error
@@ -33,8 +31,10 @@ _CHUNK = 1 << 16
 class File:
     """One file of a benchmark.
 
-    path: where it goes, inside the folder. url: where it comes from. sha256: its checksum, where
-    that is known. hub: the dataset repository on the hub that holds it, under the same path.
+    path: where it goes, inside the folder
+    url: where it comes from
+    sha256: its checksum, where that is known
+    hub: the dataset repository on the hub that holds it, under the same path
     """
 
     path: str
@@ -45,7 +45,12 @@ class File:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one benchmark, and what is left to be done by hand."""
+    """The files of one benchmark.
+
+    about: what they are
+    files: what is fetched
+    by_hand: what is left to be done by hand
+    """
 
     about: str
     files: tuple[File, ...]
@@ -96,15 +101,15 @@ def _fetch(file: File, folder: Path, lock: dict[str, dict[str, Any]]) -> str:
         download(file.url, part := path.with_name(path.name + ".part"))
     else:
         part = _download_from_hub(file, file.hub, folder)
-    found = sha256(part)
-    if expected is not None and found != expected:
+    checksum = sha256(part)
+    if expected is not None and checksum != expected:
         part.unlink()
         raise EvalError(
-            f"{file.url}: SHA-256 {found}, expected {what} one, {expected}. The partial file is "
+            f"{file.url}: SHA-256 {checksum}, expected {what} one, {expected}. The partial file is "
             "deleted: run again; if it stays so, the file was changed at its source."
         )
     part.replace(path)
-    lock[file.path] = {"url": file.url, "sha256": found, "bytes": path.stat().st_size}
+    lock[file.path] = {"url": file.url, "sha256": checksum, "bytes": path.stat().st_size}
     (folder / LOCK).write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
     checked = "checked" if expected else f"its SHA-256 is new and goes into {LOCK}"
     return f"{path}: fetched, {checked}"

@@ -1,9 +1,7 @@
 """Captions that hold their own prompt: a sign that the prompt was not cut off the generated text.
 
-Such a caption is longer than what the model said, and the words of the prompt are read as its own.
+Such a caption is longer than the response, and the words of the prompt are read as its own.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ COMMON = (
     "Generate a short caption of the image.",
     "Provide a brief description of the given image.",
 )
-"""Prompts for captions in papers, for files that do not say what was asked."""
+"""Prompts for captions in papers, for files without the prompts."""
 
 # role names only with their colon and at the start of a line or sentence: "a user: ..." is no chat
 _CHAT = re.compile(
@@ -31,18 +29,18 @@ def holds_prompt(text: str, prompt: str = "") -> bool:
 
     Case, white space and the final full stop of the prompt do not matter.
     """
-    said = _plain(text)
+    plain = _plain(text)
     prompts = [prompt] if prompt.strip() else COMMON
-    return bool(_CHAT.search(text)) or any(_plain(asked).rstrip(".?!") in said for asked in prompts)
+    return bool(_CHAT.search(text)) or any(_plain(each).rstrip(".?!") in plain for each in prompts)
 
 
 def flags(captions: Sequence[tuple[str, str]]) -> list[str]:
     """The flag for (caption, prompt) pairs, if any holds its prompt; "" is an unknown prompt."""
-    found = sum(holds_prompt(text, prompt) for text, prompt in captions)
-    if not found:
+    count = sum(holds_prompt(text, prompt) for text, prompt in captions)
+    if not count:
         return []
     return [
-        f"{found} of {len(captions)} captions hold their own prompt or marks of a chat: cut the "
+        f"{count} of {len(captions)} captions hold their own prompt or marks of a chat: cut the "
         "prompt off the generated tokens before decoding"
     ]
 

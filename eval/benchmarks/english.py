@@ -6,8 +6,6 @@ no downloaded data and with the oddities kept: "bus" becomes "bu", "glass" becom
 word that a list word happens to end in ("s", "is", "out") stays as it is.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -101,6 +99,7 @@ class _Lists:
     kept: frozenset[str]
     ie_plurals: tuple[str, ...]
     irregular: dict[str, str]
+    endings: list[tuple[re.Pattern[str], str]]
 
 
 @cache
@@ -112,6 +111,7 @@ def _lists() -> _Lists:
         kept=frozenset(w[i:] for w in data["no_plural"].split() for i in range(len(w))),
         ie_plurals=tuple(word + "s" for word in data["ie"].split()),
         irregular=data["irregular"],
+        endings=_rules(*data["plurals"].items()),
     )
 
 
@@ -121,46 +121,6 @@ def rule_data() -> dict[str, Any]:
     path = Path(__file__).parent / "vocabulary" / "pattern.yaml"
     data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return data
-
-
-# The first ending that fits is replaced; what the parentheses hold stays.
-_ENDINGS = _rules(
-    (r"(.)ae$", "a"),
-    (r"(.itis)$", ""),
-    (r"(.eau)x$", ""),
-    (r"(quiz)zes$", ""),
-    (r"(matr)ices$", "ix"),
-    (r"(ap|vert|ind)ices$", "ex"),
-    (r"^(ox)en", ""),
-    (r"(alias|status)es$", ""),
-    (r"([octp|vir])i$", "us"),
-    (r"(cris|ax|test)es$", "is"),
-    (r"(shoe)s$", ""),
-    (r"(o)es$", ""),
-    (r"(bus)es$", ""),
-    (r"([ml|])ice$", "ouse"),
-    (r"(x|ch|ss|sh)es$", ""),
-    (r"(movie)s$", ""),
-    (r"(.ombie)s$", ""),
-    (r"(series)$", ""),
-    (r"([^aeiouy]|qu)ies$", "y"),
-    (r"([aeo]l|[^d]ea|ar)ves$", "f"),
-    (r"(erve)s$", ""),
-    (r"([nlw]i)ves$", "fe"),
-    (r"([lr])ves$", "f"),
-    (r"([aeo]ve)s$", ""),
-    (r"([sth]ive)s$", ""),
-    (r"([^f])ves$", "fe"),
-    (r"(analy|ba|diagno|parenthe|progno|synop|the)ses$", "sis"),
-    (r"(.ops)es$", "is"),
-    (r"(.ys)es$", "is"),
-    (r"((?:[hdronp]|b|cl)ose)s$", ""),
-    (r"((?:fruct|gluc|galact|lact|ketos|malt|rib|sacchar|cellul)ose)$", ""),
-    (r"(.os)es$", "is"),
-    (r"([ti])a$", "um"),
-    (r"(news)$", ""),
-    (r"()s$", ""),
-)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -177,7 +137,7 @@ def singular(word: str) -> str:
     for plural, replacement in lists.irregular.items():
         if word.endswith(plural):
             return word.removesuffix(plural) + replacement
-    for pattern, ending in _ENDINGS:
+    for pattern, ending in lists.endings:
         if pattern.search(word):
             return pattern.sub(rf"\g<1>{ending}", word)
     return word

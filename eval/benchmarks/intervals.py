@@ -4,8 +4,6 @@ Samples (captions, or the images of questions) are drawn with replacement, their
 the measure taken of the sums: the percentile bootstrap of Efron and Tibshirani, chapter 13.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -81,9 +79,11 @@ def grouped(counts: Mapping[str, Numbers], groups: Sequence[str] | None) -> Mapp
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts `{name: [samples]}` with the measures that are taken of their sums.
+    """Counts with the measures that are taken of their sums.
 
-    `right` `[questions]` says where an answer is right (1 or 0), for questions with two answers.
+    counts: `{name: [samples]}`
+    ratios: numerator and denominator of each measure, of the sums
+    right: `[questions]`, 1 where an answer is right, else 0; for questions with two answers
     """
 
     counts: Mapping[str, Numbers]
@@ -114,8 +114,8 @@ def paired(
 
     def both(sums: Numbers) -> list[dict[str, Numbers]]:
         parts = (sums[..., :half], sums[..., half:])
-        found = (ratios(dict(zip(names, np.moveaxis(p, -1, 0), strict=True))) for p in parts)
-        return [{name: ratio(*pair) for name, pair in one.items()} for one in found]
+        results = (ratios(dict(zip(names, np.moveaxis(p, -1, 0), strict=True))) for p in parts)
+        return [{name: ratio(*pair) for name, pair in one.items()} for one in results]
 
     values, draws = both(rows.sum(axis=0)), both(resample(rows, seed=seed))
     return {

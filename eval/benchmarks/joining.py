@@ -3,7 +3,7 @@
 1. By id: the first pair of fields of PAIRS that all rows have, whose values are the same on both
    sides (1 and "1" are the same), each once. `doc_id`, lmms-eval's, is the number of the question's
    row from 0.
-2. Else by what is asked: the image and the question, or the question alone, where that names every
+2. Else by their content: the image and the question, or the question alone, where that names every
    question. (LLaVA numbers the questions of POPE anew, so its ids mean other questions.)
 3. Else, where ids are in common but do not fit, all that are given twice, missing or unknown are
    named in an `EvalError`.
@@ -11,8 +11,6 @@
 
 An answer that names another image or another object than its question never counts as joined.
 """
-
-from __future__ import annotations
 
 import re
 from collections import Counter
@@ -34,7 +32,7 @@ RELATED = PAIRS[: len(IDS) + 2]
 """Pairs of which a part in common is enough to say that ids were meant."""
 SHOWN = 10
 LONGEST_NAME = 1024
-ASKED = ("question", "query", "text", "prompt")
+QUESTION = ("question", "query", "text", "prompt")
 REPEATED = ("question", "query", "prompt")
 IMAGES = ("image", "image_source", "image_path", "image_name", "image_id")
 
@@ -44,8 +42,12 @@ _Keys: TypeAlias = Sequence[Any]
 
 @dataclass(frozen=True)
 class Joined:
-    """The answer to each question, in the order of the questions; what they were joined by; notes
-    for whoever reads the score."""
+    """The answer to each question.
+
+    rows: answers in the order of the questions
+    by: what they were joined by
+    notes: for whoever reads the score
+    """
 
     rows: list[Row]
     by: str
@@ -54,11 +56,16 @@ class Joined:
 
 @dataclass(frozen=True)
 class Side:
-    """The questions or the answers: their rows, and the file's name for messages."""
+    """The questions or the answers.
+
+    rows: of their file
+    path: of their file, for messages
+    names: fields that may hold the question
+    """
 
     rows: Sequence[Row]
     path: Path
-    asked: tuple[str, ...]
+    names: tuple[str, ...]
 
     def ids(self, field: str, numbered: bool = False) -> list[str] | None:
         """The values of an id field as text; None unless every row has one."""
@@ -69,15 +76,15 @@ class Side:
         return [_id(row.first(field)) for row in self.rows]
 
     def contents(self, *parts: Callable[[Row, Sequence[str]], str]) -> list[tuple[str, ...]] | None:
-        """What is asked, by its parts; None unless every row has them."""
-        found = [tuple(part(row, self.asked) for part in parts) for row in self.rows]
-        return found if all(all(parts) for parts in found) else None
+        """The image and the question, or one of both; None unless every row has them."""
+        contents = [tuple(part(row, self.names) for part in parts) for row in self.rows]
+        return contents if all(all(parts) for parts in contents) else None
 
 
-def asked_object(text: str) -> str:
+def object_of_question(text: str) -> str:
     """ "snowboard" of "Is there a snowboard in the image?" (or "imange": v1 files), else ""."""
-    found = _OBJECT.search(text)
-    return found.group(1).lower() if found else ""
+    match = _OBJECT.search(text)
+    return match.group(1).lower() if match else ""
 
 
 def image_name(row: Row) -> str:
@@ -97,87 +104,86 @@ def image(row: Row, _: Sequence[str] = ()) -> str:
 
 
 def topic(row: Row, names: Sequence[str]) -> str:
-    """The object asked for, else the question in small letters, else ""."""
+    """The object of the question, else the question in small letters, else ""."""
     text = _first_text(row, names)
-    return asked_object(text) or " ".join(text.lower().split())
+    return object_of_question(text) or " ".join(text.lower().split())
 
 
 def join(
-    questions: Sequence[Row],
-    answers: Sequence[Row],
-    files: tuple[Path, Path],
-    subset: bool = False,
+    questions: Sequence[Row], answers: Sequence[Row], files: tuple[Path, Path], subset: bool = False
 ) -> Joined:
     """The answers in the questions' order, by the rule above; `files` are (questions, answers).
 
     `subset` leaves out answers to questions that are not among these. `EvalError` says what does
     not fit.
     """
-    asked, given = Side(questions, files[0], ASKED), Side(answers, files[1], REPEATED)
-    for by, wanted, found in _candidates(asked, given):
-        rows = _matched(wanted, found, answers, subset)
+    both = Side(questions, files[0], QUESTION), Side(answers, files[1], REPEATED)
+    for by, expected, answered in _candidates(*both):
+        rows = _matched(expected, answered, answers, subset)
         if rows is not None and not any(map(differing, questions, rows)):
             left = len(answers) - len(rows)
             notes = [f"{left} answers to other questions are left out"] if left else []
             return Joined(rows, by, notes)
-    by_line = _refuse_ids(asked, given, subset)
-    return _by_position(asked, given, by_line)
+    by_line = _refuse_ids(*both, subset)
+    return _by_position(*both, by_line)
 
 
-def _candidates(asked: Side, given: Side) -> Iterator[tuple[str, _Keys, _Keys]]:
+def _candidates(questions: Side, answers: Side) -> Iterator[tuple[str, _Keys, _Keys]]:
     """(name, keys of the questions, keys of the answers), the best first."""
     for mine, theirs in PAIRS:
-        found, wanted = given.ids(mine), asked.ids(theirs, numbered=True)
-        if found is not None and wanted is not None:
-            yield mine, wanted, found
+        answered, expected = answers.ids(mine), questions.ids(theirs, numbered=True)
+        if answered is not None and expected is not None:
+            yield mine, expected, answered
     for by, parts in (("image and question", (image, topic)), ("question", (topic,))):
-        contents = asked.contents(*parts), given.contents(*parts)
+        contents = questions.contents(*parts), answers.contents(*parts)
         if contents[0] is not None and contents[1] is not None:
             yield by, contents[0], contents[1]
 
 
-def _matched(wanted: _Keys, found: _Keys, answers: Sequence[Row], subset: bool) -> list[Row] | None:
-    """The answer to each wanted key, if each has exactly one and there is nothing else."""
-    kept = set(wanted)
-    pairs = [(key, row) for key, row in zip(found, answers, strict=True) if key in kept]
+def _matched(
+    expected: _Keys, answered: _Keys, answers: Sequence[Row], subset: bool
+) -> list[Row] | None:
+    """The answer to each expected key, if each has exactly one and there is nothing else."""
+    kept = set(expected)
+    pairs = [(key, row) for key, row in zip(answered, answers, strict=True) if key in kept]
     by_key = dict(pairs)
-    if len(kept) < len(wanted) or len(by_key) < len(pairs) or by_key.keys() < kept:
+    if len(kept) < len(expected) or len(by_key) < len(pairs) or by_key.keys() < kept:
         return None
-    return [by_key[key] for key in wanted] if subset or len(pairs) == len(found) else None
+    return [by_key[key] for key in expected] if subset or len(pairs) == len(answered) else None
 
 
-def _refuse_ids(asked: Side, given: Side, subset: bool) -> str | None:
+def _refuse_ids(questions: Side, answers: Side, subset: bool) -> str | None:
     """EvalError if ids are in common but do not fit.
 
     Ids that number the questions of each split anew are none; where they agree line by line,
     position is right, and their name is returned.
     """
     for mine, theirs in RELATED:
-        found, wanted = given.ids(mine), asked.ids(theirs, numbered=True)
-        if found is None or wanted is None or not set(found) & set(wanted):
+        answered, expected = answers.ids(mine), questions.ids(theirs, numbered=True)
+        if answered is None or expected is None or not set(answered) & set(expected):
             continue
-        if len(set(wanted)) < len(wanted) and found == wanted:
+        if len(set(expected)) < len(expected) and answered == expected:
             return mine
-        if problems := misfits(wanted, found, subset):
+        if problems := misfits(expected, answered, subset):
             raise EvalError(
-                f"{given.path}: {mine} does not fit {asked.path}: {problems}. Expected one answer "
-                "to every question. Add or drop answers, or give the question file that was asked"
-                + ("." if subset else "; --subset leaves out answers to other questions.")
+                f"{answers.path}: {mine} does not fit {questions.path}: {problems}. Expected one "
+                "answer to every question. Add or drop answers, or give the question file that was "
+                "asked" + ("." if subset else "; --subset leaves out answers to other questions.")
             )
-        by_id = dict(zip(found, given.rows, strict=True))
-        _require_alike(asked.rows, [by_id[key] for key in wanted])
+        by_id = dict(zip(answered, answers.rows, strict=True))
+        _require_alike(questions.rows, [by_id[key] for key in expected])
     return None
 
 
-def misfits(wanted: Sequence[str], found: Sequence[str], subset: bool = False) -> str:
+def misfits(expected: Sequence[str], answered: Sequence[str], subset: bool = False) -> str:
     """All ids that are wrong, in words: given twice, without an answer, unknown; "" if none is."""
-    times = Counter(found)
-    known = set(wanted)
+    times = Counter(answered)
+    known = set(expected)
     kinds = {
         "given more than once": [key for key, n in times.items() if n > 1 and key in known],
-        "without an answer": [key for key in dict.fromkeys(wanted) if key not in times],
+        "without an answer": [key for key in dict.fromkeys(expected) if key not in times],
         "not among the questions": [] if subset else [key for key in times if key not in known],
-        "more than once among the questions": [k for k, n in Counter(wanted).items() if n > 1],
+        "more than once among the questions": [k for k, n in Counter(expected).items() if n > 1],
     }
     return "; ".join(f"{kind}: {capped(keys)}" for kind, keys in kinds.items() if keys)
 
@@ -188,25 +194,25 @@ def capped(names: Collection[str]) -> str:
     return shown if len(names) <= SHOWN else f"{shown}, ... ({len(names)} in all)"
 
 
-def _by_position(asked: Side, given: Side, ids: str | None) -> Joined:
-    if len(asked.rows) != len(given.rows):
+def _by_position(questions: Side, answers: Side, ids: str | None) -> Joined:
+    if len(questions.rows) != len(answers.rows):
         raise EvalError(
-            f"{given.path} has {len(given.rows)} answers, {asked.path} {len(asked.rows)} "
-            "questions, and no ids in common. They would be joined by position, so the counts "
-            "must agree: use the question file that was asked."
+            f"{answers.path} has {len(answers.rows)} answers, {questions.path} "
+            f"{len(questions.rows)} questions, and no ids in common. They would be joined by "
+            "position, so the counts must agree: use the question file that was asked."
         )
-    _require_alike(asked.rows, given.rows)
+    _require_alike(questions.rows, answers.rows)
     why = f"{ids} repeats among the questions" if ids else "the files have no ids in common"
-    return Joined(list(given.rows), "position", [f"joined by position, line by line: {why}"])
+    return Joined(list(answers.rows), "position", [f"joined by position, line by line: {why}"])
 
 
 def _require_alike(questions: Sequence[Row], answers: Sequence[Row]) -> None:
     for question, row in zip(questions, answers, strict=True):
-        if (found := differing(question, row)) is not None:
-            name, said, wanted = found
+        if (difference := differing(question, row)) is not None:
+            name, answered, expected = difference
             raise EvalError(
-                f"{row.where}: answers a question about the {name} {said!r}, but {question.where} "
-                f"asks about {wanted!r}: use the question file that was asked."
+                f"{row.where}: answers a question about the {name} {answered!r}, but "
+                f"{question.where} asks about {expected!r}: use the question file that was asked."
             )
 
 
@@ -216,9 +222,9 @@ def differing(question: Row, answer: Row) -> tuple[str, str, str] | None:
     Wording is not compared: published files differ in it ("imange", an instruction after the
     question).
     """
-    topics = topic(answer, REPEATED), topic(question, ASKED)
-    texts = [_first_text(row, names) for row, names in ((answer, REPEATED), (question, ASKED))]
-    if all(topics) and all(map(asked_object, texts)) and topics[0] != topics[1]:
+    topics = topic(answer, REPEATED), topic(question, QUESTION)
+    texts = [_first_text(row, names) for row, names in ((answer, REPEATED), (question, QUESTION))]
+    if all(topics) and all(map(object_of_question, texts)) and topics[0] != topics[1]:
         return "object", *topics
     images = image(answer), image(question)
     same = images[0] == images[1] or (

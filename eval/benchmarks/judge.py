@@ -29,8 +29,12 @@ KEY = "OPENAI_API_KEY"
 class Endpoint:
     """A chat model behind an endpoint of the OpenAI form.
 
-    url: what comes before `/chat/completions`. retries: how often a request is repeated while the
-    endpoint is busy or not reached; the pauses grow to 8 s, or are those that the endpoint names.
+    url: what comes before `/chat/completions`
+    model: its name there
+    temperature: of the sampling
+    max_tokens: where a response is cut
+    retries: how often a request is repeated while the endpoint is busy or not reached; the pauses
+        grow to 8 s, or are those that the endpoint names
     """
 
     url: str
@@ -84,15 +88,19 @@ def _openai() -> Any:
 
 @dataclass(frozen=True)
 class Judge:
-    """Verdicts of a file, and of an endpoint where it lacks them (None: the file alone)."""
+    """A judge of answers.
+
+    verdicts: file of its replies, appended to
+    endpoint: what is requested where the file lacks a reply; None: the file alone
+    """
 
     verdicts: Path
     endpoint: Endpoint | None = None
 
     def replies(self, prompts: Mapping[str, str]) -> dict[str, str]:
-        """Reply to every prompt by its key. A changed prompt or model is asked anew."""
-        wanted = {key: _sha256(prompt) for key, prompt in prompts.items()}
-        known = self._known(wanted)
+        """Reply to every prompt by its key. A changed prompt or model is a new request."""
+        checksums = {key: _sha256(prompt) for key, prompt in prompts.items()}
+        known = self._known(checksums)
         missing = [key for key in prompts if key not in known]
         if missing and self.endpoint is None:
             raise EvalError(
@@ -103,7 +111,7 @@ class Judge:
             known[key] = self._ask(key, prompts[key])
         return {key: known[key] for key in prompts}
 
-    def _known(self, wanted: Mapping[str, str]) -> dict[str, str]:
+    def _known(self, checksums: Mapping[str, str]) -> dict[str, str]:
         if not self.verdicts.exists() or not _whole_lines(self.verdicts):
             return {}
         rows = [row for row in read_rows(self.verdicts) if self._is_ours(row.text("model"))]
@@ -111,7 +119,7 @@ class Judge:
         return {
             key: row.text("reply")
             for key, row in pairs
-            if wanted.get(key) == row.text("prompt_sha256")
+            if checksums.get(key) == row.text("prompt_sha256")
         }
 
     def _is_ours(self, model: str) -> bool:
@@ -126,24 +134,13 @@ class Judge:
         return reply
 
 
-def judge_of(
-    judge: str | None, judge_model: str | None, verdicts: Path | None, **settings: Any
-) -> Judge | None:
-    """The judge that command-line options ask for; None where they ask for none."""
-    if (judge is None) != (judge_model is None):
-        raise EvalError("a judge needs both --judge URL and --judge-model NAME.")
-    if judge is None or judge_model is None:
-        return None if verdicts is None else Judge(verdicts)
-    if not judge.startswith(("http://", "https://")):
-        raise EvalError(f"--judge {judge}: expected an address such as http://localhost:8000/v1.")
-    if verdicts is None:
-        raise EvalError("--judge needs --verdicts FILE, to which its replies are appended.")
-    return Judge(verdicts, Endpoint(judge, judge_model, **settings))
-
-
 @dataclass(frozen=True)
 class Template:
-    """A prompt with places for values. `name` says which: file name and start of its SHA-256."""
+    """A prompt with fields in braces.
+
+    name: file name and start of its SHA-256
+    text: the prompt
+    """
 
     name: str
     text: str
@@ -155,19 +152,81 @@ class Template:
         return cls(f"{path.name} (sha256 {_sha256(text)[:12]})", text)
 
     def fill(self, **values: str) -> str:
-        """The prompt; places are named, or empty braces that are filled in the given order."""
+        """The prompt; fields are named, or empty braces that are filled in the given order."""
         try:
             return self.text.format(*values.values(), **values)
         except (LookupError, ValueError) as error:
             raise EvalError(
-                f"{self.name}: has a place {error} that cannot be filled; known are "
-                f"{', '.join(values)}. Braces that are no place are written twice."
+                f"{self.name}: has a field {error} that cannot be filled; known are "
+                f"{', '.join(values)}. Braces that are no field are written twice."
             ) from None
 
 
 def shipped(name: str) -> Path:
     """A prompt of our own wording."""
     return Path(__file__).parent / "prompts" / f"{name}.txt"
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The options of a benchmark that a judge may score.
+
+    judge (URL): endpoint of the OpenAI chat form (default: off)
+    judge_model (NAME): model to ask there
+    verdicts: file of its replies, appended to; alone: score these
+    """
+
+    judge: str | None = None
+    judge_model: str | None = None
+    verdicts: Path | None = None
+
+    def open(self, **settings: Any) -> Judge | None:
+        """The judge that is named, None where none is; `settings` are those of `Endpoint`."""
+        if (self.judge is None) != (self.judge_model is None):
+            raise EvalError("a judge needs both --judge URL and --judge-model NAME.")
+        if self.judge is None or self.judge_model is None:
+            return None if self.verdicts is None else Judge(self.verdicts)
+        if not self.judge.startswith(("http://", "https://")):
+            raise EvalError(
+                f"--judge {self.judge}: expected an address such as http://localhost:8000/v1."
+            )
+        if self.verdicts is None:
+            raise EvalError("--judge needs --verdicts FILE, to which its replies are appended.")
+        return Judge(self.verdicts, Endpoint(self.judge, self.judge_model, **settings))
+
+    def required(self, benchmark: str, **settings: Any) -> Judge:
+        """The same of a benchmark without a score of its own."""
+        if (named := self.open(**settings)) is None:
+            raise EvalError(
+                f"{benchmark} needs a judge, and none is named: --judge URL --judge-model NAME "
+                "--verdicts FILE; or --export FILE for the published script."
+            )
+        return named
+
+    @property
+    def name(self) -> str:
+        return self.judge_model or f"verdicts {self.verdicts}"
+
+
+@dataclass(frozen=True)
+class TemplateOptions(JudgeOptions):
+    """The same of a benchmark whose prompt for the judge may be another.
+
+    template: prompt for the judge (default: our own wording)
+    """
+
+    template: Path | None = None
+
+    def prompt(self, name: str) -> Template:
+        """The template that is named, or the shipped one."""
+        return Template.load(self.template or shipped(name))
+
+    def named(self, prompt: Template) -> dict[str, str]:
+        """What the scores say of the judge."""
+        return {"judge": self.name, "template": prompt.name}
+
+
+NO_JUDGE = TemplateOptions()
 
 
 def _template_of(script: Path) -> str:

@@ -6,8 +6,6 @@ Liu et al. 2023, https://arxiv.org/abs/2304.08485. One row of the answers: `{"qu
 `text`, and `category` conv, detail or complex.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -21,7 +19,7 @@ from eval.benchmarks.answers import answer_text, read_answers
 from eval.benchmarks.base import Benchmark
 from eval.benchmarks.intervals import Numbers, measure
 from eval.benchmarks.joining import join
-from eval.benchmarks.judge import Template, judge_of, shipped
+from eval.benchmarks.judge import NO_JUDGE, JudgeOptions, Template, shipped
 from eval.benchmarks.rows import Row, read_json, read_rows
 from eval.errors import EvalError
 
@@ -78,9 +76,7 @@ def score_files(
     answers: Path,
     data: Path,
     export: Path | None = None,
-    judge: str | None = None,
-    judge_model: str | None = None,
-    verdicts: Path | None = None,
+    judging: JudgeOptions = NO_JUDGE,
     rules: Path | None = None,
     subset: bool = False,
 ) -> dict[str, Any]:
@@ -89,9 +85,6 @@ def score_files(
     answers: JSON lines with question_id and text
     data (DIR): questions, context and answers_gpt4 .jsonl
     export: write the answers as the published judge takes them
-    judge (URL): endpoint of the OpenAI chat form (default: off)
-    judge_model (NAME): model to ask there
-    verdicts: file of its replies, appended to; alone: score these
     rules: rule.json of LLaVA (default: our own wording)
     subset: leave out answers to questions that are not in the file
     """
@@ -104,19 +97,14 @@ def score_files(
             _exported(question, given[question.number("question_id")]) for question in questions
         )
         export.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    chosen = judge_of(judge, judge_model, verdicts, temperature=0.2)
-    if chosen is None:
-        if export is not None:
+        if judging.open() is None:
             return {"exported": len(questions), "file": str(export)}
-        raise EvalError(
-            "LLaVA-Bench needs a judge, and none is named: --judge URL --judge-model NAME "
-            "--verdicts FILE; or --export FILE for the published script."
-        )
+    judge = judging.required("LLaVA-Bench", temperature=0.2)
     name, prompts = _prompts(questions, given, data, rules)
-    replies = chosen.replies(prompts)
+    replies = judge.replies(prompts)
     categories = [question.text("category") for question in questions]
     result = score([marks(reply) for reply in replies.values()], categories)
-    how = {"rules": name, "judge": judge_model or f"verdicts {verdicts}"}
+    how = {"rules": name, "judge": judging.name}
     return {**result, **how, "joined_by": joined.by, "flags": joined.notes}
 
 
@@ -168,8 +156,8 @@ def _by_question(path: Path) -> dict[int, str]:
 def _exported(question: Row, text: str) -> dict[str, Any]:
     number = question.number("question_id")
     identity = hashlib.sha256(f"{number} {text}".encode()).hexdigest()[:22]
-    asked = {"question_id": number, "prompt": question.text("text")}
-    return {**asked, "text": text, "answer_id": identity, "model_id": "", "metadata": {}}
+    fields = {"question_id": number, "prompt": question.text("text")}
+    return {**fields, "text": text, "answer_id": identity, "model_id": "", "metadata": {}}
 
 
 class LlavaBench(Benchmark):

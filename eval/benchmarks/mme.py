@@ -5,8 +5,6 @@ tabs between: `000000006040.jpg  Is there a refrigerator in this image? Please a
 Yes  Yes`. The hallucination subset is existence, count, position and color.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +31,18 @@ from eval.errors import EvalError
 
 HALLUCINATION = ("existence", "count", "position", "color")
 PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
-COGNITION = (
-    "commonsense_reasoning",
-    "numerical_calculation",
-    "text_translation",
-    "code_reasoning",
-)
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 TOTALS = {"hallucination": HALLUCINATION, "perception": PERCEPTION, "cognition": COGNITION}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a question file; `label` is "yes" or "no"."""
+    """One line of a question file.
+
+    image: file name
+    text: the question
+    label: "yes" or "no"
+    """
 
     image: str
     text: str
@@ -53,7 +51,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One line of an answer file; `label` is "yes" or "no"."""
+    """One line of an answer file.
+
+    image: file name
+    label: "yes" or "no"
+    text: the answer
+    """
 
     image: str
     label: str
@@ -93,9 +96,9 @@ def tally(*subtasks: Sequence[Answer], parser: str = "official") -> Tally:
     """
     answers = [answer for subtask in subtasks for answer in subtask]
     read = parser_named(parser, MME_PARSERS)
-    said = np.array([read(answer.text) or "" for answer in answers]).reshape(-1, 2)
+    readings = np.array([read(answer.text) or "" for answer in answers]).reshape(-1, 2)
     labels = np.array([answer.label for answer in answers]).reshape(-1, 2)
-    right = said == labels
+    right = readings == labels
     # in a sum every subtask counts as much as the others, however many images it has
     weights = [len(answers) / len(subtask) for subtask in subtasks for _ in subtask[::2]]
     columns = {
@@ -104,8 +107,8 @@ def tally(*subtasks: Sequence[Answer], parser: str = "official") -> Tally:
         "images": np.ones(len(right)),
         "images_right": right.all(axis=1),
         "points": np.array(weights) * (50 * right.sum(axis=1) + 100 * right.all(axis=1)),
-        "unreadable": (said == "").sum(axis=1),
-        "said_yes": (said == "yes").sum(axis=1),
+        "unreadable": (readings == "").sum(axis=1),
+        "said_yes": (readings == "yes").sum(axis=1),
     }
     return Tally(columns, _ratios, right.ravel())
 
@@ -171,13 +174,13 @@ def read_questions(folder: Path) -> dict[str, list[Question]]:
 
 def _files(folder: Path) -> dict[str, Path]:
     files = {name: folder / f"{name}.txt" for name in (*PERCEPTION, *COGNITION)}
-    found = {name: path for name, path in files.items() if path.is_file()}
-    if not found:
+    existing = {name: path for name, path in files.items() if path.is_file()}
+    if not existing:
         raise EvalError(
             f"{folder}: no file of MME in it. Expected SUBTASK.txt, for example "
             f"{', '.join(f'{name}.txt' for name in HALLUCINATION)}."
         )
-    return found
+    return existing
 
 
 def _lines(path: Path, columns: int) -> list[list[str]]:
@@ -249,11 +252,11 @@ class Mme(Benchmark):
     def tallies(self, rows: Rows, settings: MmeSettings, folder: Path) -> dict[str, Tally]:
         """By subtask, and of the subtasks that make up a total."""
         given, parser = _answers(rows), settings.parser
-        found = {f"subtasks {name}": tally(part, parser=parser) for name, part in given.items()}
+        result = {f"subtasks {name}": tally(part, parser=parser) for name, part in given.items()}
         for total, names in TOTALS.items():
             if given.keys() >= set(names):
-                found[f"totals {total}"] = tally(*(given[name] for name in names), parser=parser)
-        return found
+                result[f"totals {total}"] = tally(*(given[name] for name in names), parser=parser)
+        return result
 
     def score(self, rows: Rows, settings: MmeSettings, folder: Path) -> dict[str, Any]:
         return score(_answers(rows), parser=settings.parser)

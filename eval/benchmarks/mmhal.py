@@ -6,8 +6,6 @@ Sun et al. 2023, https://arxiv.org/abs/2309.14525. One row of the official answe
 fire hydrant cap in the image is yellow.", "model_answer": "The cap is yellow."}`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,15 +17,15 @@ from eval.benchmarks.answers import answer_text, read_answers
 from eval.benchmarks.base import Benchmark
 from eval.benchmarks.intervals import Numbers, measure
 from eval.benchmarks.joining import Joined, join
-from eval.benchmarks.judge import Template, judge_of, shipped
+from eval.benchmarks.judge import NO_JUDGE, Template, TemplateOptions
 from eval.benchmarks.rows import Row, read_rows
 from eval.errors import EvalError
 
 
 def rating(reply: str) -> int | None:
     """The one "Rating: N" of a reply, 0 to 6; None where there is none or more than one."""
-    found = [number for number in range(7) if f"rating: {number}" in reply.lower()]
-    return found[0] if len(found) == 1 else None
+    ratings = [number for number in range(7) if f"rating: {number}" in reply.lower()]
+    return ratings[0] if len(ratings) == 1 else None
 
 
 def score(ratings: Sequence[int | None], types: Sequence[str], seed: int = 0) -> dict[str, Any]:
@@ -69,10 +67,7 @@ def score_files(
     answers: Path,
     questions: Path | None = None,
     export: Path | None = None,
-    judge: str | None = None,
-    judge_model: str | None = None,
-    verdicts: Path | None = None,
-    template: Path | None = None,
+    judging: TemplateOptions = NO_JUDGE,
     subset: bool = False,
 ) -> dict[str, Any]:
     """MMHal-Bench answers, rated by a judge.
@@ -80,30 +75,19 @@ def score_files(
     answers: the official form, or rows in the questions' order
     questions: the official form without answers
     export: write the answers as the published judge takes them
-    judge (URL): endpoint of the OpenAI chat form (default: off)
-    judge_model (NAME): model to ask there
-    verdicts: file of its replies, appended to; alone: score these
-    template: prompt for the judge (default: our own wording)
     subset: leave out answers to questions that are not in the file
     """
     rows, joined = _filled(answers, questions, subset)
     if export is not None:
         export.write_text(json.dumps([dict(row.fields) for row in rows], indent=2) + "\n")
-    chosen = judge_of(judge, judge_model, verdicts)
-    if chosen is None:
-        if export is not None:
+        if judging.open() is None:
             return {"exported": len(rows), "file": str(export)}
-        raise EvalError(
-            "MMHal-Bench needs a judge, and none is named: --judge URL --judge-model NAME "
-            "--verdicts FILE; or --export FILE for the published script."
-        )
-    prompt = Template.load(template or shipped("mmhal"))
+    judge, prompt = judging.required("MMHal-Bench"), judging.prompt("mmhal")
     prompts = {str(number): _prompt(prompt, row) for number, row in enumerate(rows, 1)}
-    replies = chosen.replies(prompts)
+    replies = judge.replies(prompts)
     types = [row.text("question_type") for row in rows]
     result = score([rating(reply) for reply in replies.values()], types)
-    how = {"template": prompt.name, "judge": judge_model or f"verdicts {verdicts}"}
-    return {**result, **how, "joined_by": joined.by, "flags": joined.notes}
+    return {**result, **judging.named(prompt), "joined_by": joined.by, "flags": joined.notes}
 
 
 def _prompt(template: Template, row: Row) -> str:
@@ -119,15 +103,15 @@ def _filled(answers: Path, questions: Path | None, subset: bool) -> tuple[list[R
     """Rows of the official form with the model's answers in them, and how they were joined."""
     given = read_answers(answers)
     if questions is None:
-        asked, joined = given, Joined(given, "the answer file", [])
+        rows, joined = given, Joined(given, "the answer file", [])
     else:
-        asked = read_rows(questions)
-        joined = join(asked, given, (questions, answers), subset)
+        rows = read_rows(questions)
+        joined = join(rows, given, (questions, answers), subset)
     texts = [answer_text(row) for row in joined.rows]
     for row, text in zip(joined.rows, texts, strict=True):
         if not text.strip():
             raise EvalError(f"{row.where}: the answer is empty; every question must be answered.")
-    pairs = zip(asked, texts, strict=True)
+    pairs = zip(rows, texts, strict=True)
     return [Row(row.where, {**row.fields, "model_answer": text}) for row, text in pairs], joined
 
 

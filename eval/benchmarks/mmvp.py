@@ -5,8 +5,6 @@ Tong et al. 2024, https://arxiv.org/abs/2401.06209. One row of `Questions.csv`:
 One answer: `{"question_id": 1, "response": "(a) Open"}`. Rows 2k - 1 and 2k are a pair.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +27,7 @@ from eval.benchmarks.base import (
 )
 from eval.benchmarks.intervals import Numbers, Tally
 from eval.benchmarks.joining import join
-from eval.benchmarks.judge import Template, judge_of, shipped
+from eval.benchmarks.judge import NO_JUDGE, Template, TemplateOptions
 from eval.benchmarks.parsers import first_word
 from eval.benchmarks.rows import Row, read_text
 from eval.errors import EvalError
@@ -43,7 +41,13 @@ SWAPPED = (99, 100, 279, 280)
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `options` are the texts behind (a) and (b), `label` is "a" or "b"."""
+    """One question.
+
+    index: its number from 1; two that follow each other are a pair
+    text: the question
+    options: the texts behind (a) and (b)
+    label: "a" or "b"
+    """
 
     index: int
     text: str
@@ -54,12 +58,12 @@ class Question:
 def chosen(answer: str, options: Mapping[str, str]) -> str | None:
     """The option that an answer chooses: its only letter in brackets, else a letter or an option
     that it starts with, else the only option that it names; None where that does not tell."""
-    said = answer.lower()
-    if bracketed := sorted(set(re.findall(r"\(([ab])\)", said))):
+    lowered = answer.lower()
+    if bracketed := sorted(set(re.findall(r"\(([ab])\)", lowered))):
         return str(bracketed[0]) if len(bracketed) == 1 else None
-    if start := re.match(r"\W*(?:answer\W+)?([ab])(?:[.:)\s]*$|[.:)])", said):
+    if start := re.match(r"\W*(?:answer\W+)?([ab])(?:[.:)\s]*$|[.:)])", lowered):
         return start.group(1)
-    named = [letter for letter, text in options.items() if re.search(_whole(text), said)]
+    named = [letter for letter, text in options.items() if re.search(_whole(text), lowered)]
     return named[0] if len(named) == 1 else None
 
 
@@ -102,10 +106,7 @@ def _ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
 def score_files(
     answers: Path,
     questions: Path,
-    judge: str | None = None,
-    judge_model: str | None = None,
-    verdicts: Path | None = None,
-    template: Path | None = None,
+    judging: TemplateOptions = NO_JUDGE,
     labels: Labels = "published",
     subset: bool = False,
 ) -> dict[str, Any]:
@@ -115,27 +116,22 @@ def score_files(
 
     answers: rows with question_id and response
     questions: Questions.csv
-    judge (URL): endpoint of the OpenAI chat form (default: off)
-    judge_model (NAME): model to ask there
-    verdicts: file of its replies, appended to; alone: score these
-    template: prompt for the judge (default: our own wording)
     labels: as published, or four of them corrected
     subset: leave out answers to questions that are not in the file
     """
-    asked = read_questions(questions, labels)
-    joined = join(_rows(asked, questions), read_answers(answers), (questions, answers), subset)
+    known = read_questions(questions, labels)
+    joined = join(_rows(known, questions), read_answers(answers), (questions, answers), subset)
     texts = [answer_text(row) for row in joined.rows]
-    endpoint = judge_of(judge, judge_model, verdicts)
-    said_of_files = {"joined_by": joined.by, "flags": joined.notes}
-    if endpoint is None:
-        found = score(_read(asked, texts)) | said_of_files
-        return {**found, "variant": "letters", "labels": labels, "judge": None}
-    prompt = Template.load(template or shipped("mmvp"))
-    replies = endpoint.replies(_prompts(asked, texts, prompt))
-    said = [first_word(reply) for reply in replies.values()]
-    result = score([None if word is None else word == "yes" for word in said])
-    how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**result, **said_of_files, "variant": "judge", "labels": labels, **how}
+    judge = judging.open()
+    notes = {"joined_by": joined.by, "flags": joined.notes}
+    if judge is None:
+        scores = score(_read(known, texts)) | notes
+        return {**scores, "variant": "letters", "labels": labels, "judge": None}
+    prompt = judging.prompt("mmvp")
+    replies = judge.replies(_prompts(known, texts, prompt))
+    words = [first_word(reply) for reply in replies.values()]
+    result = score([None if word is None else word == "yes" for word in words])
+    return {**result, **notes, "variant": "judge", "labels": labels, **judging.named(prompt)}
 
 
 def _rows(questions: Sequence[Question], path: Path) -> list[Row]:
@@ -174,11 +170,11 @@ def read_questions(path: Path, labels: str = "published") -> list[Question]:
     if labels not in LABELS:
         raise EvalError(f"MMVP labels {labels!r}: expected one of {', '.join(LABELS)}.")
     reader = csv.DictReader(read_text(path).splitlines())
-    found = [name.strip() for name in reader.fieldnames or ()]
-    if missing := [name for name in COLUMNS if name not in found]:
-        raise EvalError(f"{path}: no column {missing[0]!r}; found {', '.join(found) or 'none'}.")
-    asked = [_question(f"{path}, row {number}", row) for number, row in enumerate(reader, 1)]
-    return [_corrected(question) for question in asked] if labels == "corrected" else asked
+    columns = [name.strip() for name in reader.fieldnames or ()]
+    if missing := [name for name in COLUMNS if name not in columns]:
+        raise EvalError(f"{path}: no column {missing[0]!r}; found {', '.join(columns) or 'none'}.")
+    parsed = [_question(f"{path}, row {number}", row) for number, row in enumerate(reader, 1)]
+    return [_corrected(question) for question in parsed] if labels == "corrected" else parsed
 
 
 def _corrected(question: Question) -> Question:

@@ -7,8 +7,6 @@ of it, by the benchmark's own synonyms. A number is comparable with others of th
 with published ones, nor with CHAIR.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from eval.benchmarks.base import Benchmark
 from eval.benchmarks.chair.files import read_captions
 from eval.benchmarks.coco import Rules, Vocabulary
 from eval.benchmarks.intervals import Numbers, measure
-from eval.benchmarks.judge import Template, judge_of, shipped
+from eval.benchmarks.judge import NO_JUDGE, TemplateOptions
 from eval.errors import EvalError
 
 SHORT = 3
@@ -38,14 +36,14 @@ def score(
 
     The response level divides by the responses that name an object at all (`CHAIRs_refine`); each
     object counts once a response. Responses of three words or fewer name nothing. `listed` holds
-    the objects of each response in words, where somebody else has found them.
+    the objects of each response in words, where a judge has listed them.
     """
     if not responses:
         raise EvalError("Object HalBench: there are no responses to score.")
     texts = [text for _, text in responses] if listed is None else listed
     rows = [
-        _counts(text, "" if short(text) else said, truth[image], vocabulary)
-        for (image, text), said in zip(responses, texts, strict=True)
+        _counts(text, "" if short(text) else named, truth[image], vocabulary)
+        for (image, text), named in zip(responses, texts, strict=True)
     ]
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
     measured = measure(columns, _ratios, seed)
@@ -66,8 +64,10 @@ def short(text: str) -> bool:
     return len(text.split()) <= SHORT
 
 
-def _counts(text: str, said: str, truth: Collection[str], vocabulary: Vocabulary) -> dict[str, int]:
-    judged = chair.judge(said, truth, vocabulary)
+def _counts(
+    text: str, objects_text: str, truth: Collection[str], vocabulary: Vocabulary
+) -> dict[str, int]:
+    judged = chair.judge(objects_text, truth, vocabulary)
     named, present = set(judged.objects), set(truth)
     return {
         "responses": 1,
@@ -96,10 +96,7 @@ def score_files(
     truth: Path,
     synonyms: Path | None = None,
     rules: Rules = "pattern",
-    judge: str | None = None,
-    judge_model: str | None = None,
-    verdicts: Path | None = None,
-    template: Path | None = None,
+    judging: TemplateOptions = NO_JUDGE,
 ) -> dict[str, Any]:
     """Object HalBench responses, by rules or a judge: response and mention level.
 
@@ -109,43 +106,38 @@ def score_files(
     truth (OBJECTS.json|COCO_DIR): objects file or COCO folder
     synonyms: synonyms_refine.txt (default: what ships)
     rules: how responses are read
-    judge (URL): endpoint of the OpenAI chat form (default: off)
-    judge_model (NAME): model to ask there
-    verdicts: file of its replies, appended to; alone: score these
-    template: prompt for the judge (default: our own wording)
     """
     vocabulary = Vocabulary.load(synonyms, rules)
     pairs, objects, echoes = read_captions(responses, truth, vocabulary)
-    chosen = judge_of(judge, judge_model, verdicts)
-    if chosen is None:
-        found = score(pairs, objects, vocabulary)
-        return {**found, "flags": [*found["flags"], *echoes]}
-    prompt = Template.load(template or shipped("object_halbench"))
+    judge = judging.open()
+    if judge is None:
+        scores = score(pairs, objects, vocabulary)
+        return {**scores, "flags": [*scores["flags"], *echoes]}
+    prompt = judging.prompt("object_halbench")
     prompts = {
         f"{number}/{image}": prompt.fill(answer=text)
         for number, (image, text) in enumerate(pairs, 1)
         if not short(text)
     }
-    lists = {key: phrases(reply) for key, reply in chosen.replies(prompts).items()}
+    lists = {key: phrases(reply) for key, reply in judge.replies(prompts).items()}
     listed = [
         ". ".join(f"a {phrase}" for phrase in lists.get(f"{number}/{image}") or ())
         for number, (image, _) in enumerate(pairs, 1)
     ]
-    found = score(pairs, objects, vocabulary, listed)
-    found["flags"] += echoes
+    scores = score(pairs, objects, vocabulary, listed)
+    scores["flags"] += echoes
     if unread := [*lists.values()].count(None):
-        found["flags"].append(f"{unread} replies of the judge hold no list: they name no object")
-    how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**found, **how}
+        scores["flags"].append(f"{unread} replies of the judge hold no list: they name no object")
+    return {**scores, **judging.named(prompt)}
 
 
 def phrases(reply: str) -> list[str] | None:
     """The JSON list of strings in a judge's reply, whatever stands around it; None if none does."""
     try:
-        found = json.loads(reply[reply.index("[") : reply.rindex("]") + 1])
+        names = json.loads(reply[reply.index("[") : reply.rindex("]") + 1])
     except ValueError:
         return None
-    return found if all(isinstance(phrase, str) for phrase in found) else None
+    return names if all(isinstance(phrase, str) for phrase in names) else None
 
 
 class ObjectHalBench(Benchmark):

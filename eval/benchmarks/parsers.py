@@ -8,8 +8,6 @@ What `official` means depends on the benchmark: `official` is POPE's; AMBER's an
 `amber_official` and `mme_official`, and stand under that name in AMBER_PARSERS and MME_PARSERS.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias

@@ -1,7 +1,5 @@
 """All benchmarks by name: those of this project, one line each, and a user's own by import path."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -59,32 +57,32 @@ def named(task: str) -> Benchmark:
     return TASKS[task]
 
 
-def asked(tasks: Iterable[str]) -> dict[str, Benchmark]:
+def requested(tasks: Iterable[str]) -> dict[str, Benchmark]:
     """The benchmarks behind `tasks` by name, in the order of the registry, a user's own last."""
     tasks = list(dict.fromkeys(tasks))
     names = {named(task).name for task in tasks}
-    return {name: found for name, found in known(tasks).items() if name in names}
+    return {name: benchmark for name, benchmark in known(tasks).items() if name in names}
 
 
 def imported(path: str) -> Benchmark:
     """The benchmark at an import path, as in `my_pkg.my_file:MyBenchmark`."""
     module, _, name = path.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module), name)
+        kind: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise EvalError(
             f"task {path}: {error}. Expected my_pkg.my_file:MyBenchmark, which Python can import "
             f"from the folder where the command is given"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Benchmark)):
-        raise EvalError(f"task {path}: expected a subclass of Benchmark, found {found!r}")
-    fields = getattr(found.settings, "__dataclass_fields__", {})
-    if not hasattr(found, "name") or "max_new_tokens" not in fields:
+    if not (isinstance(kind, type) and issubclass(kind, Benchmark)):
+        raise EvalError(f"task {path}: expected a subclass of Benchmark, found {kind!r}")
+    fields = getattr(kind.settings, "__dataclass_fields__", {})
+    if not hasattr(kind, "name") or "max_new_tokens" not in fields:
         raise EvalError(
             f"task {path}: expected a name, and as settings a dataclass with max_new_tokens, as in "
             f"docs/add-a-benchmark.md"
         )
     for function in ("samples", "tallies"):
-        if getattr(found, function) is getattr(Benchmark, function):
+        if getattr(kind, function) is getattr(Benchmark, function):
             raise lacks(f"task {path}:", function)
-    return found()
+    return kind()

@@ -1,6 +1,4 @@
-"""Rows of somebody's JSON file, each of which knows its place, for error messages that name it."""
-
-from __future__ import annotations
+"""Rows of somebody's JSON file, each of which knows its file and line, for error messages."""
 
 import codecs
 import gzip
@@ -18,7 +16,11 @@ from eval.errors import EvalError
 
 @dataclass(frozen=True)
 class Row:
-    """One JSON object of a file. `where` reads like "answers.jsonl, line 7"."""
+    """One JSON object of a file.
+
+    where: its file and line, as in "answers.jsonl, line 7"
+    fields: the object
+    """
 
     where: str
     fields: Mapping[str, Any]
@@ -27,7 +29,7 @@ class Row:
         return any(self._spelled(name) is not None for name in names)
 
     def _spelled(self, name: str) -> str | None:
-        """How the row writes the name of a field: as asked, else in other letters ("Index")."""
+        """How the row writes the name of a field: as given, else in other letters ("Index")."""
         if name in self.fields:
             return name
         return next((key for key in self.fields if key.lower() == name.lower()), None)
@@ -134,8 +136,8 @@ def read_rows(path: Path) -> list[Row]:
 
 def _table(path: Path) -> list[Row]:
     sheet = tables.kind(path) == ".xlsx"
-    found = tables.sheet(path) if sheet else tables.separated(path, read_text(path))
-    rows = [Row(where, cells) for where, cells in found]
+    lines = tables.sheet(path) if sheet else tables.separated(path, read_text(path))
+    rows = [Row(where, cells) for where, cells in lines]
     if not rows:
         raise EvalError(f"{path}: the file holds no rows.")
     return rows

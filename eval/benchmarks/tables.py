@@ -3,8 +3,6 @@
 VLMEvalKit writes its predictions in these forms; a cell that is empty is an empty string.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator, Mapping
@@ -32,7 +30,7 @@ def kind(path: Path) -> str:
 
 
 def separated(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, cells by column) of every row of a CSV or TSV text."""
+    """(file and row, cells by column) of every row of a CSV or TSV text."""
     # a VLMEvalKit question file holds whole images in its cells
     csv.field_size_limit(_LONGEST)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[kind(path)])

@@ -6,8 +6,6 @@ NLTK is an extra, and its data comes with no package: both are asked for on firs
 missing is named.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +23,12 @@ _PARTS = {"J": "a", "V": "v", "N": "n", "R": "r"}
 
 @dataclass(frozen=True)
 class Tools:
-    """The functions that are used of NLTK."""
+    """The functions that are used of NLTK.
+
+    tokens: of a text
+    tag: (token, Penn Treebank tag) pairs of tokens
+    lemma: of a word as a part of speech
+    """
 
     tokens: Callable[[str], Sequence[str]]
     tag: Callable[[Sequence[str]], Sequence[tuple[str, str]]]
@@ -57,7 +60,7 @@ def nltk_tools() -> Tools:
             'these rules need NLTK, which is not installed: pip install -e ".[nltk]", then '
             f"python -m nltk.downloader {' '.join(DATA)}."
         ) from None
-    if missing := [name for name, place in DATA.items() if not _found(nltk.data.find, place)]:
+    if missing := [name for name, path in DATA.items() if not _is_installed(nltk.data.find, path)]:
         raise EvalError(
             f"NLTK is installed without its data {' and '.join(missing)}: "
             f"python -m nltk.downloader {' '.join(missing)}. On a machine without internet copy "
@@ -66,9 +69,9 @@ def nltk_tools() -> Tools:
     return Tools(nltk.word_tokenize, nltk.pos_tag, WordNetLemmatizer().lemmatize)
 
 
-def _found(find: Callable[[str], object], place: str) -> bool:
+def _is_installed(find: Callable[[str], object], path: str) -> bool:
     try:
-        find(place)
+        find(path)
     except LookupError:
         return False
     return True

@@ -1,10 +1,9 @@
 """The commands of the command line, one file each.
 
-A file holds the options of its command (`add`) and the function that runs it; the work itself is
-done by the package that answers the question.
+A file holds the function of its command, whose arguments are its options (`eval.cli.function`), and
+`add`, which adds it to the command line; the work itself is done by the package that answers the
+question.
 """
-
-from __future__ import annotations
 
 import argparse
 import os

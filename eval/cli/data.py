@@ -1,7 +1,5 @@
 """python -m eval data: fetch a benchmark's files."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from eval.errors import EvalError
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("data", help="fetch a benchmark's files")
+    parser = commands.add_parser("data", help="Fetch a benchmark's files")
     parser.add_argument("name", help=", ".join(download.sources()), metavar="NAME")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where it goes")
     parser.set_defaults(command=data)

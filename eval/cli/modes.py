@@ -1,26 +1,20 @@
 """python -m eval modes: every way of generating, against the slow reference."""
 
-from __future__ import annotations
-
-import argparse
 from pathlib import Path
 
-from eval.cli import Commands
+from eval.cli.function import Command
 
 
-def add(commands: Commands) -> None:
-    """Add the command and its options."""
-    parser = commands.add_parser(
-        "modes", help="every way of generating, against the slow reference"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON list")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write it there too")
-    parser.add_argument("--docs", action="store_true", help="write it into docs/generation.md")
-    parser.set_defaults(command=modes)
+def modes(json: bool = False, out: Path | None = None, docs: bool = False) -> None:
+    """Every way of generating, against the slow reference.
 
-
-def modes(options: argparse.Namespace) -> None:
-    """Check every way with every method, and print the table."""
+    json: print one JSON list
+    out (FILE): write it there too
+    docs: write it into docs/generation.md
+    """
     from eval.support import modes as support  # runs models, which no other command needs
 
-    support.modes(options.json, options.out, options.docs)
+    support.modes(json, out, docs)
+
+
+add = Command(modes, prints=False).add

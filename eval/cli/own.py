@@ -1,7 +1,5 @@
 """The commands that benchmarks bring along beside scores, such as a maker of questions."""
 
-from __future__ import annotations
-
 from eval.benchmarks.registry import BENCHMARKS
 from eval.cli import Commands
 from eval.cli.function import Command
@@ -11,5 +9,4 @@ def add(commands: Commands) -> None:
     """Add every such command and its options."""
     for benchmark in BENCHMARKS.values():
         for name, function in benchmark.commands.items():
-            command = Command(function, prints=False)
-            command.add_options(commands.add_parser(name, help=command.help))
+            Command(function, prints=False).add(commands, name)

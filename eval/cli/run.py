@@ -1,56 +1,25 @@
 """python -m eval run: generate responses by a configuration and score them."""
 
-from __future__ import annotations
-
-import argparse
-import functools
 from pathlib import Path
 
-from eval.cli import Commands, is_first_process
-from eval.errors import EvalError
+from eval.cli import is_first_process
+from eval.cli.function import Command
+from eval.cli.options import HERE, UNCHANGED, Changes, Engines
 from eval.reports import table
-from eval.runs import config, ray_engine, runner
-from eval.runs.workers import Engine, answer_here
+from eval.runs import runner
+from eval.runs.config import load
 
 
-def add(commands: Commands) -> None:
-    """Add the command and its options."""
-    parser = commands.add_parser("run", help="generate answers by a configuration and score them")
-    parser.add_argument("config", type=Path, help="a YAML file, see configs/")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="the run folder; an interrupted run is resumed"
-    )
-    parser.add_argument("--limit", type=int, help="only so many images a split and task")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="for example gift.alpha=4"
-    )
-    parser.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="where models are loaded"
-    )
-    parser.add_argument("--workers", type=int, help="of ray (default: one per accelerator, or 1)")
-    parser.set_defaults(command=run)
+def run(config: Path, /, out: Path, changes: Changes = UNCHANGED, engines: Engines = HERE) -> None:
+    """Generate answers by a configuration and score them.
 
-
-def run(options: argparse.Namespace) -> None:
-    """Run, score, and print the table."""
-    settings = config.load(options.config, changes(options))
-    runner.run(settings, options.out, engine=_engine(options))
+    config: a YAML file, see configs/
+    out: the run folder; an interrupted run is resumed
+    """
+    settings = load(config, changes.settings)
+    runner.run(settings, out, engine=engines.open())
     if is_first_process():
-        print(table.markdown([options.out]))
+        print(table.markdown([out]))
 
 
-def _engine(options: argparse.Namespace) -> Engine:
-    if options.engine == "ray":
-        return functools.partial(ray_engine.answer, workers=options.workers)
-    if options.workers is not None:
-        raise EvalError(
-            f"--workers {options.workers} needs --engine ray; for as many processes without Ray: "
-            f"accelerate launch --num_processes {options.workers} -m eval run ..."
-        )
-    return answer_here
-
-
-def changes(options: argparse.Namespace) -> list[str]:
-    """The settings that the command line changes, as KEY=VALUE."""
-    limit = [] if options.limit is None else [f"limit={options.limit}"]
-    return [*options.set, *limit]
+add = Command(run, prints=False).add

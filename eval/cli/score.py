@@ -1,8 +1,5 @@
 """python -m eval score: score a run folder again, or files that were made elsewhere."""
 
-from __future__ import annotations
-
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +20,12 @@ SCORES: Mapping[str, Callable[..., Mapping[str, Any]]] = {
 def add(commands: Commands) -> None:
     """Add `score FOLDER` (short for `score run FOLDER`), and `score NAME ...` per benchmark."""
     parser = commands.add_parser(
-        "score", help="score a run folder, or files made elsewhere; no model"
+        "score", help="Score a run folder, or files made elsewhere; no model"
     )
     kinds = parser.add_subparsers(required=True, metavar=f"RUN | {' | '.join(SCORES)}")
-    folder = kinds.add_parser("run", help="score a run folder again and write its metrics.json")
-    folder.add_argument("folder", type=Path, metavar="RUN")
-    folder.set_defaults(command=score_run)
+    Command(score_run, prints=False).add(kinds, "run")
     for name, function in SCORES.items():
-        command = Command(function)
-        command.add_options(kinds.add_parser(name, help=command.help))
+        Command(function).add(kinds, name)
 
 
 def expanded(arguments: Sequence[str]) -> list[str]:
@@ -42,7 +36,10 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def score_run(options: argparse.Namespace) -> None:
-    """Score a run folder again, and print the table."""
-    runner.score(options.folder)
-    print(table.markdown([options.folder]))
+def score_run(folder: Path, /) -> None:
+    """Score a run folder again and write its metrics.json.
+
+    folder (RUN): folder of a run
+    """
+    runner.score(folder)
+    print(table.markdown([folder]))

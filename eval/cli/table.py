@@ -1,25 +1,22 @@
 """python -m eval table: runs side by side."""
 
-from __future__ import annotations
-
-import argparse
 from pathlib import Path
 
-from eval.cli import Commands
-from eval.reports import export, plot
+from eval.cli.function import Command
+from eval.reports import export
+from eval.reports.plot import plot as draw
 
 
-def add(commands: Commands) -> None:
-    """Add the command and its options."""
-    parser = commands.add_parser("table", help="runs side by side")
-    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--format", default="markdown", help=" | ".join(export.FORMATS))
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs the extra `plot`")
-    parser.set_defaults(command=table)
+def table(folders: list[Path], /, format_: str = "markdown", plot: Path | None = None) -> None:
+    """Runs side by side.
+
+    folders (RUN): folders of runs
+    format_ (FORMAT): markdown | csv | latex
+    plot (FILE.png): picture of the table, needs the extra `plot`
+    """
+    print(export.write(folders, format_))
+    if plot is not None:
+        draw(folders, plot)
 
 
-def table(options: argparse.Namespace) -> None:
-    """Print the table, and plot it where a file is given."""
-    print(export.write(options.folders, options.format))
-    if options.plot is not None:
-        plot.plot(options.folders, options.plot)
+add = Command(table, prints=False).add

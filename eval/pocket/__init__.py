@@ -6,12 +6,18 @@ are no evidence about 7B models. `python -m eval.pocket.train` makes the model f
 """
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 SPLITS = ("train", "calibration", "test", "break")
 """train and calibration are for making the model, test is like train, break lacks a companion."""
 
 MODEL = Path(__file__).parent / "model"
 """The shipped weights, tokenizer and processor; `from_pretrained` reads this folder."""
+
+WORLD: Any = yaml.safe_load((Path(__file__).parent / "world.yaml").read_text(encoding="utf-8"))
+"""What there is in the pocket world: colours, objects with their drawings, themes."""
 
 CAPTION_PROMPT = "Please describe this image in detail."
 """The instruction the model was trained on most for descriptions."""

@@ -32,19 +32,7 @@ ROPE_THETA = 1e6
 TIED_LAYERS = 3
 """The first decoder layers whose keys start as their queries: heads that look for what they are."""
 
-CHAT_TEMPLATE = """{%- for message in messages -%}
-{%- if message['role'] not in ('user', 'assistant') -%}
-{{- raise_exception("the pocket model knows the roles user and assistant only") -}}
-{%- endif -%}
-{{- 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' -}}
-{%- if message['content'] is string -%}{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
-{%- endif -%}
-{{- ' ' if message['role'] == 'user' else '</s>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"""
+CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 """LLaVA-1.5's: "USER: <image>\\n{text} ASSISTANT: {text}</s>USER: {text} ASSISTANT:"."""
 
 

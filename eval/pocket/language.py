@@ -12,7 +12,7 @@ import numpy as np
 
 from eval.pocket import CAPTION_PROMPT, article, pope_question
 from eval.pocket.glyphs import COLORS, SIDE
-from eval.pocket.scenes import NAMES, SIZES, Scene, Thing
+from eval.pocket.scenes import NAMES, SIZES, THEMES, Scene, Thing
 
 CAPTION_PROMPTS = (
     CAPTION_PROMPT,
@@ -25,18 +25,10 @@ CAPTION_PROMPTS = (
     "What is in this picture?",
 )
 
-_PLACES = {
-    "kitchen": "in a kitchen",
-    "street": "on a street",
-    "beach": "on a beach",
-    "office": "in an office",
-    "park": "in a park",
-    "living room": "in a living room",
-}
 _OPENINGS: tuple[Callable[[str], str], ...] = (
     lambda theme: f"The image shows {article(theme)} scene.",
     lambda theme: f"This is a picture of {article(theme)}.",
-    lambda theme: f"The scene takes place {_PLACES[theme]}.",
+    lambda theme: f"The scene takes place {THEMES[theme]['place']}.",
     lambda theme: f"The image features {article(theme)}.",
 )
 _CLOSINGS: tuple[Callable[[str], str], ...] = (
@@ -138,7 +130,7 @@ def _grammar() -> re.Pattern[str]:
     noun, start = ("|".join(forms) for forms in (nouns, map(_capital, nouns)))
     place = "in the center|on the (left|right) side|at the (top|bottom)( left| right)?"
     begin = "In the center|On the (left|right) side|At the (top|bottom)( left| right)?"
-    edges = [option(theme) for theme in _PLACES for option in (*_OPENINGS, *_CLOSINGS)]
+    edges = [option(theme) for theme in THEMES for option in (*_OPENINGS, *_CLOSINGS)]
     forms = (
         f"There is( also)? ({noun}) ({place})",
         f"There is ({noun}) ({place}) and ({noun}) ({place})",
@@ -184,7 +176,7 @@ def vocabulary_text() -> list[str]:
         for x in (0, 38, 76)
         for y in (0, 38, 76)
     ]
-    lines = [option(t) for t in _PLACES for option in _OPENINGS + _CLOSINGS]
+    lines = [option(t) for t in THEMES for option in _OPENINGS + _CLOSINGS]
     lines += [f"{_capital(whereabouts(t))}, {whereabouts(t)}. {_remark(t)}" for t in things]
     lines += [f"{_capital(c)} {c}. {_capital(article(c))} {article(c)}" for c in COLORS]
     lines += [f"{_capital(article(n))} {article(n)} {n}" for n in NAMES]

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eval.benchmarks import chair, pope
 from eval.benchmarks.coco import Vocabulary
@@ -21,18 +19,10 @@ from eval.pocket.language import well_formed
 from eval.pocket.measure import random_pairs, respond
 from eval.pocket.scenes import Scene, render, scene
 from eval.pocket.world import VERSION, file_name, image_id
+from vlm_patch.models import chat
 
 SCENES = 300
 SCORED = ("test", "break")
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    """Model (float32, eager attention, so that its weights can be read) and processor."""
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
-    return model.train(False), processor
 
 
 def _captions(views: list[Scene], responses: list[str]) -> dict[str, Any]:
@@ -109,7 +99,8 @@ def bars(scores: dict[str, Any]) -> dict[str, bool]:
 
 def report(folder: Path, scenes: int = SCENES) -> dict[str, Any]:
     """All scores of the model in a folder, as JSON."""
-    model, processor = load(folder)
+    # eager attention, whose weights can be read
+    model, processor = chat.load(str(folder), {}, dtype="float32", attn_implementation="eager")
     scores: dict[str, Any] = {"world": VERSION, "scenes": scenes, "splits": {}}
     scores["parameters"] = sum(p.numel() for p in model.parameters())
     scores["tokens"] = len(processor.tokenizer)

@@ -7,62 +7,16 @@ hallucinate from. Everything is a function of the split and the scene's number.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from eval.pocket import SPLITS
+from eval.pocket import SPLITS, WORLD
 from eval.pocket.glyphs import COLORS, SIDE, backdrop, sprite
 
-CATEGORIES: dict[str, tuple[int, str]] = {
-    "bicycle": (2, "vehicle"),
-    "car": (3, "vehicle"),
-    "truck": (8, "vehicle"),
-    "boat": (9, "vehicle"),
-    "traffic light": (10, "outdoor"),
-    "stop sign": (13, "outdoor"),
-    "bench": (15, "outdoor"),
-    "bird": (16, "animal"),
-    "cat": (17, "animal"),
-    "dog": (18, "animal"),
-    "umbrella": (28, "accessory"),
-    "kite": (38, "sports"),
-    "surfboard": (42, "sports"),
-    "bottle": (44, "kitchen"),
-    "cup": (47, "kitchen"),
-    "bowl": (51, "kitchen"),
-    "chair": (62, "furniture"),
-    "couch": (63, "furniture"),
-    "tv": (72, "electronic"),
-    "laptop": (73, "electronic"),
-    "keyboard": (76, "electronic"),
-    "oven": (79, "appliance"),
-    "clock": (85, "indoor"),
-    "vase": (86, "indoor"),
-}
-"""COCO name to COCO id and supercategory. No bus: CHAIR's `pattern` rules miss the singular."""
-
-NAMES = tuple(CATEGORIES)
-
-THEMES: dict[str, tuple[float, dict[str, float]]] = {
-    "kitchen": (0.3, {"cup": 0.85, "bowl": 0.75, "bottle": 0.65, "oven": 0.5, "chair": 0.4}),
-    "street": (
-        0.16,
-        {"car": 0.85, "traffic light": 0.75, "truck": 0.6, "stop sign": 0.5, "bicycle": 0.4},
-    ),
-    "office": (0.22, {"laptop": 0.85, "chair": 0.75, "cup": 0.65, "keyboard": 0.5, "clock": 0.4}),
-    "living room": (
-        0.16,
-        {"couch": 0.85, "tv": 0.75, "chair": 0.55, "cat": 0.45, "cup": 0.4, "vase": 0.4},
-    ),
-    "beach": (0.08, {"umbrella": 0.85, "boat": 0.75, "surfboard": 0.65, "kite": 0.5}),
-    "park": (0.08, {"bench": 0.85, "dog": 0.75, "bicycle": 0.6, "bird": 0.5, "kite": 0.4}),
-}
-"""Theme to its share of the scenes and its usual companions with how often each is there.
-
-Cup and chair belong to several themes, as the frequent objects of COCO do: popular objects are
-plausible in many pictures.
-"""
+NAMES: tuple[str, ...] = tuple(WORLD["objects"])
+THEMES: dict[str, dict[str, Any]] = WORLD["themes"]
 
 STRANGERS = 0.35
 """How often one or two objects of other themes are there as well."""
@@ -104,7 +58,8 @@ class Scene:
     @property
     def companions(self) -> dict[str, float]:
         """The usual companions of the theme, there or not, and how usual each is."""
-        return THEMES[self.theme][1]
+        usual: dict[str, float] = THEMES[self.theme]["companions"]
+        return usual
 
 
 def stream(split: str, index: int, purpose: int) -> np.random.Generator:
@@ -117,7 +72,7 @@ def stream(split: str, index: int, purpose: int) -> np.random.Generator:
 
 
 def _population(theme: str, missing: str | None, rng: np.random.Generator) -> list[str]:
-    usual = THEMES[theme][1]
+    usual = THEMES[theme]["companions"]
     foreign = [name for name in NAMES if name not in usual]
     there = [name for name, share in usual.items() if rng.random() < share and name != missing]
     strangers = int(rng.integers(1, 3)) if rng.random() < STRANGERS or not there else 0
@@ -155,9 +110,9 @@ def scene(split: str, index: int) -> Scene:
     the other splits.
     """
     rng = stream(split, index, 0)
-    shares = np.array([share for share, _ in THEMES.values()])
+    shares = np.array([about["share"] for about in THEMES.values()])
     theme = list(THEMES)[int(rng.choice(len(THEMES), p=shares / shares.sum()))]
-    missing = list(THEMES[theme][1])[int(rng.integers(2))] if split == "break" else None
+    missing = list(THEMES[theme]["companions"])[int(rng.integers(2))] if split == "break" else None
     things: list[Thing] = []
     for name in _population(theme, missing, rng):
         color = list(COLORS)[int(rng.integers(len(COLORS)))]

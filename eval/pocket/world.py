@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eval.pocket import SPLITS
+from eval.pocket import SPLITS, WORLD
 from eval.pocket.glyphs import SIDE
 from eval.pocket.language import caption
-from eval.pocket.scenes import CATEGORIES, Scene, Thing, render, scene, stream
+from eval.pocket.scenes import Scene, Thing, render, scene, stream
 
 VERSION = "2"
 """Changes with every change of the drawing, so that folders of an older world are drawn again."""
@@ -43,7 +43,7 @@ def _annotation(thing: Thing) -> dict[str, Any]:
     x, y, width, height = thing.box
     corners = [x, y, x + width, y, x + width, y + height, x, y + height]
     return {
-        "category_id": CATEGORIES[thing.name][0],
+        "category_id": WORLD["objects"][thing.name]["id"],
         "bbox": [x, y, width, height],
         "area": width * height,
         "iscrowd": 0,
@@ -58,8 +58,8 @@ def instances(split: str, views: list[Scene]) -> dict[str, Any]:
         for thing in view.things:
             rows.append({"id": len(rows) + 1, "image_id": image_id(view), **_annotation(thing)})
     categories = [
-        {"id": number, "name": name, "supercategory": kind}
-        for name, (number, kind) in CATEGORIES.items()
+        {"id": about["id"], "name": name, "supercategory": about["kind"]}
+        for name, about in WORLD["objects"].items()
     ]
     return _head(split, views) | {"annotations": rows, "categories": categories}
 

@@ -23,7 +23,10 @@ RESPONSE_KEYS = ("answer", "tokens", "ended")
 class Run:
     """One run.
 
-    record: the content of config.yaml. rows: responses by sample. skipped: samples left out.
+    path: its folder
+    record: the content of config.yaml
+    rows: responses by sample
+    skipped: samples left out
     """
 
     path: Path

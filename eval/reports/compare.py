@@ -5,8 +5,6 @@ resampling the images and taking the difference on each resample. Runs with diff
 refused.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,7 +119,7 @@ def _cells(result: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _benchmarks(*records: Mapping[str, Any]) -> list[Benchmark]:
     """The benchmarks of any of these runs."""
-    return [*registry.asked(task for r in records for task in r["settings"]["tasks"]).values()]
+    return [*registry.requested(task for r in records for task in r["settings"]["tasks"]).values()]
 
 
 def _parts(

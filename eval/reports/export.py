@@ -1,7 +1,5 @@
 """The table of runs for other programs: CSV with a line a number, and LaTeX."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 Needs matplotlib, which nothing else here does: `pip install -e ".[plot]"`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias

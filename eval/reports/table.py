@@ -4,8 +4,6 @@ Which measures there are, what they are called and what is to be said of them is
 own matter.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,12 @@ ALARM = "degeneration alarm"
 
 @dataclass(frozen=True)
 class Value:
-    """One measured number (shares in [0, 1], lengths in tokens) with its interval, of n samples."""
+    """One measured number.
+
+    value: a share in [0, 1], or a length in tokens
+    low, high: its 95 % interval
+    n: number of samples
+    """
 
     value: float
     low: float
@@ -33,7 +36,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """One measure of all runs; None where a run does not have it."""
+    """One measure of all runs.
+
+    split, benchmark, part, measure: which one
+    values: by run, None where a run does not have it
+    """
 
     split: str
     benchmark: Benchmark
@@ -58,7 +65,9 @@ class Row:
 class Column:
     """One run.
 
-    name: its heading in the table. record: the content of config.yaml. metrics: of metrics.json.
+    name: its heading in the table
+    record: the content of config.yaml
+    metrics: the content of metrics.json
     """
 
     name: str
@@ -67,7 +76,7 @@ class Column:
 
     @cached_property
     def benchmarks(self) -> Mapping[str, Benchmark]:
-        return registry.asked(self.record["settings"]["tasks"])
+        return registry.requested(self.record["settings"]["tasks"])
 
     def scores(self, benchmark: Benchmark, split: str) -> Scores | None:
         """The scores of one split; None where it was not scored."""
@@ -78,7 +87,7 @@ class Column:
 def benchmarks(columns: Sequence[Column]) -> list[Benchmark]:
     """Those that any of the runs requested, in the order of the registry."""
     tasks = (task for column in columns for task in column.record["settings"]["tasks"])
-    return [*registry.asked(tasks).values()]
+    return [*registry.requested(tasks).values()]
 
 
 def markdown(folders: Sequence[Path], keys: Collection[str] | None = None) -> str:

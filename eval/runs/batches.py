@@ -4,8 +4,6 @@ The division depends on the samples and the batch size alone, so every process o
 later start of it, finds the same batches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -18,19 +16,22 @@ from eval.errors import EvalError
 from eval.runs import generate
 from eval.runs.config import Config
 from eval.runs.generate import BrokenImageError
-from eval.runs.images import pixel_count
+from eval.runs.images import pixel_count, pixel_limit
 from eval.runs.samples import Sample, notice
 from vlm_patch.models.chat import Response
 
 PATCH = 28 * 28
 """Pixels behind one image token where their number depends on the picture (Qwen2-VL and later)."""
 
-Found: TypeAlias = "tuple[Sample, Response | BrokenImageError]"
+Outcome: TypeAlias = "tuple[Sample, Response | BrokenImageError]"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is asked together: groups of samples with one image and one prompt, asked once each."""
+    """The requests of one call of generate.
+
+    groups: samples with one image and one prompt, which one request answers
+    """
 
     groups: tuple[tuple[Sample, ...], ...]
 
@@ -42,13 +43,14 @@ class Batch:
 def divide(samples: Sequence[Sample], config: Config) -> list[Batch]:
     """All samples in batches, task by task, those of like length together.
 
-    Equal prompts on one image (yes/no questions that several splits share) are asked once, and the
+    Equal prompts on one image (yes/no questions that several splits share) are one request, and the
     answer goes to all of them.
     """
     same: dict[tuple[str, Path, str], list[Sample]] = {}
     for sample in samples:
         same.setdefault((sample.task, sample.image, sample.prompt), []).append(sample)
-    pixels = {image: pixel_count(image) for image in dict.fromkeys(s.image for s in samples)}
+    with pixel_limit(config.max_pixels):
+        pixels = {image: pixel_count(image) for image in {s.image for s in samples}}
     groups = [tuple(group) for group in same.values()]
     groups.sort(key=lambda group: _length(group[0], pixels))
     batches = []
@@ -71,7 +73,7 @@ class BatchRunner:
         self.model, self.processor, self.config = model, processor, config
         self.at_once = config.batch_size
 
-    def answer(self, batch: Batch) -> Iterator[list[Found]]:
+    def answer(self, batch: Batch) -> Iterator[list[Outcome]]:
         """What came of each sample, in as many parts as it takes: an answer, or a broken image.
 
         EvalError for a broken image if the configuration wants that, and for a single sample that
@@ -80,11 +82,11 @@ class BatchRunner:
         left = list(batch.groups)
         while left:
             groups = left[: self.at_once]
-            if (found := self._fitting([group[0] for group in groups])) is None:
+            if (results := self._fitting([group[0] for group in groups])) is None:
                 continue
             yield [
-                (sample, said)
-                for group, said in zip(groups, found, strict=True)
+                (sample, result)
+                for group, result in zip(groups, results, strict=True)
                 for sample in group
             ]
             left = left[len(groups) :]
@@ -103,19 +105,19 @@ class BatchRunner:
         return None
 
     def _readable(self, samples: Sequence[Sample]) -> list[Response | BrokenImageError]:
-        """The answers, with the error in the place of each sample whose image is broken."""
+        """The responses, with the error in the position of each sample whose image is broken."""
         broken: dict[tuple[str, ...], BrokenImageError] = {}
         limit = self.config.sections[samples[0].task].max_new_tokens
         while left := [sample for sample in samples if sample.key not in broken]:
             try:
-                said = iter(generate.ask(self.model, self.processor, left, limit))
+                responses = iter(generate.ask(self.model, self.processor, left, limit))
             except BrokenImageError as error:
                 if self.config.broken_images == "error":
                     raise
                 broken[error.sample.key] = error
                 notice(f"skipped: {error}")
                 continue
-            return [broken.get(sample.key) or next(said) for sample in samples]
+            return [broken.get(sample.key) or next(responses) for sample in samples]
         return list(broken.values())
 
     def _halve(self, size: int, reason: str) -> None:
@@ -125,7 +127,7 @@ class BatchRunner:
                 f"kept: free memory, or choose a smaller max_new_tokens, dtype or batch_size"
             )
         self.at_once = size // 2
-        notice(f"out of memory with {size} samples at once: going on with {self.at_once}")
+        notice(f"out of memory with {size} samples at once: resuming with {self.at_once}")
 
 
 def _out_of_memory(error: Exception) -> bool:

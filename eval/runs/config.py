@@ -13,11 +13,9 @@ Every key is checked: an unknown one, a value of the wrong type, or a section of
 run does not use is an EvalError that says what was expected.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -39,16 +37,26 @@ METHODS: Mapping[str, Any] = LIBRARY
 
 @dataclass(frozen=True)
 class Config:
-    """One model with its methods on one data set; `options` holds the section of each method.
+    """One model with its methods on one data set.
 
-    From `revision` to `attn_implementation` the settings go to from_pretrained; `quantization` is
-    its quantization_config, as in {load_in_4bit: true}. Where none of `device_map`, `tp_plan` and
-    `quantization` places the model, it goes to `device` as a whole. `chat_template` is Jinja that
-    renders prompts, for a model whose processor has none. `part`: of all images only the
-    half to tune on, or the half to report (see `sweep`). `limit` keeps only so many images of each
-    split and task. `sections` holds the settings of each benchmark. `broken_images: error` stops at
-    an image that cannot be read rather than list it as skipped; one of more than `max_pixels` is
-    not read. `layers` and `heads` go to `wrap`.
+    model: pocket, a folder made by save_pretrained, or an id on the hub
+    revision, trust_remote_code, dtype, device_map, tp_plan, attn_implementation: of from_pretrained
+    device: of the whole model, where none of device_map, tp_plan and quantization places it
+    quantization: quantization_config of from_pretrained, as in {load_in_4bit: true}
+    chat_template: Jinja that renders prompts, for a model whose processor has none
+    data: pocket, or a folder of COCO images with their annotations
+    splits: of the data; none: the usual ones
+    part: of all images only the half to tune on, or the half to report (see `sweep`)
+    tasks: names of benchmarks, or import paths
+    limit: images of each split and task at most
+    batch_size: requests at once
+    seed: of whatever is drawn
+    broken_images: error stops at an image that cannot be read rather than list it as skipped
+    max_pixels: a larger image is not read
+    methods: names, or import paths
+    layers, heads: of `wrap`
+    sections: settings of each benchmark, by name
+    options: section of each method, by name
     """
 
     model: str = "pocket"
@@ -115,13 +123,13 @@ class Config:
 
     @property
     def benchmarks(self) -> list[Benchmark]:
-        """What is asked, in the order given."""
+        """The benchmarks of the tasks, in the order given."""
         return [registry.named(task) for task in self.tasks]
 
     def scoring_files(self) -> list[Path]:
         """What the run keeps a copy of, so that its folder can be scored alone."""
-        asked = self.benchmarks
-        return [file for b in asked for file in b.scoring_files(self.sections[b.name])]
+        benchmarks = self.benchmarks
+        return [file for b in benchmarks for file in b.scoring_files(self.sections[b.name])]
 
     def build_methods(self) -> list[Any]:
         """The methods in the order given, each with its options."""
@@ -151,8 +159,9 @@ def from_settings(settings: Mapping[str, Any]) -> Config:
     sections: dict[str, Any] = {}
     options: dict[str, Mapping[str, Any]] = {}
     tasks = check("tasks", settings.get("tasks", registry.DEFAULT), hints["tasks"])
-    known = registry.known(tasks)
-    methods = {**METHODS, **_foreign(settings.get("methods"))}
+    known, foreign = registry.known(tasks), _foreign(settings.get("methods"))
+    _check_names([*foreign, *(known.keys() - registry.TASKS.keys())], {*hints, *registry.TASKS})
+    methods = {**METHODS, **foreign}
     for key, value in settings.items():
         if key in methods:
             options[key] = check_section(key, value, methods[key])
@@ -210,6 +219,16 @@ def _kind(method: str) -> Any:
         return find(method)
     except ValueError as error:
         raise EvalError(f"methods: {error}") from error
+
+
+def _check_names(own: Sequence[str], taken: Collection[str]) -> None:
+    """EvalError for methods and benchmarks of one's own whose section would be something else."""
+    for name in own:
+        if name in taken or own.count(name) > 1:
+            raise EvalError(
+                f"the name {name} is taken: a setting, a task or another section of the "
+                f"configuration is called so; give your method or benchmark another"
+            )
 
 
 def _is_path(method: Any) -> bool:

@@ -1,11 +1,9 @@
 """The folder of one run: config.yaml (what is run, on what), answers.jsonl, metrics.json.
 
-Answers are appended and flushed batch by batch, so that a run goes on after any interruption. Where
+Answers are appended and flushed batch by batch, so that a run resumes after any interruption. Where
 several processes are at work, each writes files of its own (answers.rank-0.jsonl), which the next
 `merge` brings into answers.jsonl.
 """
-
-from __future__ import annotations
 
 import json
 import shutil
@@ -20,19 +18,22 @@ from filelock import FileLock, Timeout
 
 from eval.errors import EvalError, notice
 from eval.runs import jsonl
-from eval.runs.batches import Found
+from eval.runs.batches import Outcome
 from eval.runs.samples import Sample
 from vlm_patch.models.chat import Response
 
 KEY = ("task", "split", "id")
 LOCK = ".lock"
-# Settings that say how fast answers come, not which: they may change when a run goes on.
+# Settings that say how fast answers come, not which: they may change when a run resumes.
 FREE = ("batch_size", "device", "device_map", "tp_plan")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run."""
+    """The files of one run.
+
+    path: the folder
+    """
 
     path: Path
 
@@ -98,15 +99,15 @@ class RunFolder:
             lock.release()
 
     def open(self, record: Mapping[str, Any], files: Sequence[Path] = ()) -> dict[str, Any]:
-        """Start the run that `record` describes or go on with it; returns the record to keep.
+        """Start the run that `record` describes or resume it; returns the record to keep.
 
         `files` are what scoring needs: the folder keeps copies.
         EvalError if the folder holds answers of another run.
         """
         if self.config.exists() and self._begun():
-            found = self.record()
-            _check_same(self.path, found, record)
-            return found
+            kept = self.record()
+            _check_same(self.path, kept, record)
+            return kept
         for file in files:
             shutil.copyfile(file, self.path / file.name)
         self.write_record(record)
@@ -152,13 +153,15 @@ class RunFolder:
         return [file for file in files if file.exists()]
 
     def settled(self) -> set[tuple[str, ...]]:
-        """Keys of the samples that need not be asked any more."""
+        """Keys of the samples that need no request any more."""
         return {row_key(row) for row in (*self.rows(), *self.skipped())}
 
-    def write(self, found: Sequence[Found], rank: int | None = None) -> None:
+    def write(self, results: Sequence[Outcome], rank: int | None = None) -> None:
         """Add what came of some samples; `rank`: to the files of this one of several processes."""
-        answers = [_line(sample, it) for sample, it in found if isinstance(it, Response)]
-        skipped = [_skip(sample, it.reason) for sample, it in found if not isinstance(it, Response)]
+        answers = [_line(sample, it) for sample, it in results if isinstance(it, Response)]
+        skipped = [
+            _skip(sample, it.reason) for sample, it in results if not isinstance(it, Response)
+        ]
         for path, rows in ((self.answers, answers), (self.skip_list, skipped)):
             if rows:
                 own = path if rank is None else path.with_suffix(f".rank-{rank}{path.suffix}")
@@ -166,10 +169,10 @@ class RunFolder:
 
     def merge(self, samples: Sequence[Sample]) -> None:
         """Bring all answers into answers.jsonl in the order of the samples, torn lines left out."""
-        place: dict[tuple[str, ...], int]
-        place = {sample.key: number for number, sample in enumerate(samples)}
+        order: dict[tuple[str, ...], int]
+        order = {sample.key: number for number, sample in enumerate(samples)}
         for path, rows in ((self.answers, self.rows()), (self.skip_list, self.skipped())):
-            rows.sort(key=lambda row: place.get(row_key(row), len(place)))
+            rows.sort(key=lambda row: order.get(row_key(row), len(order)))
             text, parts = jsonl.lines(rows), self._parts(path)
             if parts and (parts[0] != path or path.read_bytes() != text.encode()):
                 jsonl.replace(path, text)
@@ -213,25 +216,25 @@ def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _unique(path: Path, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
     """Rows by sample; EvalError if one file holds a sample twice."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    unique: dict[tuple[str, ...], dict[str, Any]] = {}
     for number, row in enumerate(rows, 1):
-        if (key := row_key(row)) in found:
+        if (key := row_key(row)) in unique:
             raise EvalError(
                 f"{path}, line {number} answers {' '.join(key)} a second time: delete one line"
             )
-        found[key] = row
-    return found
+        unique[key] = row
+    return unique
 
 
-def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """EvalError if the run in `path` has other settings or other data than the one asked for."""
-    old, new = _flat(found["settings"]), _flat(wanted["settings"])
+def _check_same(path: Path, kept: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+    """EvalError if the run in `path` has other settings or other data than the one requested."""
+    old, new = _flat(kept["settings"]), _flat(requested["settings"])
     differing = [
         f"{key} is {old.get(key)!r} there and {new.get(key)!r} now"
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key) and key not in FREE
     ]
-    if not differing and found["data"] != wanted["data"]:
+    if not differing and kept["data"] != requested["data"]:
         differing = ["images, prompts or annotations changed though the settings are the same"]
     if differing:
         raise EvalError(

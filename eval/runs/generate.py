@@ -1,7 +1,5 @@
 """Answers of a model: greedy, in left-padded batches, prompts by the processor's chat template."""
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,7 @@ from eval.runs import images
 from eval.runs.config import Config
 from eval.runs.samples import Sample, notice
 from vlm_patch.models import chat
-from vlm_patch.models.chat import BARE, GREEDY, MODELS, PROCESSORS, Response
+from vlm_patch.models.chat import BARE, GREEDY, Response
 from vlm_patch.models.info import place
 
 PLAIN = (336, 336)
@@ -41,8 +39,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
     name = str(pocket.MODEL) if config.model == "pocket" else config.model
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        processor = PROCESSORS.from_pretrained(name, **source)
-        model = MODELS.from_pretrained(name, dtype=config.dtype, **source, **placing(config))
+        model, processor = chat.load(name, source, dtype=config.dtype, **placing(config))
         if config.device_map is None and config.tp_plan is None and config.quantization is None:
             model = model.to(config.device or own_device())
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -51,23 +48,23 @@ def load_model(config: Config) -> tuple[Any, Any]:
             f"save_pretrained, or the hub id of an image-text-to-text model): {error}"
         ) from error
     notice(f"{config.model}: {place(model)}")
-    return model.eval(), prepare(processor, config.model, config.chat_template)
+    return model, prepare(processor, config.model, config.chat_template)
 
 
 def placing(config: Config) -> dict[str, Any]:
     """How from_pretrained is to build the model and where to put it; only what is set."""
     plan: Any = dict(config.tp_plan) if isinstance(config.tp_plan, Mapping) else config.tp_plan
-    wanted = {
+    options = {
         "device_map": config.device_map,
         **({} if plan is None else _together(plan)),
         "quantization_config": config.quantization and dict(config.quantization),
         "attn_implementation": config.attn_implementation,
     }
-    return {key: value for key, value in wanted.items() if value is not None}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _together(plan: Any) -> dict[str, Any]:
-    """How from_pretrained is told to divide the model among processes; transformers moved it."""
+    """What divides the model among processes in from_pretrained; transformers moved it."""
     if "tp_plan" in inspect.signature(DistributedConfig).parameters:
         return {"distributed_config": DistributedConfig(tp_plan=plan)}
     return {"tp_plan": plan}
@@ -75,16 +72,18 @@ def _together(plan: Any) -> dict[str, Any]:
 
 def best_device() -> str:
     """The accelerator of this machine, or the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else str(found)
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    return "cpu" if accelerator is None else str(accelerator)
 
 
 def own_device() -> str:
     """This process's own accelerator where a launcher started several, one for each."""
-    device, place = best_device(), os.environ.get("LOCAL_RANK", "")
-    if device == "cpu" or not place.isdigit():
+    device, rank = best_device(), os.environ.get("LOCAL_RANK", "")
+    if device == "cpu" or not rank.isdigit():
         return device
-    return f"{device}:{int(place) % torch.accelerator.device_count()}"
+    return f"{device}:{int(rank) % torch.accelerator.device_count()}"
 
 
 def prepare(processor: Any, name: str, chat_template: str | None = None) -> Any:
@@ -108,8 +107,8 @@ def ask(model: Any, processor: Any, batch: Sequence[Sample], max_new_tokens: int
     _check_images(model, inputs["input_ids"], batch)
     inputs = inputs.to(model.device, dtype=model.dtype)
     settings = {**GREEDY, "max_new_tokens": max_new_tokens}
-    found = chat.respond(model, processor, inputs, settings)
-    return [replace(response, text=response.text.strip()) for response in found]
+    responses = chat.respond(model, processor, inputs, settings)
+    return [replace(response, text=response.text.strip()) for response in responses]
 
 
 def encode(processor: Any, batch: Sequence[Sample]) -> Any:
@@ -159,7 +158,7 @@ def _conversation(sample: Sample, picture: Image.Image) -> list[dict[str, Any]]:
 
 
 def _check_images(model: Any, ids: torch.Tensor, batch: Sequence[Sample]) -> None:
-    """Every row of `ids` `[batch, length]` must hold the image, or a blind model would be asked."""
+    """Every row of `ids` `[batch, length]` must hold the image, or a response would be blind."""
     config = model.config
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     if token is None:

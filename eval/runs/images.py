@@ -5,8 +5,6 @@ by Pillow, which drops transparency. Where that would lose the picture, it is re
 (16 bits, floats) or refused, and `docs/images.md` says what becomes of each kind of file.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,8 +152,8 @@ def _eight_bits(path: Path, image: Image.Image, upright: Image.Image) -> Image.I
 
 
 def _one_colour(image: Image.Image) -> bool:
-    found = image.getextrema()
-    bands = found if isinstance(found[0], tuple) else (found,)
+    extrema = image.getextrema()
+    bands = extrema if isinstance(extrema[0], tuple) else (extrema,)
     return all(low == high for low, high in bands)
 
 
@@ -179,5 +177,5 @@ def _not_an_image(path: Path) -> str:
         kind = head[8:12].decode("ascii", "replace")
         return f"Pillow lacks a plugin for its kind ({kind}: HEIC or AVIF?): convert it to JPEG"
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
-    found = (reason for begin, reason in BEGINNINGS.items() if start.startswith(begin))
-    return next(found, f"Pillow knows no image that begins with {head[:12]!r}")
+    reasons = (reason for begin, reason in BEGINNINGS.items() if start.startswith(begin))
+    return next(reasons, f"Pillow knows no image that begins with {head[:12]!r}")

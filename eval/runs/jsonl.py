@@ -1,7 +1,5 @@
 """Files that outlive crashes and full disks: JSON lines that grow, texts replaced as a whole."""
 
-from __future__ import annotations
-
 import json
 import os
 import uuid
@@ -62,16 +60,16 @@ def read(path: Path, fields: Collection[str]) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     *whole, torn = text.split(b"\n")
-    found = [_row(line, fields) for line in whole]
-    if not torn and found[-1:] == [None]:
+    parsed = [_row(line, fields) for line in whole]
+    if not torn and parsed[-1:] == [None]:
         torn = whole[-1]
-        found.pop()
+        parsed.pop()
     if torn:
-        notice(f"{path}: the last line is broken off; its sample is not answered yet")
-    rows = [row for row in found if row is not None]
-    if len(rows) < len(found):
+        notice(f"{path}: the last line is incomplete; its sample is not answered yet")
+    rows = [row for row in parsed if row is not None]
+    if len(rows) < len(parsed):
         raise EvalError(
-            f"{path}, line {found.index(None) + 1} is no answer (expected a JSON object with "
+            f"{path}, line {parsed.index(None) + 1} is no answer (expected a JSON object with "
             f"{', '.join(fields)}): delete the line and run again, its sample is then done anew"
         )
     return rows
@@ -88,5 +86,5 @@ def _row(line: bytes, fields: Collection[str]) -> dict[str, Any] | None:
 def _unwritten(path: Path, error: OSError) -> EvalError:
     return EvalError(
         f"{path} cannot be written: {error.strerror or error}. What was written before is kept: "
-        f"make room and give the same command again, it goes on from there"
+        f"make room and give the same command again, which resumes from there"
     )

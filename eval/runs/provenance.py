@@ -1,7 +1,5 @@
 """What a run was made with: versions, commit, device."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -13,15 +11,7 @@ import torch
 from eval.runs import generate
 from eval.runs.config import Config
 
-PACKAGES = (
-    "vlm-patch",
-    "torch",
-    "transformers",
-    "accelerate",
-    "tokenizers",
-    "numpy",
-    "pillow",
-)
+PACKAGES = ("vlm-patch", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pillow")
 
 
 def environment(config: Config) -> dict[str, Any]:
@@ -57,9 +47,9 @@ def _commit() -> str | None:
     """The commit of this checkout, with -dirty where files differ from it; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        told = subprocess.run(
+        completed = subprocess.run(
             command, cwd=Path(__file__).parents[1], capture_output=True, text=True
         )
     except OSError:
         return None
-    return told.stdout.strip() or None
+    return completed.stdout.strip() or None

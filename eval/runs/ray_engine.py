@@ -3,8 +3,6 @@
 This process, the driver, hands out batches and alone writes into the run folder.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import time
@@ -78,48 +76,76 @@ def hand_out(ray: Any, actors: Sequence[Any], batches: Sequence[Batch]) -> Answe
     The batch of an actor that died goes to the next that is free. Ray starts the actor again, which
     is free when it has loaded the model.
     """
-    queue, deaths, tries = deque(batches), Counter[Any](), Counter[int]()
-    busy: dict[Any, tuple[Any, Batch | None]] = {a.ready.remote(): (a, None) for a in actors}
-    free: list[Any] = []
-    absent: set[Any] = set()
-    left, reason = len(batches), ""
+    pool, left = Pool(ray, actors, batches), len(batches)
     while left:
-        while queue and free:
-            actor, batch = free.pop(), queue.popleft()
-            busy[actor.answer.remote(batch)] = actor, batch
-        if not busy:
-            raise EvalError(
-                f"every Ray actor died {RESTARTS + 1} times, the last one so: {reason} "
-                f"The answers so far are kept, and the same command goes on from there"
-            )
-        (done,), _ = ray.wait([*busy], num_returns=1)
-        actor, asked = busy.pop(done)
-        try:
-            answered = ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause or error from error
-        except ray.exceptions.RayError as error:
-            reason = str(error).strip().rpartition("\n")[2].strip()
-            if actor not in absent:
-                notice(f"a Ray actor died: {reason}")
-            absent.add(actor)
-            if asked is None and isinstance(error, ray.exceptions.ActorUnavailableError):
-                time.sleep(PAUSE)  # it is being restarted; one that is dead says so otherwise
-                busy[actor.ready.remote()] = actor, None
-                continue
-            if asked is not None:
-                tries[id(asked)] += 1
-                _check_tries(asked, tries[id(asked)], reason)
-                queue.appendleft(asked)
-            deaths[actor] += 1
-            if deaths[actor] <= RESTARTS:
-                busy[actor.ready.remote()] = actor, None
-            continue
-        free.append(actor)
-        absent.discard(actor)
-        if asked is not None:
+        if (answered := pool.step()) is not None:
             left -= 1
             yield answered
+
+
+class Pool:
+    """The actors of a run, and the batches that wait for them.
+
+    queue: batches that no actor has
+    busy: actor and batch (None: it loads the model) by the reference of what comes of them
+    free: actors without a batch
+    absent: actors that died and are not there again
+    deaths: of each actor
+    tries: how many actors each batch ended, by its id
+    """
+
+    def __init__(self, ray: Any, actors: Sequence[Any], batches: Sequence[Batch]) -> None:
+        self.ray, self.queue = ray, deque(batches)
+        self.busy: dict[Any, tuple[Any, Batch | None]] = {}
+        self.free: list[Any] = []
+        self.absent: set[Any] = set()
+        self.deaths, self.tries, self.reason = Counter[Any](), Counter[int](), ""
+        for actor in actors:
+            self._load(actor)
+
+    def _load(self, actor: Any) -> None:
+        self.busy[actor.ready.remote()] = actor, None
+
+    def step(self) -> Answered | None:
+        """Hand out what can be, and wait for the next actor; None where it answers no batch."""
+        while self.queue and self.free:
+            actor, batch = self.free.pop(), self.queue.popleft()
+            self.busy[actor.answer.remote(batch)] = actor, batch
+        if not self.busy:
+            raise EvalError(
+                f"every Ray actor died {RESTARTS + 1} times, the last one so: {self.reason} "
+                f"The answers so far are kept, and the same command resumes from there"
+            )
+        (done,), _ = self.ray.wait([*self.busy], num_returns=1)
+        actor, current = self.busy.pop(done)
+        try:
+            answered: Answered = self.ray.get(done)
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause or error from error
+        except self.ray.exceptions.RayError as error:
+            self._died(actor, current, error)
+            return None
+        self.free.append(actor)
+        self.absent.discard(actor)
+        return None if current is None else answered
+
+    def _died(self, actor: Any, batch: Batch | None, error: Exception) -> None:
+        """Put the batch back, and wait for the actor if Ray starts it again."""
+        self.reason = str(error).strip().rpartition("\n")[2].strip()
+        if actor not in self.absent:
+            notice(f"a Ray actor died: {self.reason}")
+        self.absent.add(actor)
+        if batch is None and isinstance(error, self.ray.exceptions.ActorUnavailableError):
+            time.sleep(PAUSE)  # it is being restarted; one that is dead says so otherwise
+            self._load(actor)
+            return
+        if batch is not None:
+            self.tries[id(batch)] += 1
+            _check_tries(batch, self.tries[id(batch)], self.reason)
+            self.queue.appendleft(batch)
+        self.deaths[actor] += 1
+        if self.deaths[actor] <= RESTARTS:
+            self._load(actor)
 
 
 def _check_tries(batch: Batch, tries: int, reason: str) -> None:

@@ -3,12 +3,10 @@
 Scoring reads the folder alone and always gives the same bytes of metrics.json for the same answers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.utils import gather_object
 from tqdm import tqdm
@@ -17,9 +15,9 @@ from eval.benchmarks import registry
 from eval.errors import EvalError
 from eval.runs import batches, generate, splitting, workers
 from eval.runs import samples as dataset
+from eval.runs.batches import Batch
 from eval.runs.config import Config, recorded
 from eval.runs.folder import RunFolder
-from eval.runs.images import pixel_limit
 from eval.runs.provenance import environment
 from eval.runs.samples import Sample, notice
 from eval.runs.workers import Engine, Load
@@ -44,7 +42,7 @@ def run(
     folder, main = RunFolder(out), splitting.processes().is_main_process
     if samples is None:
         samples = dataset.samples(config, scenes or out / "scenes")
-    with folder.locked() if main else nullcontext(), pixel_limit(config.max_pixels):
+    with folder.locked() if main else nullcontext():
         if main:
             record = folder.open(describe(config, samples), config.scoring_files())
             _check_environment(out, record, environment(config))
@@ -65,8 +63,8 @@ def _answer(
 ) -> None:
     """Answer this process's share of what the folder lacks.
 
-    A batch that is there in part is asked again as a whole, so that its padding is the same; what
-    is there is kept.
+    A batch that is there in part is requested again as a whole, so that its padding is the same;
+    what is there is kept.
     """
     launch, settled = splitting.processes(), folder.settled()
     todo = [
@@ -76,36 +74,37 @@ def _answer(
     ]
     if not todo:
         return
-    name = folder.path.name
     if launch.is_main_process:
         folder.metrics.unlink(missing_ok=True)
         if settled:
-            notice(
-                f"{folder.path}: {len(settled)} of {len(samples)} samples are answered, going on"
-            )
+            done = f"{len(settled)} of {len(samples)} samples are answered"
+            notice(f"{folder.path}: {done}, resuming")
     rank = None if launch.num_processes == 1 else launch.process_index
     mine = splitting.share(todo, config)
     provenance: workers.Provenance = {}
-    with (
-        tqdm(
-            desc=name if rank is None else f"{name}, process {rank + 1} of {launch.num_processes}",
-            total=sum(len(batch.samples) for batch in mine),
-            unit=" answers",
-            disable=not launch.is_main_process,
-        ) as bar,
-        closing(engine(mine, config, load)) as answered,
-    ):
-        for found, made in answered:
+    with _bar(folder, mine, rank) as bar, closing(engine(mine, config, load)) as answered:
+        for results, made in answered:
             if made != provenance and launch.is_main_process:
                 folder.remember(made)
             provenance = made
             if launch.is_main_process or config.tp_plan is None:
-                folder.write([it for it in found if it[0].key not in settled], rank)
-            bar.update(len(found))
+                folder.write([it for it in results if it[0].key not in settled], rank)
+            bar.update(len(results))
     everyone = gather_object([provenance])
     if launch.is_main_process:
         for made in everyone:
             folder.remember(made)
+
+
+def _bar(folder: RunFolder, mine: Sequence[Batch], rank: int | None) -> "tqdm[NoReturn]":
+    """The progress of this process's share; only the main process shows it."""
+    launch, name = splitting.processes(), folder.path.name
+    return tqdm(
+        desc=name if rank is None else f"{name}, process {rank + 1} of {launch.num_processes}",
+        total=sum(len(batch.samples) for batch in mine),
+        unit=" answers",
+        disable=not launch.is_main_process,
+    )
 
 
 def _check_complete(folder: RunFolder, samples: Sequence[Sample]) -> None:
@@ -150,16 +149,16 @@ def score(out: Path) -> dict[str, Any]:
             f"{skipped[0]['reason']}. Put it right, delete {folder.skip_list}, and run it again"
         )
     if not rows:
-        raise EvalError(f"{folder.answers} holds no answers yet: run it again to go on")
+        raise EvalError(f"{folder.answers} holds no answers yet: run it again to resume")
     metrics: dict[str, Any] = {
         "answered": len(rows),
         "skipped": len(skipped),
         "samples": record["data"]["samples"],
     }
-    asked = registry.asked(record["settings"]["tasks"])
+    benchmarks = registry.requested(record["settings"]["tasks"])
     for name, split in sorted({(row["task"], row["split"]) for row in rows}):
         part = [row for row in rows if (row["task"], row["split"]) == (name, split)]
-        found = asked[name].score(part, recorded(record, asked[name]), out)
-        metrics.setdefault(name, {})[split] = found
+        scores = benchmarks[name].score(part, recorded(record, benchmarks[name]), out)
+        metrics.setdefault(name, {})[split] = scores
     folder.write_metrics(metrics)
     return metrics

@@ -4,8 +4,6 @@ Data is the pocket world, drawn on demand, or a COCO folder: images with `instan
 `captions_SPLIT.json`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,32 +29,32 @@ def samples(config: Config, scenes: Path) -> list[Sample]:
 
     Pocket scenes are drawn below `scenes`.
     """
-    asked = [(b, getattr(config.sections[b.name], "data", None)) for b in config.benchmarks]
-    shared = [benchmark for benchmark, folder in asked if folder is None]
-    found: list[Sample] = []
+    tasks = [(b, getattr(config.sections[b.name], "data", None)) for b in config.benchmarks]
+    shared = [benchmark for benchmark, folder in tasks if folder is None]
+    collected: list[Sample] = []
     for split in _splits(config) if shared else ():
         source = _source(config, split, scenes)
         for benchmark in shared:
-            found += _kept(config, benchmark, source)
-    for benchmark, folder in asked:
+            collected += _kept(config, benchmark, source)
+    for benchmark, folder in tasks:
         if folder is not None:
             about = config.sections, config.seed, config.limit
-            found += _kept(config, benchmark, Source(ALL, Path(folder), {}, *about))
-    return found
+            collected += _kept(config, benchmark, Source(ALL, Path(folder), {}, *about))
+    return collected
 
 
 def _kept(config: Config, benchmark: Benchmark, source: Source) -> list[Sample]:
-    """Of one split only the first `limit` images, and of those the half that is asked for."""
-    asked = list(benchmark.samples(config.sections[benchmark.name], source))
-    images = list(dict.fromkeys(sample.image for sample in asked))[: config.limit]
-    wanted = {image for image in images if config.part in (None, part(image))}
-    if missing := sorted(image for image in wanted if not image.is_file()):
+    """Of one split only the first `limit` images, and of those the half that is requested."""
+    candidates = list(benchmark.samples(config.sections[benchmark.name], source))
+    images = list(dict.fromkeys(sample.image for sample in candidates))[: config.limit]
+    kept = {image for image in images if config.part in (None, part(image))}
+    if missing := sorted(image for image in kept if not image.is_file()):
         name = benchmark.name
         raise EvalError(
-            f"{missing[0]}: no such image ({len(missing)} of the {len(wanted)} images that {name} "
+            f"{missing[0]}: no such image ({len(missing)} of the {len(kept)} images that {name} "
             f"needs are missing). python -m eval data {name} --to DIR says where they come from."
         )
-    return [sample for sample in asked if sample.image in wanted]
+    return [sample for sample in candidates if sample.image in kept]
 
 
 def part(image: Path) -> str:
@@ -67,7 +65,7 @@ def part(image: Path) -> str:
 def describe(samples: Sequence[Sample]) -> dict[str, Any]:
     """Counts and checksums that pin the data of a run.
 
-    One of the image list of each split, one of all that is asked and all that is known.
+    One of the image list of each split, one of all prompts and all facts.
     """
     splits = dict.fromkeys(sample.split for sample in samples)
     images = {
@@ -86,7 +84,7 @@ def describe(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _splits(config: Config) -> Sequence[str]:
-    """The splits asked for, else the pocket world's test and break, or a folder's only one."""
+    """The requested splits, else the pocket world's test and break, or a folder's only one."""
     if config.data == "pocket":
         known: Sequence[str] = pocket.SPLITS
         chosen: Sequence[str] = config.splits or POCKET_SPLITS

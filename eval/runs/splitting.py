@@ -1,7 +1,5 @@
 """The processes of `accelerate launch`, and which batches each of them answers."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 from collections.abc import Sequence

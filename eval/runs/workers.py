@@ -1,7 +1,5 @@
 """The part of a run that needs the model: batches in, answers out."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +11,7 @@ import torch
 
 import vlm_patch
 from eval.errors import EvalError
-from eval.runs.batches import Batch, BatchRunner, Found
+from eval.runs.batches import Batch, BatchRunner, Outcome
 from eval.runs.config import Config
 from eval.runs.images import pixel_limit
 from eval.runs.provenance import environment
@@ -23,7 +21,7 @@ OURS = (Path(vlm_patch.__file__).parent, Path(__file__).parents[1])
 Load: TypeAlias = Callable[[Config], tuple[Any, Any]]
 Provenance: TypeAlias = Mapping[str, Sequence[Any]]
 """What config.yaml keeps of a worker: its `environments`, `patches`, and `notes` (warnings)."""
-Answered: TypeAlias = tuple[list[Found], Provenance]
+Answered: TypeAlias = tuple[list[Outcome], Provenance]
 Answers: TypeAlias = Generator[Answered, None, None]
 Engine: TypeAlias = Callable[[Sequence[Batch], Config, Load], Answers]
 """Answers batches, in any order; `answer_here` and `ray_engine.answer` are the two."""
@@ -33,9 +31,9 @@ Engine: TypeAlias = Callable[[Sequence[Batch], Config, Load], Answers]
 class Worker:
     """A loaded model with the methods of the run on it, and what is to be kept of both.
 
-    runner: asks the model.
-    patch: the handle of the methods, None without any.
-    provenance: what the run folder keeps; its notes grow while the worker is at work.
+    runner: requests responses of the model
+    patch: the handle of the methods, None without any
+    provenance: what the run folder keeps; its notes grow while the worker is at work
     """
 
     runner: BatchRunner
@@ -45,11 +43,11 @@ class Worker:
     def answer(self, batch: Batch) -> Answered:
         """What came of each sample of the batch, whichever batches were answered before."""
         torch.manual_seed(self.runner.config.seed)
-        found = [it for part in self.runner.answer(batch) for it in part]
-        # only now: a method may have found out something about the model at its first prompt
+        results = [it for part in self.runner.answer(batch) for it in part]
+        # only now: a method may have inspected the model at its first prompt
         patches = [] if self.patch is None else [self.patch.describe().splitlines()]
         kept = {key: [*values] for key, values in self.provenance.items()}
-        return found, {**kept, "patches": patches}
+        return results, {**kept, "patches": patches}
 
 
 @contextmanager
@@ -57,11 +55,7 @@ def worker(config: Config, load: Load) -> Iterator[Worker]:
     """Load the model and keep the methods of the run on it until the end of the block."""
     model, processor = load(config)
     notes: list[str] = []
-    with (
-        pixel_limit(config.max_pixels),
-        _noting(notes),
-        wrapped(model, processor, config) as patch,
-    ):
+    with pixel_limit(config.max_pixels), _noting(notes), wrapped(model, processor, config) as patch:
         made: Provenance = {"environments": [environment(config)], "notes": notes}
         yield Worker(BatchRunner(model, processor, config), patch, made)
 
@@ -73,6 +67,19 @@ def answer_here(batches: Sequence[Batch], config: Config, load: Load) -> Answers
     with worker(config, load) as own:
         for batch in batches:
             yield own.answer(batch)
+
+
+def once(load: Load, engine: Engine) -> Load:
+    """`load` for several runs on one model: here it is loaded at the first; engines with processes
+    of their own load it at each."""
+    loaded: list[tuple[Any, Any]] = []
+
+    def first(config: Config) -> tuple[Any, Any]:
+        if not loaded:
+            loaded.append(load(config))
+        return loaded[0]
+
+    return first if engine is answer_here else load
 
 
 def wrapped(model: Any, processor: Any, config: Config) -> AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -190,9 +191,10 @@ def prompt_of(inputs: dict[str, Any], model: Any) -> Prompt:
     return Prompt(inputs, image, behind)
 
 
-def llava_7b(device: torch.device) -> Loaded:
-    """LLaVA-1.5-7B at full size in bfloat16 with random weights."""
-    return build(decoder(LLAVA_7B, 32, 32064), device, LLAVA_VISION, torch.bfloat16)
+@lru_cache(maxsize=1)
+def llava_7b(device: torch.device, layers: int = 32) -> Loaded:
+    """LLaVA-1.5-7B at full width in bfloat16 with random weights; the last one is kept."""
+    return build(decoder(LLAVA_7B, layers, 32064), device, LLAVA_VISION, torch.bfloat16)
 
 
 def pictured(loaded: Loaded, batch: int) -> Prompt:

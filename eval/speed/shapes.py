@@ -114,6 +114,9 @@ class Shape:
     """A model and its prompts. phases: seconds that a phase may take in all, by its name.
 
     load: makes the model on a device. make_prompt: makes a prompt for it with a batch of some size.
+    beside: kinds of sides that are compared beside the library's own. one_by_one: the sides are
+    made and measured one after the other, where the caches of all would not fit. setup: seconds
+    for the model, its sides and what they compile.
     """
 
     title: str
@@ -123,6 +126,14 @@ class Shape:
     batches: tuple[int, ...] = (1,)
     steps: int = 4
     tokens: int = 48
+    beside: tuple[str, ...] = ("again", "eager", "release", "text only")
+    one_by_one: bool = False
+    setup: float = 0.0
+
+    @property
+    def planned(self) -> float:
+        """The seconds that it may take in all."""
+        return self.setup + len(self.batches) * sum(self.phases.values())
 
 
 def layers(title: str, dims: Dims, count: int, keys: int, **phases: float) -> Shape:
@@ -172,6 +183,41 @@ SHAPES: dict[str, Shape] = {
         tokens=128,
     ),
 }
+
+
+def card_shapes(load: Load, load_few: Load, short: int = 640, long: int = 3000) -> dict[str, Shape]:
+    """What a card is timed with, on the model of `load` and, compiled, on one of fewer layers."""
+
+    def of(keys: int) -> MakePrompt:
+        return lambda loaded, batch: embedded(loaded, keys, batch)
+
+    name = "LLaVA-1.5-7B in bfloat16"
+    card: dict[str, Any] = {"steps": 8, "tokens": 128, "beside": ("again",)}
+    both: dict[str, Any] = {**card, "batches": (1, 8)}
+
+    def end(phase: str, batch: int, seconds: float) -> Shape:
+        phases, batches = {phase: seconds}, (batch,)
+        return Shape(f"{name}, 645 keys", load, pictured, phases, batches, setup=5.0, **card)
+
+    def compiled(keys: int) -> Shape:
+        title, phases = f"4 layers of {name}, {keys} keys", {"compiled": 3.0}
+        return Shape(title, load_few, of(keys), phases, setup=30.0, **card)
+
+    one = {"prefill": 4.0, "decode": 7.0, "idle": 3.0, "launches": 0.5, "waits": 0.5}
+    more = {"prefill": 9.0, "decode": 8.0}
+    titles = [f"{name}, {keys} keys" for keys in (short, long)]
+    return {
+        "card-640": Shape(titles[0], load, of(short), one, setup=15.0, **both),
+        "card-answers": end("answers", 16, 10.0),
+        "card-3000": Shape(titles[1], load, of(long), more, one_by_one=True, setup=8.0, **both),
+        "card-memory": Shape(titles[1], load, of(long), {"memory": 4.0}, **card),
+        "card-generate": end("generate", 8, 34.0),
+        "card-compiled-640": compiled(short),
+        "card-compiled-3000": compiled(long),
+    }
+
+
+SHAPES |= card_shapes(llava_7b, lambda device: llava_7b(device, 4))
 ONLY_BY_NAME = (
     "attention-640",
     "attention-1500",
@@ -180,13 +226,14 @@ ONLY_BY_NAME = (
     "stack-3000",
     "llava-7b",
 )
-"""Not among the defaults of a CPU, which would take too long with them."""
+"""Not among the defaults, which would take too long with them."""
 
 
 def chosen(names: str | None, device: torch.device) -> list[str]:
     """The shapes a user names ("pocket,stack-640", "all"), or the defaults of the device."""
     if names is None:
-        return [n for n in SHAPES if device.type == "cuda" or n not in ONLY_BY_NAME]
+        on_card = device.type == "cuda"
+        return [n for n in SHAPES if n.startswith("card-") == on_card and n not in ONLY_BY_NAME]
     listed = list(SHAPES) if names == "all" else [name.strip() for name in names.split(",")]
     for name in listed:
         if name not in SHAPES:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,9 @@ from transformers.models.llama import modeling_llama
 
 import vlm_patch
 from eval.errors import EvalError
+from eval.speed import counts
+from eval.speed.clock import now
+from eval.speed.compiled import Compiled
 from eval.speed.models import Loaded, Prompt
 from eval.speed.shapes import Acting, acting, ours, specs
 from vlm_patch.models.chat import GREEDY
@@ -33,7 +35,7 @@ class Side:
 
     kind: "stock", "again" (the same once more), "eager", "text only" (the stock model on the prompt
     without its image), "ours", "release" (release-style), "idle" (wrapped, every head off). on: the
-    layers, in words. cache, logits `[B, 1, V]`: of the last prefill.
+    layers, in words. cache, logits `[B, 1, V]`: of the last prefill. compiled: its compiled step.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Side:
     prompt: Prompt
     cache: Any = None
     logits: Tensor | None = None
+    compiled: Compiled | None = None
 
     @property
     def layers(self) -> int:
@@ -68,12 +71,32 @@ class Side:
         self.cache, self.logits = output[self.cache_name], output.logits
         return seconds
 
+    def prepare(self, phase: str) -> None:
+        """What a phase needs before its clock runs: the prompt read, kernels and steps compiled."""
+        on_card = self.model.device.type == "cuda"
+        if phase == "compiled":
+            known = self.model, self.prompt, self.cache_name, self.last_token()
+            self.compiled = self.compiled or Compiled(*known)
+            self.logits = self.compiled.logits
+        elif phase in ("prefill", "attention"):
+            if on_card:
+                self.prefill()
+        elif self.cache is None:
+            self.prefill()
+        if phase in ("generate", "answers"):
+            self.cache = None
+            if on_card:
+                self.generate(2)
+
+    def last_token(self) -> dict[str, Tensor]:
+        """The prompt's last token once more, as inputs."""
+        key = "input_ids" if "input_ids" in self.prompt.inputs else "inputs_embeds"
+        return {key: self.prompt.inputs[key][:, -1:]}
+
     @torch.inference_mode()
     def step(self) -> Tensor:
         """The logits `[B, 1, V]` behind one more token: the last one of the prompt again."""
-        key = "input_ids" if "input_ids" in self.prompt.inputs else "inputs_embeds"
-        token = {key: self.prompt.inputs[key][:, -1:]}
-        token[self.cache_name] = self.cache
+        token = {**self.last_token(), self.cache_name: self.cache}
         logits: Tensor = self.model(**token, use_cache=True).logits
         return logits
 
@@ -86,6 +109,21 @@ class Side:
         seconds = now(self.model.device) - start
         self.cache.crop(-steps - 1)
         return seconds / steps
+
+    def counted(self, count: Callable[[Callable[[], object], torch.device], int]) -> float:
+        """What `count` finds in the second step behind the prompt, the first makes plans."""
+        self.step()
+        found = count(self.step, self.model.device)
+        self.cache.crop(-2)
+        return float(found)
+
+    def launches(self) -> float:
+        """Kernels launched a token and layer; operators on the CPU."""
+        return self.counted(counts.launches) / self.layers
+
+    def waits(self) -> float:
+        """How often the host waits for the device at a token."""
+        return self.counted(counts.waits)
 
     def attention(self) -> float:
         """Seconds spent inside the decoder's attention function during a prefill."""
@@ -102,13 +140,6 @@ class Side:
         start = now(self.model.device)
         self.model.generate(**inputs, **GREEDY, **length, pad_token_id=pad)
         return now(self.model.device) - start
-
-
-def now(device: torch.device) -> float:
-    """The clock, once the device has finished its queue."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @contextmanager

@@ -4,21 +4,21 @@ Leaves a run folder for each, `table.md` with every measure, and `scenes.png`, w
 scenes with their captions. What is printed is at most twelve rows of the table.
 """
 
-from __future__ import annotations
-
-import functools
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from eval.benchmarks import chair
 from eval.benchmarks.coco import Vocabulary
+from eval.benchmarks.pope import STRATEGIES
 from eval.reports import table
-from eval.runs import config, generate, runner
+from eval.runs import config, generate, runner, workers
 from eval.runs.folder import RunFolder, row_key
 from eval.runs.samples import POCKET_SPLITS
+from eval.runs.workers import Engine, answer_here
 from eval.studies import picture
 from eval.studies.picture import Caption, Scene
+from eval.support import pages
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pocket"
 RUNS = ("baseline", "var", "gift", "vhr", "all")
@@ -27,6 +27,11 @@ PRINTED = (
     "pope_adversarial_accuracy",
 )
 """The rows of each of the two splits that are printed."""
+DOCUMENTED = (
+    *("chair_s", "chair_i", "recall", "mean_tokens", "distinct_4gram_share"),
+    *(f"pope_{strategy}_accuracy" for strategy in STRATEGIES),
+)
+"""The rows of each split that docs/results.md shows."""
 SCENES = 2
 CHOICE = (
     f"The first {SCENES} scenes of each split where the captions differ and one invents an object."
@@ -37,19 +42,29 @@ CAVEAT = (
 )
 
 
-def demo(out: Path, device: str | None = None, every_row: bool = False) -> None:
+def demo(
+    out: Path,
+    device: str | None = None,
+    every_row: bool = False,
+    engine: Engine = answer_here,
+    docs: bool = False,
+) -> None:
     """Run (or resume) everything; write the table and the scenes, and print them.
 
     device: None for the accelerator of this machine, or the CPU
     every_row: print the whole table
+    engine: what answers the batches
+    docs: write the rows that documentation shows into docs/results.md
     """
     chosen = [] if device is None else [f"device={device}"]
     configs = {name: config.load(CONFIGS / f"{name}.yaml", chosen) for name in RUNS}
-    load = functools.cache(lambda: generate.load_model(configs["baseline"]))
+    load = workers.once(generate.load_model, engine)
     for name in RUNS:
-        runner.run(configs[name], out / name, out / "scenes", lambda _: load())
+        runner.run(configs[name], out / name, out / "scenes", load, engine=engine)
     whole, short = (_table(out, keys) for keys in (None, PRINTED))
     (out / "table.md").write_text(whole, encoding="utf-8")
+    if docs:
+        pages.write("results", "demo", _rows(out, DOCUMENTED))
     scenes = sorted(_scenes(out), key=lambda scene: POCKET_SPLITS.index(scene.split))
     picture.draw(scenes, CHOICE, CAVEAT, out / "scenes.png")
     print(f"\n{whole if every_row else short}\n{_as_text(scenes)}\n")
@@ -60,6 +75,12 @@ def demo(out: Path, device: str | None = None, every_row: bool = False) -> None:
 def _table(out: Path, keys: Collection[str] | None) -> str:
     text = table.markdown([out / name for name in RUNS], keys)
     return f"{text}{_changes(out)}\n{CAVEAT}\n"
+
+
+def _rows(out: Path, keys: Collection[str]) -> str:
+    """The rows of these measures alone."""
+    columns = table.read([out / name for name in RUNS])
+    return table.layout(["split", "measure", *RUNS], table.lines(columns, keys))
 
 
 def _changes(out: Path) -> str:

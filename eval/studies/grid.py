@@ -1,7 +1,5 @@
 """The points of a sweep: every combination of the values of some settings, or of heads."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +21,10 @@ Tables: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """One combination: a name that serves as a folder's, and the settings as key=value texts.
+    """One combination of settings.
 
-    `overrides` None: no methods at all.
+    name: serves as a folder's, too
+    overrides: the settings as key=value texts; None: no methods at all
     """
 
     name: str

@@ -1,7 +1,5 @@
 """The demo's picture: each scene enlarged beside its captions, invented objects in red."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +39,13 @@ class Caption:
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene of the picture: its split, its file, its objects, and the captions to compare."""
+    """One scene of the picture.
+
+    split: of the data
+    image: its file
+    truth: its objects
+    captions: to be compared
+    """
 
     split: str
     image: Path

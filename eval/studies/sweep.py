@@ -4,10 +4,7 @@ Every point of the grid is a run folder of its own, so an interrupted sweep is r
 best point by one named measure is then run once on images that no point has seen.
 """
 
-from __future__ import annotations
-
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from eval.runs import samples as dataset
 from eval.runs.config import Config
 from eval.runs.folder import FREE
 from eval.runs.samples import Sample
-from eval.runs.workers import Load
+from eval.runs.workers import Engine, Load
 from eval.schema import check_names
 from eval.studies import grid
 from eval.studies.grid import Point
@@ -38,10 +35,15 @@ STOCK = Point("stock", None)
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried, and the measure that decides. `measure` None: the main one of the first task.
+    """What is tried, and the measure that decides.
 
-    `tune_split`: the split to tune on, the others are reported. None: the images of each split are
-    divided in two halves by their names, the same halves in every sweep.
+    path: the configuration
+    overrides: its changes, as key=value texts
+    grids: settings with their values, as key=value,value texts
+    grid_heads: "layers" or "heads", to try one at a time
+    measure: None for the main one of the first task
+    tune_split: the split to tune on, the others are reported; None: the images of each split are
+        divided in two halves by their names, the same halves in every sweep
     """
 
     path: Path
@@ -62,7 +64,12 @@ class Sweep:
         return replace(settings, splits=rest if held_out else (self.tune_split,))
 
 
-def sweep(request: Sweep, out: Path, load: Load = generate.load_model) -> dict[str, Any]:
+def sweep(
+    request: Sweep,
+    out: Path,
+    load: Load = generate.load_model,
+    engine: Engine = workers.answer_here,
+) -> dict[str, Any]:
     """Score the grid, choose, and run the choice on the held-out images; returns the results.
 
     Refused if the folder holds another sweep whose held-out images have been scored.
@@ -72,16 +79,17 @@ def sweep(request: Sweep, out: Path, load: Load = generate.load_model) -> dict[s
     measure = request.measure or _main(base)
     check_names("--measure", (measure,), known)
     tune, report = _samples(request, out / "scenes")
-    loaded = functools.cache(lambda: load(base))
+    load = workers.once(load, engine)
     own = [method.name for method in base.build_methods()]
-    points = grid.points(request.grids, _spots(base, request.grid_heads, loaded), own)
+    points = grid.points(request.grids, _spots(base, request.grid_heads, load), own)
     plan = _plan(out, base, measure, request, points)
     tried = {
         point.name: runner.run(
             request.config(point.overrides),
             out / "tune" / point.name,
-            load=lambda _: loaded(),
+            load=load,
             samples=tune,
+            engine=engine,
         )
         for point in [STOCK, *points]
     }
@@ -92,7 +100,7 @@ def sweep(request: Sweep, out: Path, load: Load = generate.load_model) -> dict[s
     for point in (STOCK, best):
         settings = request.config(point.overrides, held_out=True)
         folder = out / "report" / point.name
-        runner.run(settings, folder, load=lambda _: loaded(), samples=report)
+        runner.run(settings, folder, load=load, samples=report, engine=engine)
     return {**plan, "tune": tried}
 
 
@@ -118,11 +126,11 @@ def _samples(request: Sweep, scenes: Path) -> tuple[list[Sample], list[Sample]]:
     return both[0], both[1]
 
 
-def _spots(base: Config, kind: str | None, loaded: Callable[[], tuple[Any, Any]]) -> list[Point]:
+def _spots(base: Config, kind: str | None, load: Load) -> list[Point]:
     """The layers or heads to try one by one, as the methods of the configuration act in them."""
     if kind is None:
         return []
-    with workers.wrapped(*loaded(), base) as patch:
+    with workers.wrapped(*load(base), base) as patch:
         if patch is None:
             raise EvalError("--grid-heads: the configuration has no methods, so no heads to choose")
         return grid.spots(patch.heads, kind)
@@ -149,7 +157,7 @@ def _plan(
 
 
 def _benchmarks(base: Config) -> list[Benchmark]:
-    return [*registry.asked(base.tasks).values()]
+    return [*registry.requested(base.tasks).values()]
 
 
 def measures(base: Config) -> dict[str, tuple[Benchmark, str]]:

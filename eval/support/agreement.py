@@ -23,11 +23,9 @@ from eval.support.reference import (
     logits,
 )
 from vlm_patch import GIFT, ICD, M3ID, PAINT, VAR, VCD, VHR, DeCo, DoLa
-from vlm_patch.methods.var import sink_score
 
 DIMS = tiny.SINK_DIMS
 TAU = 3.0
-NO_PROCESSOR = "ignore:No processor was given"
 
 ROLE = (77, 78, 79)
 TABLE = ((0.3, 0.1, 0.4, 0.2), (0.0, 0.2, 0.1, 0.3), (0.5, 0.0, 0.4, 0.1), (0.2, 0.3, 0.5, 0.4))
@@ -60,10 +58,7 @@ PAIRS: dict[str, tuple[Method, Any]] = {
         Vhr((0, 1, 2, 3), alpha=1.7, filter=False),
         VHR(alpha=1.7, layers=(0, 1, 2, 3), filter=False),
     ),
-    "paint": (
-        Paint(0.7, 0.4, 0.25, (1, 2, 3)),
-        PAINT(0.7, 0.4, 0.25, layers=(1, 2, 3)),
-    ),
+    "paint": (Paint(0.7, 0.4, 0.25, (1, 2, 3)), PAINT(0.7, 0.4, 0.25, layers=(1, 2, 3))),
     "paint-release": (
         Paint(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
         PAINT(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
@@ -78,18 +73,6 @@ PAIRS: dict[str, tuple[Method, Any]] = {
     "dola": (Dola((0, 1, 2), 0.1), DoLa((0, 1, 2), 0.1)),
     "deco": (Deco((1, 2, 3), top_k=8), DeCo((1, 2, 3), top_k=8)),
 }
-ALONE = [(name,) for name in PAIRS]
-TOGETHER = [
-    ("var", "gift", "vhr"),
-    ("gift", "var", "vhr"),
-    ("vhr", "gift-inside", "var"),
-    ("var-release", "gift-inside", "vhr"),
-    ("gift-inside", "var-release", "vhr-paper"),
-    ("var", "gift-inside"),
-    ("gift-inside", "paint", "var", "vhr"),
-    ("vcd", "gift-inside", "m3id", "deco"),
-    ("icd", "paint-guided", "dola"),
-]
 MODELS: dict[str, Callable[..., Any]] = {
     "llava": tiny.llava,
     "llava-gqa": lambda **options: tiny.llava(kv_heads=2, **options),
@@ -107,18 +90,6 @@ def reference(names: Sequence[str]) -> list[Method]:
 
 def ours(names: Sequence[str]) -> list[Any]:
     return [PAIRS[name][1] for name in names]
-
-
-def generate(model: Any, batch: Mapping[str, Tensor], steps: int = 8, **options: Any) -> Any:
-    """Exactly `steps` new tokens, greedy unless `options` say otherwise.
-
-    The output's logits are those of the model: transformers' own copy is rounded to float32.
-    """
-    settings = {"do_sample": False, "max_new_tokens": steps, "min_new_tokens": steps} | options
-    with own_forwards(model) as seen:
-        output = model.generate(**batch, **settings, return_dict_in_generate=True)
-    output.logits = tuple(said.logits[:, -1].detach() for _, said in seen)
-    return output
 
 
 @contextmanager
@@ -164,35 +135,7 @@ def answer_logits(
     )
 
 
-def error(
-    model: Any,
-    batch: Mapping[str, Tensor],
-    output: Any,
-    names: Sequence[str],
-    heads: Mapping[str, Tensor] | None = None,
-    **masks: Tensor,
-) -> float:
-    """The largest difference of the logits of a generation from the reference's."""
-    samples = tiny.samples(model, batch, generated(batch, output), **masks)
-    steps = torch.stack(output.logits, 1).double()
-    return distance(steps, answer_logits(model, samples, names, heads))
-
-
 def distance(found: Tensor, expected: Tensor) -> float:
     """The largest difference of two tensors; none where both are -inf."""
     same = found == expected
     return float((found - expected).abs().masked_fill(same, 0.0).max())
-
-
-def new_tokens(
-    size: int, dims: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """The streams `[5, 1, size]` of new tokens, and VAR's groups `[5, 4]` of them at tau = 3: the
-    second and the third are sinks, the fourth is all zero.
-    """
-    hidden = torch.randn(5, 1, size, generator=torch.Generator().manual_seed(size)).to(dtype)
-    hidden[1, 0, dims[0]], hidden[2, 0, dims[-1]], hidden[3] = 40.0, -50.0, 0.0
-    flags = sink_score(hidden.float(), dims)[:, 0] >= 3.0
-    assert flags.tolist() == [False, True, True, False, False]
-    nothing, one = torch.zeros(5), torch.ones(5)
-    return hidden, torch.stack((nothing, flags.float(), nothing, one), 1)

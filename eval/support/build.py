@@ -1,7 +1,5 @@
 """Tiny random models of every image-text-to-text type of transformers, from their configs alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

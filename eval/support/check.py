@@ -2,8 +2,6 @@
 methods act where the image is.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext

@@ -3,8 +3,6 @@
 The table of docs/models.md is written by this command and by nothing else.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 The ways themselves stand in `eval.support.ways`, the reference in `eval.support.reference`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Sequence

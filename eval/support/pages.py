@@ -1,7 +1,5 @@
 """Tables in the pages of docs/ that a command generates, each between two marks of its name."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -5,8 +5,6 @@ function serves them all and it is known what must land where. Models that take 
 pixels.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -29,29 +27,17 @@ TAKES_FEATURES = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
 the place of pixels, and the vision tower passes them on."""
 
 
-def _passed_on(pixel_values: Tensor, *_: Any, **__: Any) -> Tensor:
-    return pixel_values
-
-
-def _listed(pixel_values: Tensor, *_: Any, **__: Any) -> list[Tensor]:
-    return list(pixel_values)
-
-
-def _wrapped(pixel_values: Tensor, *_: Any, **__: Any) -> BaseModelOutputWithPooling:
-    return BaseModelOutputWithPooling(pooler_output=pixel_values)
-
-
-def _listed_and_wrapped(pixel_values: Tensor, *_: Any, **__: Any) -> BaseModelOutputWithPooling:
+def _wrapped(features: Any) -> BaseModelOutputWithPooling:
     output = BaseModelOutputWithPooling()
-    output["pooler_output"] = list(pixel_values)
+    output["pooler_output"] = features
     return output
 
 
 PASSED_ON: Mapping[str, Callable[..., Any]] = {
-    "tensor": _passed_on,
-    "list": _listed,
-    "deep": _wrapped,
-    "layers": _listed_and_wrapped,
+    "tensor": lambda pixel_values, *_, **__: pixel_values,
+    "list": lambda pixel_values, *_, **__: list(pixel_values),
+    "deep": lambda pixel_values, *_, **__: _wrapped(pixel_values),
+    "layers": lambda pixel_values, *_, **__: _wrapped(list(pixel_values)),
 }
 """The tower that passes features on, by form; that of transformers 5 wraps what it returns."""
 
@@ -125,25 +111,24 @@ def images(kind: str, model: Any, seed: int, form: str) -> Inputs:
     return found | {"mm_encoder_outputs": {"image": output}}
 
 
-def _qformer(model: Any, draw: torch.Generator) -> Inputs:
-    found = {"pixel_values": torch.randn(2, 3, 32, 32, generator=draw)}
+def _pixels(draw: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(2, *shape, generator=draw)
+
+
+def _qformer(model: Any, draw: torch.Generator, *frames: int) -> Inputs:
+    found = {"pixel_values": _pixels(draw, *frames, 3, 32, 32)}
     if "qformer_input_ids" in inspect.signature(model.generate).parameters:
         found["qformer_input_ids"] = torch.tensor([[5, 6, 7]] * 2)
     return found
 
 
-def _qformer_video(model: Any, draw: torch.Generator) -> Inputs:
-    return _qformer(model, draw) | {"pixel_values": torch.randn(2, 4, 3, 32, 32, generator=draw)}
-
-
 def _kosmos2(model: Any, draw: torch.Generator) -> Inputs:
     side = model.config.vision_config.image_size
-    return {"pixel_values": torch.randn(2, 3, side, side, generator=draw)}
+    return {"pixel_values": _pixels(draw, 3, side, side)}
 
 
 def _kosmos2_5(model: Any, draw: torch.Generator) -> Inputs:
-    size = model.config.vision_config.patch_embed_hidden_size
-    patches = torch.randn(2, 6, size + 2, generator=draw)
+    patches = _pixels(draw, 6, model.config.vision_config.patch_embed_hidden_size + 2)
     patches[..., :2] = 0  # row and column
     return {"flattened_patches": patches}
 
@@ -152,7 +137,7 @@ def _mllama(model: Any, draw: torch.Generator) -> Inputs:
     vision = model.config.vision_config
     tiles, side = vision.max_num_tiles, vision.image_size
     return {
-        "pixel_values": torch.randn(2, 1, tiles, 3, side, side, generator=draw),
+        "pixel_values": _pixels(draw, 1, tiles, 3, side, side),
         "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
         "aspect_ratio_mask": torch.ones(2, 1, tiles, dtype=torch.long),
     }
@@ -161,7 +146,7 @@ def _mllama(model: Any, draw: torch.Generator) -> Inputs:
 def _phi4(model: Any, draw: torch.Generator) -> Inputs:
     """A whole image and one crop, 4 x 4 patches each."""
     return {
-        "image_pixel_values": torch.randn(2, 2, 3, 56, 56, generator=draw),
+        "image_pixel_values": _pixels(draw, 2, 3, 56, 56),
         "image_sizes": torch.tensor([[56, 56]] * 2),
         "image_attention_mask": torch.ones(2, 2, 4, 4),
     }
@@ -170,7 +155,7 @@ def _phi4(model: Any, draw: torch.Generator) -> Inputs:
 PIXELS: Mapping[str, Callable[[Any, torch.Generator], Inputs]] = {
     "blip-2": _qformer,
     "instructblip": _qformer,
-    "instructblipvideo": _qformer_video,
+    "instructblipvideo": lambda model, draw: _qformer(model, draw, 4),
     "kosmos-2": _kosmos2,
     "kosmos-2.5": _kosmos2_5,
     "mllama": _mllama,

@@ -5,8 +5,6 @@ than the releases where they loop over samples, heads or rows in Python: every s
 on whole tensors. VAR has the paper's semantics, VHR the release's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

@@ -21,7 +21,7 @@ import vlm_patch
 from eval.support import tiny
 from eval.support.agreement import answer_logits, distance, ours
 from vlm_patch import VAR
-from vlm_patch.primitives.sink_rules import Found
+from vlm_patch.primitives.sink_rules import SinkChannels
 
 STEPS = 6
 Job: TypeAlias = tuple[Sequence[str], Mapping[str, Tensor] | None]
@@ -57,9 +57,9 @@ def search(model: Any, batch: Mapping[str, Tensor]) -> list[Tensor]:
     """Block inputs, attention and value-path norms by which VAR looks for sinks."""
     kept: list[Tensor] = []
 
-    def judge(*seen: Tensor) -> Found:
+    def judge(*seen: Tensor) -> SinkChannels:
         kept.extend(seen[:3])
-        return Found(())
+        return SinkChannels(())
 
     with mock.patch("vlm_patch.primitives.sinks.judge", judge), vlm_patch.wrap(model, VAR()):
         model(**batch)

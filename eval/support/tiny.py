@@ -26,47 +26,16 @@ from transformers import (
 
 from eval.support.prompts import TAKES_FEATURES
 from eval.support.reference import Sample, capture
-from eval.support.tiny_text import (
-    BOS,
-    EOS,
-    IMAGE,
-    PAD,
-    SINK_WORD,
-    VIDEO,
-    VISION_END,
-    VISION_START,
-    VOCABULARY,
-    processor,
-    tokenizer,
-)
-
-__all__ = [
-    "BATCH_OF_3",
-    "BOS",
-    "EOS",
-    "FEATURES",
-    "IMAGE",
-    "MARKS",
-    "MIXED_BATCH",
-    "ONE_IMAGE",
-    "PAD",
-    "SINK_DIMS",
-    "SINK_WORD",
-    "TWO_IMAGES",
-    "VIDEO",
-    "VOCABULARY",
-    "WIDTH",
-    "float64",
-    "inputs",
-    "llava",
-    "plant",
-    "processor",
-    "qwen2_vl",
-    "samples",
-    "single",
-    "sliding_llava",
-    "tokenizer",
-]
+from eval.support.tiny_text import BOS as BOS
+from eval.support.tiny_text import EOS as EOS
+from eval.support.tiny_text import IMAGE as IMAGE
+from eval.support.tiny_text import PAD as PAD
+from eval.support.tiny_text import SINK_WORD as SINK_WORD
+from eval.support.tiny_text import VIDEO as VIDEO
+from eval.support.tiny_text import VISION_END, VISION_START
+from eval.support.tiny_text import VOCABULARY as VOCABULARY
+from eval.support.tiny_text import processor as processor
+from eval.support.tiny_text import tokenizer as tokenizer
 
 WIDTH = 64
 # of the random weights; the head's keeps float32 rounding of the logits near 1e-6
@@ -350,10 +319,7 @@ def single(model: Any, batch: Mapping[str, Tensor], row: int) -> dict[str, Tenso
 
 
 def samples(
-    model: Any,
-    batch: Mapping[str, Tensor],
-    generated: Tensor | None = None,
-    **masks: Tensor | None,
+    model: Any, batch: Mapping[str, Tensor], generated: Tensor | None = None, **masks: Tensor | None
 ) -> list[Sample]:
     """One reference sample per row of `batch`; model must be unpatched.
 

@@ -10,19 +10,9 @@ from torch import Tensor, nn
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import (
-    ALONE,
-    MODELS,
-    NO_PROCESSOR,
-    PAIRS,
-    TOGETHER,
-    error,
-    generate,
-    ours,
-    planted,
-    reference,
-)
+from eval.support.agreement import MODELS, PAIRS, ours, planted, reference
 from eval.support.reference import Var, logits
+from tests.support.agreement import ALONE, NO_PROCESSOR, TOGETHER, error, generate
 from vlm_patch import GIFT, VAR
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)

@@ -15,12 +15,13 @@ from eval.runs import generate as eval_generate
 from eval.runs.config import Config
 from eval.runs.samples import Sample
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, ours, planted
-from eval.support.agreement import generate as generated
+from eval.support.agreement import ours, planted
 from eval.support.simulated_device import FAR, REFUSAL, second_device
+from tests.support.agreement import NO_PROCESSOR
+from tests.support.agreement import generate as generated
 from tests.support.on_device import CASES, CPU, answered, moved
 from vlm_patch import wrap
-from vlm_patch.engine import attention, rows, tracker
+from vlm_patch.engine import attention, packed, packing, rows, tracker
 from vlm_patch.methods import gift, var, vhr
 from vlm_patch.primitives import reweighting, sink_rules, sinks
 from vlm_patch.prompts import masks
@@ -34,9 +35,9 @@ ALL = ("var", "gift", "vhr")
 @pytest.fixture(autouse=True)
 def _nothing_is_kept() -> Iterator[None]:
     """VAR keeps its constants, planted ones too."""
-    var._constant.cache_clear()
+    var._made.cache_clear()
     yield
-    var._constant.cache_clear()
+    var._made.cache_clear()
 
 
 def caught() -> AbstractContextManager[Any]:
@@ -60,6 +61,12 @@ def searching(device: torch.device) -> object:
     return CASES["sinks that are found"](device)
 
 
+def in_one_call(device: torch.device) -> object:
+    """Where one call of the kernel reads the text with the prompt."""
+    with mock.patch.dict(packing.MOST_ROWS_AT_ONCE, {device.type: 1024}):
+        return one_prompt(device)
+
+
 Case = Callable[[torch.device], object]
 LEFT_BEHIND: dict[str, tuple[Any, str, Case]] = {
     "VAR's constants": (var, "_constant", acting),
@@ -71,6 +78,8 @@ LEFT_BEHIND: dict[str, tuple[Any, str, Case]] = {
     "GIFT's heads": (gift, "top_heads", acting),
     "GIFT's shares": (gift, "gaze_shares", acting),
     "VHR's extra pass": (vhr, "without_image", acting),
+    "VHR's block mask": (packed.Packed, "_block_mask", in_one_call),
+    "VHR's positions": (packing, "_positions", acting),
     "VHR's distance": (vhr, "divergence", acting),
     "VHR's choice": (vhr, "above_median", acting),
     "the image mask": (masks.Reader, "image", acting),
@@ -115,6 +124,7 @@ class Forgetful(ModuleType):
 FORGETTING: dict[str, tuple[ModuleType, Case]] = {
     "var": (var, acting),
     "vhr": (vhr, acting),
+    "two prompts": (packed, in_one_call),
     "attention": (attention, one_prompt),
     "editing": (rows, switched),
 }

@@ -15,8 +15,9 @@ from hypothesis import event, given
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.agreement import distance, generate, generated
+from eval.support.agreement import distance, generated
 from eval.support.reference import Sample, logits, trace
+from tests.support.agreement import generate
 from tests.support.cases import MODES, ON_LOGITS, Case, cases
 from vlm_patch import PatchError, wrap
 
@@ -130,6 +131,8 @@ def forward(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
     given = dict(batch)
     if case.build.kind != "qwen2-vl":  # as generate() gives them
         given["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    # a cached prompt that ends in its image is the beginning of one, whose question follows
+    given["use_cache"] = not (batch["input_ids"][:, -1] == tiny.IMAGE).any()
     with torch.no_grad():
         said = model(**given).logits
     return lambda: (

@@ -15,19 +15,9 @@ from transformers import DynamicCache
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import (
-    DIMS,
-    NO_PROCESSOR,
-    TAU,
-    answer_logits,
-    error,
-    generate,
-    generated,
-    ours,
-    planted,
-    reference,
-)
+from eval.support.agreement import DIMS, TAU, answer_logits, generated, ours, planted, reference
 from eval.support.reference import Turn, capture, logits, trace
+from tests.support.agreement import NO_PROCESSOR, error, generate
 from vlm_patch import GIFT, VAR, VHR, PatchError
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)

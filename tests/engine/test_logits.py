@@ -4,7 +4,7 @@ Their values are held against the slow reference in tests/eval/support/test_mode
 tests/engine/test_fuzz.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, ours, own_forwards, planted
+from eval.support.agreement import ours, own_forwards, planted
 from eval.support.build import build
 from eval.support.check import Subject
 from eval.support.ways import CLOSE, SIDES, generate, measure, off, prompt
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import (
     ICD,
     M3ID,
@@ -415,3 +416,20 @@ def test_a_batch_of_beams_that_is_repeated() -> None:
     with wrap(model, *ours(["icd"])):
         output = generate(model, batch, 4)
     assert off(model, batch, output, ["icd"]) <= CLOSE
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("names", [("vhr", "vcd", "m3id"), ("vhr", "dola"), ("gift", "vhr", "vcd")])
+def test_beside_a_prompt_that_rides_in_the_first_ones_forward(
+    names: Sequence[str], cache: str
+) -> None:
+    """VHR's, whose rows stand behind those that logits are made of; on a static cache it has a
+    forward of its own.
+    """
+    model = model_of()
+    batch = prompt(model, tiny.BATCH_OF_3)
+    with wrap(model, *ours(names)) as patch:
+        output = generate(model, batch, cache_implementation=cache)
+        rides = "its extra prompt shares the prompt's forward" in patch.describe()
+    assert rides == (cache == "dynamic")
+    assert off(model, batch, output, names) <= CLOSE

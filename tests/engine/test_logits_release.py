@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.support.agreement import NO_PROCESSOR, distance
+from eval.support.agreement import distance
 from tests.engine.test_paint_release import PARITY, SETTINGS, arrays, inputs, method, model_of
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import VCD, Method, wrap
 from vlm_patch.method import Branch, ForwardContext
 from vlm_patch.methods.vcd import diffused

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from eval.support.agreement import NO_PROCESSOR
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import PAINT, wrap
 from vlm_patch.method import ForwardContext, State
 from vlm_patch.methods.paint import LOCAL, SUMMARY, outliers, top

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from eval.support.agreement import generate, generated
+from eval.support.agreement import generated
+from tests.support.agreement import generate
 from vlm_patch import GIFT, VAR, wrap
 
 PARITY = Path(__file__).parents[1] / "data" / "parity"

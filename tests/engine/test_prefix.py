@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, ours, planted
+from eval.support.agreement import ours, planted
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import GIFT, VAR, VHR, PatchError, wrap
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)

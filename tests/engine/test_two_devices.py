@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, generate, ours, planted
+from eval.support.agreement import ours, planted
 from eval.support.simulated_device import FAR, FarTensor, TwoDevices, spread
+from tests.support.agreement import NO_PROCESSOR, generate
 from vlm_patch import VAR, wrap
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from eval.support.agreement import NO_PROCESSOR
 from eval.support.simulated_device import FAR, second_device
 from eval.support.ways import MODES, SIDES, measure
+from tests.support.agreement import NO_PROCESSOR
 from tests.support.on_device import CASES, CPU, ELSEWHERE, modes_on
 
 pytestmark = pytest.mark.filterwarnings(

@@ -1,8 +1,12 @@
 """What the lmms-eval model makes of its arguments and requests; lmms-eval runs in tests_lmms/."""
 
+import importlib
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections import namedtuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,3 +215,74 @@ def test_on_a_device_of_its_own(model: Any, processor: Any, tmp_path: Any) -> No
     expected = found("cpu")
     with second_device():
         assert found(FAR) == expected
+
+
+@dataclass
+class Request:
+    """What lmms-eval hands over for one question."""
+
+    args: tuple[Any, ...]
+
+
+class Base:
+    """As much of lmms-eval's own class of models as `VlmPatch` uses."""
+
+    task_dict: dict[str, Any]
+
+    def __init__(self) -> None:
+        self.cache_hook = SimpleNamespace(add_partial=lambda *args: None)
+        self._rank = 0
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    def clean(self) -> None:
+        self.model = None
+
+
+@pytest.fixture
+def model_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`VlmPatch`, on stand-ins for what it imports of lmms-eval, which is not installed here."""
+    result = namedtuple("result", "text tokens")
+    stand_ins = {
+        "api.instance": {"GenerationResult": result, "TokenCounts": lambda output_tokens: None},
+        "api.model": {"lmms": Base},
+        "protocol": {
+            "ChatMessages": lambda messages: SimpleNamespace(to_hf_messages=lambda: messages)
+        },
+    }
+    for name, parts in stand_ins.items():
+        module = f"lmms_eval.{name}"
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**parts))
+    log = SimpleNamespace(info=lambda text: None, warning=lambda text: None)
+    monkeypatch.setitem(sys.modules, "loguru", SimpleNamespace(logger=log))
+    name = "vlm_patch.integrations.lmms_eval.model"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name).VlmPatch
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("methods", ["baseline", "gift+vhr"])
+def test_the_model_class_answers_on_another_device_as_on_the_cpu(
+    model_class: Any, model: Any, processor: Any, tmp_path: Any, methods: str
+) -> None:
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    wanted = {"max_new_tokens": 6, "until": ["\n\n"]}
+    requests = [Request(("", list, wanted, i, "task", "test")) for i in range(len(TALKS))]
+
+    def found(device: Any) -> list[str]:
+        asked = model_class(str(tmp_path), methods, dtype="float32", device=device, batch_size=2)
+        assert asked.device == torch.device(device)
+        assert (asked.patch is not None) == (methods != "baseline")
+        asked.task_dict = {"task": {"test": TALKS}}
+        texts = [answer.text for answer in asked.generate_until(requests)]
+        asked.clean()
+        assert asked.patch is None
+        return texts
+
+    expected = found("cpu")
+    assert len(set(expected)) == len(TALKS)
+    with second_device():
+        assert found(str(FAR)) == expected

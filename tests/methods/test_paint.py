@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR
+from tests.support.agreement import NO_PROCESSOR
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, mask, places, tensor
 from vlm_patch import PAINT, VAR, wrap
 from vlm_patch.engine.attention import Call

@@ -13,7 +13,6 @@ from vlm_patch.method import ForwardContext, ModelInfo, Position
 from vlm_patch.methods.vhr import (
     HeadState,
     above_median,
-    distinct,
     divergence,
     drop_outliers,
     without_image,
@@ -242,39 +241,6 @@ def test_the_text_branch_is_the_prompt_without_image_tokens() -> None:
         [0, 0, 0, 1, 2, 3],
         [0, 1, 2, 3, 4, 5],
     ]
-
-
-def text_of(rows: list[list[int]], mask: Any = None) -> dict[str, Any]:
-    ids = torch.tensor(rows)
-    valid = (ids != 0).long()
-    return {
-        "input_ids": ids,
-        "attention_mask": valid if mask is None else mask,
-        "position_ids": (valid.cumsum(1) - 1).clamp_min(0),
-    }
-
-
-def test_equal_texts_in_sequence_are_read_once() -> None:
-    found, place = distinct(text_of([[1, 2, 3], [1, 2, 3], [1, 2, 4], [1, 2, 3], [1, 2, 3]]))
-    assert found["input_ids"].tolist() == [[1, 2, 3], [1, 2, 4], [1, 2, 3]]
-    assert {len(value) for value in found.values()} == {3}
-    assert place.tolist() == [0, 0, 1, 2, 2]
-
-
-@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "position_ids"])
-def test_texts_that_differ_in_anything_are_all_read(name: str) -> None:
-    inputs = text_of([[1, 2, 3], [1, 2, 3]])
-    inputs[name][1, 0] += 1
-    found, place = distinct(inputs)
-    assert all(torch.equal(found[key], inputs[key]) for key in inputs)
-    assert place.tolist() == [0, 1]
-
-
-def test_masks_by_kind_of_layer_are_left_as_they_are() -> None:
-    inputs = text_of([[1, 2, 3], [1, 2, 3]], {"full_attention": None, "sliding_attention": None})
-    found, place = distinct(inputs)
-    assert found is inputs
-    assert place.tolist() == [0, 1]
 
 
 # ---- bounds

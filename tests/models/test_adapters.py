@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, error, generate, ours, planted
+from eval.support.agreement import ours, planted
+from tests.support.agreement import NO_PROCESSOR, error, generate
 from vlm_patch import PatchError, wrap
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)

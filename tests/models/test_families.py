@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import vlm_patch
 from eval.support import reference
-from eval.support.agreement import NO_PROCESSOR
 from eval.support.check import Probe
 from eval.support.families import quietly
 from eval.support.reference import Gift, Var, Vhr, trace
+from tests.support.agreement import NO_PROCESSOR
 from tests.support.family import BREAKS_PADDING, KINDS, STATEFUL, STEPS, WITHOUT, Family, made
 from tests.support.untouched import check_untouched
 from vlm_patch import GIFT, VAR, VHR
@@ -196,9 +196,9 @@ def test_what_sinks_are_looked_for_in(
         return
     calls: list[tuple[Tensor, ...]] = []
 
-    def catch(*args: Tensor) -> sinks.Found:
+    def catch(*args: Tensor) -> sinks.SinkChannels:
         calls.append(args)
-        return sinks.Found((3,), 2.0)
+        return sinks.SinkChannels((3,), 2.0)
 
     monkeypatch.setattr(sinks, "judge", catch)
     with vlm_patch.wrap(tiny.model, VAR()) as patch:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import NO_PROCESSOR, ours, planted
+from eval.support.agreement import ours, planted
 from eval.support.ways import CLOSE, SIDES, generate, off, prompt
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch.primitives.sinks import _projected_norms
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from eval.support.agreement import NO_PROCESSOR
 from eval.support.ways import SIDES
 from tests.models.test_quantised import check_that_off_is_stock, check_the_reference, norms, pair
+from tests.support.agreement import NO_PROCESSOR
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
 

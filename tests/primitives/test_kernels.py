@@ -12,7 +12,8 @@ from transformers import GenerationConfig
 from transformers.generation.continuous_batching import continuous_api
 
 from eval.support import tiny
-from eval.support.agreement import ALONE, NO_PROCESSOR, TOGETHER, error, generate, ours, planted
+from eval.support.agreement import ours, planted
+from tests.support.agreement import ALONE, NO_PROCESSOR, TOGETHER, error, generate
 from vlm_patch import PatchError, wrap
 from vlm_patch.engine.attention import Call
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import vlm_patch
-from eval.support.agreement import NO_PROCESSOR
 from eval.support.families import quietly
+from tests.support.agreement import NO_PROCESSOR
 from tests.support.planted import PLACE, SINKS, planted
 from vlm_patch import VAR
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import vlm_patch
-from eval.support.agreement import NO_PROCESSOR
 from tests.support import smollm
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import VAR
 from vlm_patch.methods.var import sink_score
 from vlm_patch.primitives import sinks
-from vlm_patch.primitives.sink_rules import Found, judge
+from vlm_patch.primitives.sink_rules import SinkChannels, judge
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
 
@@ -49,9 +49,9 @@ def test_the_first_token_is_the_sink(
     """Channel 507 and a threshold above all else in layers 12 to 28, whatever the prompt."""
     seen: list[Any] = []
 
-    def catch(*args: torch.Tensor) -> Found:
+    def catch(*args: torch.Tensor) -> SinkChannels:
         seen.extend((args, judge(*args)))
-        return Found(())
+        return SinkChannels(())
 
     monkeypatch.setattr(sinks, "judge", catch)
     batch = smollm.inputs(*prompts)

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import error, generate, planted
+from eval.support.agreement import planted
 from eval.support.reference import trace
 from eval.support.simulated_device import FarTensor, TwoDevices
+from tests.support.agreement import error, generate
 from tests.support.examples import EXAMPLES, PRECISIONS, assert_near, places, tensor
 from vlm_patch import VAR
 from vlm_patch.methods.var import sink_score
 from vlm_patch.primitives import sinks
 from vlm_patch.primitives.sink_rules import (
-    Found,
+    SinkChannels,
     judge,
     longest_run,
     rms,
@@ -319,7 +320,7 @@ def test_a_model_of_the_shape_of_llava() -> None:
     attention[:, 2, 300] = 0.0004
     value_path = attention * torch.where(attention > 0.01, 0.2, 1.0)
     found = judge(blocks, attention, value_path, torch.ones_like(image), image)
-    assert found == Found((1415, 2533), 20.0, (1, 2, 3))
+    assert found == SinkChannels((1415, 2533), 20.0, (1, 2, 3))
 
 
 # ---- on a model
@@ -345,9 +346,9 @@ def test_what_is_recorded_of_the_first_prompt(kind: str, monkeypatch: pytest.Mon
     batch["pixel_values"] = batch["pixel_values"].double()
     calls: list[tuple[Tensor, ...]] = []
 
-    def catch(*args: Tensor) -> Found:
+    def catch(*args: Tensor) -> SinkChannels:
         calls.append(args)
-        return Found(tiny.SINK_DIMS, 9.0, (1, 2))
+        return SinkChannels(tiny.SINK_DIMS, 9.0, (1, 2))
 
     monkeypatch.setattr(sinks, "judge", catch)
     with vlm_patch.wrap(model, VAR(tau=3.0)) as patch:
@@ -400,9 +401,9 @@ def test_prompts_without_an_image_do_not_stand_in_the_way(monkeypatch: Any) -> N
     model, calls = planted("llava"), []
     batch = tiny.inputs(model, [[tiny.BOS, 5, 6, 7], *tiny.ONE_IMAGE])
 
-    def catch(*args: Tensor) -> Found:
+    def catch(*args: Tensor) -> SinkChannels:
         calls.append(args)
-        return Found(tiny.SINK_DIMS, 3.0, (1, 2))
+        return SinkChannels(tiny.SINK_DIMS, 3.0, (1, 2))
 
     monkeypatch.setattr(sinks, "judge", catch)
     with vlm_patch.wrap(model, VAR()) as patch, torch.no_grad():

@@ -10,8 +10,9 @@ from torch import Tensor
 from eval.support.build import CLASSES, build
 from eval.support.families import quietly
 from eval.support.prompts import FORMS, TAKES_FEATURES, Inputs, around, image_id, prompt
-from eval.support.reference import Hooked, Sample, Turn
+from eval.support.reference import Sample, Turn
 from eval.support.sizes import BOS, EOS, IMAGE, PAD, VIDEO, VISION_START
+from tests.support.hooked import Hooked
 
 STEPS = 3
 INDICATORS = [11, 21]  # of Ovis2, in `eval.support.sizes`

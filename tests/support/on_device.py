@@ -16,7 +16,8 @@ from transformers.utils import ModelOutput
 
 import vlm_patch
 from eval.support import tiny, ways
-from eval.support.agreement import generate, ours, planted
+from eval.support.agreement import ours, planted
+from tests.support.agreement import generate
 from tests.support.planted import planted as sinks_planted
 from vlm_patch import GIFT, VAR, VHR
 from vlm_patch.models import published

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -33,12 +33,29 @@ layers are run again after the forward, perhaps by another thread."""
 UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "write_index")
 """Arguments of rarer attention kinds, whose rows could not be recomputed rightly."""
 
+REASON = (
+    "vlm_patch: of a patched model only a step of one token on a StaticCache can be traced whole, "
+    "behind a prompt that the same methods read without torch.compile. Read prompts with the model "
+    "itself and only the tokens behind them with the compiled one, as generate() does, or compile "
+    "with fullgraph=False. While a method edits logits, no step is traced: compile with "
+    "fullgraph=False, or run inside `with patch.disabled():`"
+)
+"""What fullgraph=True says of everything else."""
+# None where no compiler is at work in this thread; it is not public, and can be done without
+active_compiler: Callable[[], Any] | None
+active_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+
 Stock: TypeAlias = Callable[[], tuple[Tensor, Tensor | None]]
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""The stock attention of given query, key, value and mask."""
 
 
 @dataclass
 class Call:
-    """One call of a layer's attention: query `[B, H, S, D]`, key and value `[B, KV, K, D]`."""
+    """One call of a layer's attention: query `[B, H, S, D]`, key and value `[B, KV, K, D]`.
+
+    stock: what the stock attention makes of it. kernel: the same of any query, key, value and mask.
+    """
 
     layer: int
     module: Any
@@ -48,6 +65,7 @@ class Call:
     mask: Tensor | None
     options: dict[str, Any]
     stock: Stock
+    kernel: Kernel | None = None
 
     def without_tail(self, keys: int) -> Call:
         """The call without the unused rest of a static cache, behind its first `keys` entries."""
@@ -104,6 +122,14 @@ class Call:
         scaling = self.options.get("scaling")
         return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
 
+    @property
+    def causal(self) -> bool:
+        """Whether rows do not see the keys behind them, where there is no mask."""
+        causal = self.options.get("is_causal")
+        if causal is None:
+            causal = getattr(self.module, "is_causal", True)
+        return bool(causal) and self.query.shape[2] > 1
+
     def _mask_of(self, rows: Tensor) -> Any:
         mask: Any = self.mask
         return mask if rows.shape[0] == mask.shape[2] else mask[:, :, rows]
@@ -115,10 +141,7 @@ class Call:
         if self.mask is not None:
             return ~self._mask_of(rows) if self.mask.dtype == torch.bool else None
         new, keys = self.query.shape[2], self.key.shape[2]
-        causal = self.options.get("is_causal")
-        if causal is None:
-            causal = getattr(self.module, "is_causal", True)
-        if new == 1 or not causal:
+        if not self.causal:
             return None
         return torch.arange(keys, device=rows.device) > (rows + keys - new)[:, None]
 
@@ -129,9 +152,19 @@ def softmax(scores: Tensor) -> Tensor:
 
 
 class ForwardHandler(Protocol):
-    """What happens in the attention during one forward."""
+    """What happens in the attention during one forward. idle: the layers in which nothing does."""
+
+    idle: Collection[int] = ()
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]: ...
+
+    def attend_row(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor | None:
+        """The head outputs `[B, 1, H, Dv]` of a generated token, where nothing but kernels is asked
+        for; None where `attend` must be.
+        """
+        return None
 
 
 class Thread(Protocol):
@@ -149,13 +182,14 @@ class ThreadState(threading.local):
 
     run: what attention serves. inside: the decoder runs for a pass of our own. first: the output of
     a pass that did all of the prompt but its last token. joint: what splits a batch of several
-    streams (`joint.JointStep`).
+    streams (`joint.JointStep`). settle: what follows a forward on a static cache.
     """
 
     run: ForwardHandler | None = None
     inside: bool = False
     first: Any = None
     joint: Any = None
+    settle: Callable[[], None] | None = None
 
 
 def check(call: Call) -> None:
@@ -192,6 +226,38 @@ class StockConfigView:
         return getattr(self._module, name)
 
 
+def outside(function: Callable[..., Any], recursive: bool = True) -> Callable[..., Any]:
+    """The function as torch.compile leaves it out of its graph; fullgraph=True shows `REASON`."""
+    disable: Any = torch.compiler.disable
+    try:
+        left_out: Callable[..., Any] = disable(function, recursive=recursive, reason=REASON)
+    except TypeError:  # before torch 2.8
+        left_out = disable(function, recursive=recursive)
+    if active_compiler is None:
+        return left_out
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # what keeps a compiler out costs several microseconds a layer, also where none is at work
+        if torch.compiler.is_dynamo_compiling() or active_compiler() is not None:
+            return left_out(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@dataclass
+class Graph:
+    """What torch.compile sees of a patch, in plain attributes, since it cannot follow those of a
+    thread.
+
+    run: what attention serves in the step that is traced. off: by method, whether nothing of it is
+    on.
+    """
+
+    run: ForwardHandler | None = None
+    off: dict[str, bool] = field(default_factory=dict)
+
+
 class PatchSlot:
     """What a patched attention module carries. A deep copy or a pickle of it is empty: such a copy
     is a stock model.
@@ -199,8 +265,11 @@ class PatchSlot:
     patch: the handle, so that a model whose handle was lost leads back to it.
     """
 
-    def __init__(self, layer: int, now: Thread | None, patch: Any = None) -> None:
+    def __init__(
+        self, layer: int, now: Thread | None, patch: Any = None, graph: Graph | None = None
+    ) -> None:
         self.layer, self.now, self.patch = layer, now, patch
+        self.graph = Graph() if graph is None else graph
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchSlot:
         return PatchSlot(self.layer, None)
@@ -209,7 +278,6 @@ class PatchSlot:
         return PatchSlot, (self.layer, None)
 
 
-@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -219,7 +287,28 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' attention function for patched modules: `[B, H, S, D]` in, `[B, S, H, Dv]`
-    out. torch.compile is kept out of this frame alone; where nothing is on, it sees the stock one.
+    out. torch.compile sees it in the steps that it can trace (`compiled.py`) alone.
+    """
+    run = module.__dict__[SLOT].graph.run
+    if run is None:
+        served: tuple[Tensor, Tensor | None] = _untraced(
+            module, query, key, value, attention_mask, **options
+        )
+        return served
+    name = module.__dict__[CONFIG]._attn_implementation
+    return _served(run, name, module, query, key, value, attention_mask, options)
+
+
+def _in_thread(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` in the forward that this thread runs. torch.compile is kept out of this frame and
+    of edits; where nothing is on, it sees the stock function.
     """
     slot: PatchSlot = module.__dict__[SLOT]
     if slot.now is not None and slot.now.joint is not None:
@@ -227,19 +316,40 @@ def attention(
             attention, module, query, key, value, options
         )
         return joint
-    config = module.__dict__[CONFIG]
+    run: ForwardHandler | None = options.pop(HANDLER_ARGUMENT, None)
+    if run is None and slot.now is not None:
+        run = slot.now.run
+    if run is not None and slot.layer in run.idle:
+        run = None
+    elif run is not None and not torch.is_autocast_enabled(query.device.type):
+        row = run.attend_row(slot.layer, query, key, value, attention_mask)
+        if row is not None:
+            return row, None
     # past the lookups that transformers puts before every attribute of a config: they cost almost
     # as much as the rest of this function
+    config = module.__dict__[CONFIG]
     name = object.__getattribute__(config, "_attn_implementation_internal")
+    return _served(run, name, module, query, key, value, attention_mask, options)
+
+
+def _served(
+    run: ForwardHandler | None,
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    slot: PatchSlot = module.__dict__[SLOT]
+    config = module.__dict__[CONFIG]
     try:
         kernel = ALL_ATTENTION_FUNCTIONS[name]
     except KeyError:
         kernel = sys.modules[type(module).__module__].eager_attention_forward
     # the plain kernels do not look at the config, and a view costs more than their call
     shown = module if name in ("sdpa", "eager") else StockConfigView(module, config)
-    run: ForwardHandler | None = options.pop(HANDLER_ARGUMENT, None)
-    if run is None and slot.now is not None:
-        run = slot.now.run
     if run is None:
         stock: tuple[Tensor, Tensor | None] = kernel(
             shown, query, key, value, attention_mask, **options
@@ -258,14 +368,15 @@ def attention(
         attention_mask,
         seen,
         lambda: kernel(shown, query, key, value, attention_mask, **options),
+        lambda *given: kernel(shown, *given, **options),
     )
-    edited: tuple[Tensor, Tensor | None] = _attend(run, call)
+    if run is slot.graph.run:
+        return _attend(run, call)
+    edited: tuple[Tensor, Tensor | None] = _attend_untraced(run, call)
     return edited
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend(run: ForwardHandler, call: Call) -> tuple[Tensor, Tensor | None]:
-    """Under torch.compile this runs as it stands, since what it does differs from call to call."""
     if torch.is_autocast_enabled(call.query.device.type):
         return _outside_autocast(run, call)
     return run.attend(call)
@@ -273,17 +384,22 @@ def _attend(run: ForwardHandler, call: Call) -> tuple[Tensor, Tensor | None]:
 
 def _outside_autocast(run: ForwardHandler, call: Call) -> tuple[Tensor, Tensor | None]:
     """Autocast is for the stock kernel; rows that are edited keep float32."""
-    device, stock = call.query.device.type, call.stock
+    device = call.query.device.type
     dtype = torch.get_autocast_dtype(device)
 
-    def cast() -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(device, dtype=dtype):
-            return stock()
+    def inside(run_stock: Any) -> Any:
+        def cast(*given: Any) -> Any:
+            with torch.autocast(device, dtype=dtype):
+                return run_stock(*given)
+
+        return cast
 
     with torch.autocast(device, enabled=False):
-        return run.attend(replace(call, stock=cast))
+        return run.attend(replace(call, stock=inside(call.stock), kernel=inside(call.kernel)))
 
 
+_attend_untraced = outside(_attend)
+_untraced = outside(_in_thread, recursive=False)
 AttentionInterface.register(NAME, attention)
 
 
@@ -304,14 +420,16 @@ def check_kernel(layer: int, name: str) -> None:
         )
 
 
-def install(layer: Layer, now: Thread, undo: ExitStack, patch: Any = None) -> None:
+def install(
+    layer: Layer, now: Thread, undo: ExitStack, patch: Any = None, graph: Graph | None = None
+) -> None:
     """Lets a layer's attention go through this file; closing `undo` restores it exactly."""
     module: Any = layer.attention
     state = module.__dict__
     config = state.pop(CONFIG, module.config)  # left behind by a deep copy of a patched model
     own = copy.copy(config)
     own._attn_implementation_internal = NAME
-    state[SLOT], state[CONFIG] = PatchSlot(layer.index, now, patch), config
+    state[SLOT], state[CONFIG] = PatchSlot(layer.index, now, patch, graph), config
     undo.callback(state.pop, SLOT)
     undo.callback(state.pop, CONFIG)
     module.config = own

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vlm_patch.engine.attention import ForwardHandler, ThreadState
+from vlm_patch.engine.packed import Packed
+from vlm_patch.engine.packing import CannotPack, Packing, of_image
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
 from vlm_patch.engine.state import GenerationState, Tail
 from vlm_patch.errors import PatchError
-from vlm_patch.method import ForwardContext, Method, Phase, Watcher
+from vlm_patch.method import ExtraPrompt, ForwardContext, Method, Phase, Watcher
 
 OLD_CACHE_NAME = "past_key_values"
-OF_IMAGES = ("image", "pixel", "vis", "deepstack", "mm_encoder")
-"""Parts of the names of decoder inputs that belong to image tokens; a row of text needs none."""
 
 
 @dataclass
@@ -32,29 +32,72 @@ class ExtraPasses:
     learned: told of a method that found out something about the model.
     padding: the padding token, where the decoder counts its positions by it and takes none.
     now: what this thread does.
+    packing: packs a second prompt behind a prompt.
+    unpacked: why the last second prompt was not, or "".
     """
 
     decoder: nn.Module
     learned: Callable[[Method, Method], None]
     padding: int | None
     now: ThreadState
+    packing: Packing
+    unpacked: str | None = None
 
     def __post_init__(self) -> None:
         self.cache_name = cache_name(self.decoder)
 
-    def probe(self, active: ActiveMethod, forward: ForwardContext) -> None:
-        """Runs a method's own passes of the stock model, and keeps what it learned of the model."""
-
-        def run(inputs: dict[str, Any], watcher: Watcher) -> None:
-            if self.padding is not None:
-                inputs = _counted(inputs, self.padding)
-            self.run(Watching(watcher), self.without_cache(inputs))
-
-        before = active.method
+    def probe(self, active: ActiveMethod, forward: ForwardContext) -> ExtraPrompt | None:
+        """Runs a method's own passes of the stock model, and keeps what it learned of the model.
+        Returns the prompt that it wants to be read beside this one.
+        """
+        before, layers = active.method, list(active.heads)
         with torch.no_grad():
-            active.method = before.probe(forward, active.state, list(active.heads), run)
+            active.method = before.probe(forward, active.state, layers, self.watch)
+            extra = active.method.extra_prompt(forward, active.state, layers)
         if active.method is not before:
             self.learned(before, active.method)
+        return extra
+
+    def watch(self, inputs: dict[str, Any], watcher: Watcher) -> None:
+        """Lets a method look at the stock model."""
+        if self.padding is not None:
+            inputs = _counted(inputs, self.padding)
+        with torch.no_grad():
+            self.run(Watching(watcher), self.without_cache(inputs))
+
+    def read_extra(
+        self,
+        prompts: list[ExtraPrompt],
+        forward: ForwardContext,
+        kwargs: dict[str, Any],
+        twice: bool,
+    ) -> Packed | None:
+        """Reads second prompts; one of them, if it may, in the forward that is about to start.
+
+        twice: the prompt is read twice, so that no forward can be shared.
+        """
+        packed = None
+        for extra in prompts:
+            self.unpacked = ""
+            try:
+                if twice or packed is not None:
+                    raise CannotPack(
+                        "a method reads the prompt twice"
+                        if twice
+                        else "another one shares the prompt's"
+                    )
+                packed = self.packing.pack(forward, kwargs, extra)
+            except CannotPack as reason:
+                self.unpacked = str(reason)
+                self.watch(extra.inputs, extra.watcher)
+        return packed
+
+    def report(self) -> str:
+        """How extra prompts are read, for people."""
+        reason = self.packing.obstacle() if self.unpacked is None else self.unpacked
+        if reason:
+            return f"its extra prompt takes a forward of its own, since {reason}"
+        return "its extra prompt shares the prompt's forward"
 
     def run(
         self,
@@ -80,7 +123,7 @@ class ExtraPasses:
         if not at.may_continue or not text:
             return
         image = bool(forward.image[:, -text:].any())
-        partial = image and any(v is not None and _of_image(name) for name, v in kwargs.items())
+        partial = image and any(v is not None and of_image(name) for name, v in kwargs.items())
         _, inputs = _last_rows(forward, kwargs, text)
         inputs.pop(self.cache_name, None)
         past = at.past + rows - text
@@ -227,7 +270,7 @@ def _last_rows(
         per_row = value.ndim > 1 and value.shape[:2] == (batch, rows)
         return value[:, -left:] if per_row else value
 
-    inputs = {name: cut(name, value) for name, value in kwargs.items() if not _of_image(name)}
+    inputs = {name: cut(name, value) for name, value in kwargs.items() if not of_image(name)}
     past = forward.position.past + rows - left
     position = replace(forward.position, past=past, prompt_rows=1, starts=False)
     step = replace(
@@ -240,10 +283,6 @@ def _last_rows(
         inputs=inputs,
     )
     return step, inputs
-
-
-def _of_image(name: str) -> bool:
-    return any(part in name for part in OF_IMAGES)
 
 
 def _copied(value: Any) -> Any:

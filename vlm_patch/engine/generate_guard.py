@@ -72,11 +72,11 @@ def option(name: str, given: Mapping[str, Any], default: Any) -> Any:
     """An option of `generate`: from its arguments, its generation config, or the model's own, which
     counts where the one given does not say it, as in transformers.
     """
-    found = given.get(name)
+    value = given.get(name)
     for config in (given.get("generation_config"), default):
-        if name not in given and found in (None, getattr(UNSET, name, None)):
-            found = getattr(config, name, None)
-    return found
+        if name not in given and value in (None, getattr(UNSET, name, None)):
+            value = getattr(config, name, None)
+    return value
 
 
 def check_options(given: Mapping[str, Any], default: Any) -> None:
@@ -85,16 +85,16 @@ def check_options(given: Mapping[str, Any], default: Any) -> None:
     given: the arguments of `generate` by name. default: the model's own generation config.
     """
     for name, (passing, reason) in REFUSED.items():
-        found = option(name, given, default)
-        if found not in passing:
+        value = option(name, given, default)
+        if value not in passing:
             raise PatchError(
-                f"generate({name}={found!r}) cannot run with methods on: {reason}. Leave {name} at "
+                f"generate({name}={value!r}) cannot run with methods on: {reason}. Leave {name} at "
                 f"{passing[-1]!r}, or generate inside `with patch.disabled():`"
             )
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        found, length = option(name, given, default), _cached(given)
-        if found is not None and length:
-            shown = found if isinstance(found, int) else type(found).__name__
+        value, length = option(name, given, default), _cached(given)
+        if value is not None and length:
+            shown = value if isinstance(value, int) else type(value).__name__
             raise PatchError(
                 f"generate({name}={shown}) cannot go on behind a cache that holds {length} tokens: "
                 f"transformers would read the conversation a second time. Leave {name} out, or "
@@ -115,7 +115,7 @@ def _cached(given: Mapping[str, Any]) -> int:
     return max((int(one.get_seq_length()) for one in caches if one is not None), default=0)
 
 
-def told(
+def prompt_inputs(
     given: Mapping[str, Any], default: Any, inner: bool = False, mask_name: str | None = None
 ) -> PromptInputs | None:
     """What the arguments of `generate` tell of its prompt; None where they hold none.

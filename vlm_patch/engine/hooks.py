@@ -11,9 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from vlm_patch.engine.attention import HANDLER_ARGUMENT, Call, ThreadState
-from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, shows_weights
+from vlm_patch.engine.attention import (
+    HANDLER_ARGUMENT,
+    Call,
+    ForwardHandler,
+    Graph,
+    ThreadState,
+    outside,
+)
+from vlm_patch.engine.compiled import TracedStep, static_step, traceable
+from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, cache_name, shows_weights
 from vlm_patch.engine.logits import LogitsEditor
+from vlm_patch.engine.packed import Packed
+from vlm_patch.engine.packing import Packing
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
 from vlm_patch.engine.state import GenerationState, attach
 from vlm_patch.engine.tracker import PromptTracker, carries_images
@@ -22,14 +32,24 @@ from vlm_patch.method import ForwardContext, Method
 
 
 class Hook:
-    """A hook that does nothing in a deep copy or a pickle of the model."""
+    """A hook that does nothing in a deep copy or a pickle of the model.
 
-    def __init__(self, call: Callable[..., Any] | None) -> None:
-        self.call = call
+    traced: tries to do the same inside torch.compile, and tells whether it did.
+    """
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return None if self.call is None else self.call(*args, **kwargs)
+    def __init__(
+        self, call: Callable[..., Any] | None, traced: Callable[..., bool] | None = None
+    ) -> None:
+        self.call, self.traced = call, traced
+
+    def __call__(self, module: nn.Module, args: Any, more: Any) -> Any:
+        if self.traced is not None and self.traced(module, args, more):
+            return None
+        return _untraced(self, module, args, more)
+
+    def run(self, module: nn.Module, args: Any, more: Any) -> Any:
+        """The hook in the forward that this thread runs."""
+        return None if self.call is None else self.call(module, args, more)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return Hook(None)
@@ -41,23 +61,28 @@ class Hook:
 class QuietHook(Hook):
     """A hook that costs next to nothing while this thread runs nothing."""
 
-    def __init__(self, call: Callable[..., Any] | None, now: ThreadState) -> None:
-        super().__init__(call)
+    def __init__(
+        self, call: Callable[..., Any] | None, traced: Callable[..., bool] | None, now: ThreadState
+    ) -> None:
+        super().__init__(call, traced)
         self.now = now
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
-    def __call__(self, module: nn.Module, args: Any, more: Any) -> Any:
+    def run(self, module: nn.Module, args: Any, more: Any) -> Any:
         now = self.now
         if (
             now.run is None
             and now.first is None
+            and now.settle is None
             and not (type(more) is dict and HANDLER_ARGUMENT in more)
         ):
             return None
-        return super().__call__(module, args, more)
+        return super().run(module, args, more)
 
 
-class MissingHandler:
+_untraced = outside(lambda hook, *given: hook.run(*given))
+
+
+class MissingHandler(ForwardHandler):
     """Takes the place of what attention serves in a layer that is run again for its gradients, and
     so must be given it by hand (`HANDLER_ARGUMENT`).
     """
@@ -76,8 +101,8 @@ class ForwardHooks:
 
     switched: the methods that are on, each with its layers and their heads; asked at every forward.
     learned: told of a method that found out something about the model. padding: the padding token,
-    where the decoder counts its positions by it and takes none. logits: edits them, if a method
-    does.
+    where the decoder counts its positions by it and takes none. softmax_only: see `Packing`.
+    logits: edits them, if a method does. on_logits: the names of these methods.
     """
 
     decoder: nn.Module
@@ -85,12 +110,22 @@ class ForwardHooks:
     switched: Callable[[], list[tuple[Method, dict[int, Tensor | None]]]]
     learned: Callable[[Method, Method], None]
     padding: int | None = None
+    softmax_only: bool = True
     now: ThreadState = field(default_factory=ThreadState)
+    graph: Graph = field(default_factory=Graph)
     logits: LogitsEditor | None = None
+    on_logits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.extra = ExtraPasses(self.decoder, self.learned, self.padding, self.now)
-        self.cache_name = self.extra.cache_name
+        self.cache_name = cache_name(self.decoder)
+        packing = Packing(
+            self.decoder,
+            self.cache_name,
+            self.softmax_only,
+            self.padding is not None,
+            self.layout.shard,
+        )
+        self.extra = ExtraPasses(self.decoder, self.learned, self.padding, self.now, packing)
 
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model."""
@@ -112,12 +147,13 @@ class ForwardHooks:
         """Forward pre-hook of the decoder."""
         if self.now.inside:
             return None
-        self.now.run = self.now.first = self.now.joint = None
+        self.now.run = self.now.first = self.now.joint = self.now.settle = self.graph.run = None
         if self.layout.tower is not None:
             self.layout.tower.run = None
         switched = self.switched()
         if not switched:
             self.layout.pending = None
+            _forget(self._cache(kwargs))
             return None
         kwargs = _named(module, args, kwargs)
         if "write_index" in kwargs:
@@ -144,19 +180,29 @@ class ForwardHooks:
             cache = kwargs[self.cache_name] = DynamicCache(config=config)
         if cache is not None and forward.position.past == 0:
             attach(cache, generation)
+        actives: list[ActiveMethod] = []
         if generation.pictured:
-            kwargs = self._start(forward, generation, switched, kwargs)
+            actives, kwargs = self._start(forward, generation, switched, kwargs)
             kwargs = kwargs if self.logits is None else self.logits.join(kwargs)
         else:
             generation.stock = generation.length
+        static = static_step(cache, generation, self.graph, self.layout.shard)
+        if static is not None:
+            prompt, step = forward.position.prompt_rows > 0, self.layout.next_step
+            self.now.settle = lambda: static.settle(generation, actives, prompt, step)
         return (), kwargs
 
     def after_decoder(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of the decoder, called after errors too."""
         if self.now.inside:
             return None
-        first, self.now.run, self.now.first = self.now.first, None, None
-        if first is not None and output is not None:
+        run, first, settle = self.now.run, self.now.first, self.now.settle
+        self.now.run = self.now.first = self.now.settle = None
+        if settle is not None and output is not None:
+            settle()
+        if isinstance(run, Packed):
+            output = run.finish(output)
+        elif first is not None and output is not None:
             self._complete(first, output)
         if self.logits is not None:
             self.logits.after_decoder(output)
@@ -176,13 +222,12 @@ class ForwardHooks:
             if run is None:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
+            if isinstance(run, Packed):
+                hidden, run = hidden[:, : run.rows], run.prompt
             if isinstance(run, Watching) and run.watcher.block is not None:
                 run.watcher.block(layer, hidden)
             elif isinstance(run, Editing):
-                forward = run.forward.on(hidden.device)
-                for active in run.actives:
-                    if active.method.reads_blocks and layer in active.heads:
-                        active.method.observe_hidden(layer, hidden, forward, active.state)
+                run.enter_block(layer, hidden)
 
         return show
 
@@ -192,8 +237,10 @@ class ForwardHooks:
         generation: GenerationState,
         switched: list[tuple[Method, dict[int, Tensor | None]]],
         kwargs: dict[str, Any],
-    ) -> dict[str, Any]:
-        """Lets methods look, runs first passes; returns the decoder inputs that remain to run."""
+    ) -> tuple[list[ActiveMethod], dict[str, Any]]:
+        """Lets methods look, runs first passes; returns the methods, and the decoder inputs that
+        remain to run.
+        """
         actives = []
         for method, layers in switched:
             state = generation.states.get(method.name)
@@ -206,9 +253,10 @@ class ForwardHooks:
                 generation.follow(method.name, (), forward.position.past)
         if self.logits is not None:
             self.logits.start(forward, generation, actives, kwargs)
+        prompts = []
         if forward.position.starts:
-            for active in actives:
-                self.extra.probe(active, forward)
+            found = [self.extra.probe(active, forward) for active in actives]
+            prompts = [extra for extra in found if extra is not None]
         at_end = any(active.method.edits_prompt_end for active in actives)
         if at_end and forward.position.starts and forward.position.resumed:
             forward = self.extra.read_again(forward, generation, actives, kwargs)
@@ -216,13 +264,14 @@ class ForwardHooks:
             self.extra.keep_tail(forward, generation, kwargs)
         shows = shows_weights(self.decoder, kwargs)
         late = [active for active in actives if _late(active, forward)]
+        packed = self.extra.read_extra(prompts, forward, kwargs, bool(late))
         if late:
             forward, kwargs = self.extra.read_first(forward, actives, late, kwargs)
         for active in actives:
             active.method.before_forward(forward, active.state)
-        if not any(active.method.acts_in_layers for active in actives):
+        if packed is None and not any(active.method.acts_in_layers for active in actives):
             generation.step = None
-            return kwargs
+            return actives, kwargs
         run: Editing | None = generation.step
         if run is not None and run.serves(actives, forward):
             run.go_on(forward)
@@ -231,9 +280,89 @@ class ForwardHooks:
             run = Editing(forward, actives, shows)
         generation.step = None if forward.position.prompt_rows else run
         self.now.run = run
+        if packed is not None:
+            packed.prompt, self.now.run, kwargs = run, packed, packed.inputs
+            packed.start()
         if self.decoder.training and _runs_layers_again(self.decoder):
             kwargs[HANDLER_ARGUMENT], self.now.run = run, MissingHandler()
-        return kwargs
+        return actives, kwargs
+
+    # ---- the same inside torch.compile
+
+    def trace_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+        """`before_model`, where it has nothing to note."""
+        if not torch.compiler.is_dynamo_compiling():
+            return False
+        if all(self.graph.off.values()):
+            return True
+        if not self._logits_are_stock():
+            return False
+        hidden = args[0] if args else _hidden(kwargs)
+        return traceable(self.graph, self._cache(kwargs), hidden) is not None
+
+    def trace_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+        """`before_decoder` of a step, or of anything while all methods are off."""
+        if not torch.compiler.is_dynamo_compiling():
+            return False
+        cache = self._cache(kwargs)
+        if all(self.graph.off.values()):
+            _forget(cache)
+            self.graph.run = TracedStep()
+            return True
+        if args or self.decoder.training or shows_weights(self.decoder, kwargs):
+            return False
+        if not self._logits_are_stock():
+            return False
+        static = traceable(self.graph, cache, _hidden(kwargs))
+        if static is None:
+            return False
+        self.graph.run = static.trace(self.graph.off)
+        return True
+
+    def trace_block(self, layer: int) -> Callable[..., bool]:
+        """`before_block` of a layer."""
+
+        def show(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+            run: Any = self.graph.run
+            if run is None:
+                return False
+            run.observe_hidden(layer, args[0] if args else kwargs["hidden_states"])
+            return True
+
+        return show
+
+    def trace_end(self, module: nn.Module, args: Any, output: Any) -> bool:
+        """`after_decoder`."""
+        run: Any = self.graph.run
+        if run is None:
+            return False
+        run.finish()
+        self.graph.run = None
+        return True
+
+    def trace_logits(self, module: nn.Module, args: Any, more: Any) -> bool:
+        """What a `LogitsEditor` does, which is nothing while no method edits logits."""
+        return torch.compiler.is_dynamo_compiling() and self._logits_are_stock()
+
+    def _logits_are_stock(self) -> bool:
+        return all(self.graph.off[name] for name in self.on_logits)
+
+    def _cache(self, kwargs: Mapping[str, Any]) -> Any:
+        cache = kwargs.get(self.cache_name)
+        return kwargs.get(OLD_CACHE_NAME) if cache is None else cache
+
+
+def _hidden(kwargs: Mapping[str, Any]) -> Any:
+    """What stands for the new tokens, `[B, S, ...]`."""
+    embeds = kwargs.get("inputs_embeds")
+    return kwargs.get("input_ids") if embeds is None else embeds
+
+
+def _forget(cache: Any) -> None:
+    """Notes that a static cache takes tokens that no method sees; others are asked their length."""
+    static = type(cache) is StaticCache
+    if static and getattr(cache, "vlm_patch", None) is not None:
+        cache.vlm_patch = None
 
 
 def _readers(switched: list[tuple[Method, dict[int, Tensor | None]]]) -> list[str]:

@@ -96,9 +96,9 @@ class LogitsEditor(threading.local):
     ) -> None:
         """Called when the decoder is about to run on inputs `given`, of samples with an image."""
         mine = [active for active in actives if active.method.edits_logits]
-        if not mine or self.module is None:  # called by itself, a decoder makes no logits
+        if not mine:
             return
-        _check(self.inputs)
+        _check(self.module, self.inputs)
         at, rows = forward.position, forward.valid.shape[1]
         if at.prompt_rows:
             rows = rows - at.prompt_rows + 1 if at.ends else 0
@@ -127,8 +127,8 @@ class LogitsEditor(threading.local):
         def keep(block: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             if self.job is not None and self.job.rows and not self.extra.now.inside:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                own = len(self.job.forward.valid)
-                self.job.entering[layer] = hidden[:own, -self.job.rows :]
+                batch, rows = self.job.forward.valid.shape  # of more: streams, a packed prompt
+                self.job.entering[layer] = hidden[:batch, :rows][:, -self.job.rows :]
 
         return keep
 
@@ -273,8 +273,15 @@ def check_model(methods: Sequence[Method], decoder: Decoder) -> None:
                 )
 
 
-def _check(inputs: Mapping[str, Any]) -> None:
+def _check(module: Any, inputs: Mapping[str, Any]) -> None:
     """Raises PatchError for a call of the model whose logits cannot be edited rightly."""
+    if module is None:
+        raise PatchError(
+            "the decoder runs without the hooks of the model around it, so that nobody would edit "
+            "its logits: found a call of its decoder, or of model.forward. Call the model itself, "
+            "model(...), compile it by torch.compile(model), or run inside "
+            "`with patch.disabled():`"
+        )
     if isinstance(inputs.get("logits_to_keep"), Tensor):
         raise PatchError(
             "logits_to_keep is a tensor of rows, so it is not known which of them predict a new "

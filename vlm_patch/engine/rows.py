@@ -10,9 +10,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vlm_patch.engine import fused
-from vlm_patch.engine.attention import Call, check, softmax
-from vlm_patch.method import ForwardContext, Method, State, Watcher
+from vlm_patch.engine.attention import Call, ForwardHandler, check, softmax
+from vlm_patch.engine.kernels.choice import LayerKernels
+from vlm_patch.engine.kernels.layer import LayerKernel, finds_groups, write_groups
+from vlm_patch.method import ForwardContext, Method, Phase, State, Watcher
+from vlm_patch.primitives import dispatch
 from vlm_patch.primitives.reweighting import KeyReweighting
 
 WEIGHTS_BUDGET = 64 * 2**20
@@ -22,7 +24,7 @@ COPIES = 4
 
 
 @dataclass
-class Watching:
+class Watching(ForwardHandler):
     """A pass of the stock model for a method that looks on."""
 
     watcher: Watcher
@@ -109,17 +111,25 @@ class LayerPlan:
     output_gains: the methods that may scale its head outputs, with their heads `[H]`, None for all.
     plan: the rows in chunks.
     replaces_all_rows: every row and head is edited, so that the stock kernel need not run.
-    fused: that is one key reweighting and nothing else, which kernels of our own can do.
+    kernels: that do all of it, where they can; those of an only row need no stock kernel either.
+    trusted: they have agreed with plain torch.
+    alone: one kernel does all, a row for every sample.
     """
 
     tasks: list[RowEdit]
     output_gains: list[tuple[ActiveMethod, Tensor | None]]
     plan: RowPlan
     replaces_all_rows: bool
-    fused: bool
+    kernels: list[LayerKernel]
+    trusted: bool = False
+
+    @property
+    def alone(self) -> bool:
+        few = len(self.kernels) == 1 and self.kernels[0].rows.picked is None
+        return self.trusted and few and (self.kernels[0].scaled or not self.output_gains)
 
 
-class Editing:
+class Editing(ForwardHandler):
     """A forward in which methods act, in the order given.
 
     What is to be done in a layer stays the same while tokens are generated, so one object serves
@@ -133,7 +143,13 @@ class Editing:
         self._edited = [active.method.edited_rows(forward) for active in actives]
         self._watched = [active.method.watched_rows(forward) for active in actives]
         self._plans: dict[Any, RowPlan] = {}
+        self._kernels = LayerKernels()
         self._work: dict[int, LayerPlan | None] = {}
+        self._alone: dict[int, LayerPlan] = {}
+        self._gains: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self.idle = self._idle = set[int]()
+        self._entering: dict[int, tuple[ActiveMethod, Tensor]] = {}
+        self._finders = [active for active in actives if _finds_groups(active.method)]
 
     def serves(self, actives: list[ActiveMethod], forward: ForwardContext) -> bool:
         """Whether as many rows are edited by the same methods in the same layers and heads."""
@@ -150,26 +166,96 @@ class Editing:
     def go_on(self, forward: ForwardContext) -> None:
         """Takes the next generated tokens."""
         self.forward = forward
+        self._entering.clear()  # of a forward that an error ended
+
+    def enter_block(self, layer: int, hidden: Tensor) -> None:
+        """Shows methods the residual stream `[B, S, D]` entering a block.
+
+        Where kernels find what a method looks for, it is left to those of the attention to come for
+        a generated token, and to one of its own for other rows.
+        """
+        forward = self.forward.on(hidden.device)
+        fast = dispatch.possible(hidden.device.type) and hidden.ndim == 3 and hidden.stride(2) == 1
+        for active in self.actives:
+            if not active.method.reads_blocks or layer not in active.heads:
+                continue
+            if not fast or active not in self._finders:
+                active.method.observe_hidden(layer, hidden, forward, active.state)
+            elif forward.position.phase is Phase.DECODE and layer not in self._entering:
+                self._entering[layer] = active, hidden
+            else:
+                self._find_groups(layer, hidden, active, forward)
+
+    def _find_groups(
+        self, layer: int, hidden: Tensor, active: ActiveMethod, forward: ForwardContext
+    ) -> None:
+        method: Any = active.method
+
+        def found() -> Tensor:
+            groups: Tensor = method.groups(layer, forward, active.state)
+            return groups[..., forward.new].transpose(1, 2)
+
+        def by_torch() -> Tensor:
+            method.observe_hidden(layer, hidden, forward, active.state)
+            return found()
+
+        def by_kernel() -> Tensor:
+            write_groups(method, layer, hidden, forward, active.state)
+            return found()
+
+        kind = ("groups", method.name, str(hidden.device), hidden.dtype, hidden.shape[2])
+        dispatch.tried(kind, by_kernel, by_torch)
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
         if call.layer not in self._work:
             self._work[call.layer] = self._prepare(call)
-        work = self._work[call.layer]
+        work, entering = self._work[call.layer], self._entering.pop(call.layer, None)
+        output = None if work is None else self._by_kernels(call, work, entering)
+        if output is None:
+            self._look_at(call.layer, entering)
         if work is None:
             return call.stock()
         cut = call.without_tail(self.forward.image.shape[1])
-        output = self._rows(cut, work)
-        for active, heads in work.output_gains:
-            gain = self._gain(call.layer, output, active, heads)
-            if gain is not None:
-                gain = gain.to(output.dtype)[:, None, :, None]
-                output = output * gain if output.requires_grad else output.mul_(gain)
+        if output is None:
+            output = self._scaled(call.layer, self._rows(cut, work), work)
         return output, self._shown(call.stock()[1], cut, work) if self.shows else None
+
+    def attend_row(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor | None:
+        work, entering = self._alone.get(layer), self._entering.get(layer)
+        if work is None or self.shows:
+            return None
+        kernel, hidden = work.kernels[0], None if entering is None else entering[1]
+        gain = _settled(layer, work.output_gains) if kernel.scaled else None
+        fits = kernel.fits(query, key, value, mask, hidden)
+        if not fits or (gain is None) == kernel.scaled:
+            return None
+        forward = self.forward.on(query.device)
+        if entering is not None:
+            del self._entering[layer]
+            method: Any = entering[0].method
+            method.make_room(layer, forward, entering[0].state)
+        return kernel(layer, query, key, value, mask, forward, hidden, gain)
+
+    def _scaled(self, layer: int, output: Tensor, work: LayerPlan) -> Tensor:
+        """Head outputs `[B, S, H, Dv]` multiplied by the methods' gains."""
+        for active, heads in work.output_gains:
+            gain = self._gain(layer, output, active, heads)
+            if gain is not None:
+                output = output * gain if output.requires_grad else output.mul_(gain)
+        return output
 
     def _prepare(self, call: Call) -> LayerPlan | None:
         tasks = list(self._tasks(call))
-        output_gains = [(a, _heads(a, call)) for a in self.actives if call.layer in a.heads]
+        output_gains = [
+            (active, _heads(active, call))
+            for active in self.actives
+            if call.layer in active.heads and active.method.edits_heads
+        ]
         if not tasks and not output_gains:
+            if not any(call.layer in active.heads for active in self._finders):
+                self._idle.add(call.layer)
             return None
         if tasks:
             check(call)
@@ -179,19 +265,78 @@ class Editing:
             for _, parts in plan
             for part in parts
         )
-        alone = (
-            replaces_all_rows
-            and len(tasks) == 1
-            and isinstance(tasks[0].active.method, KeyReweighting)
+        settled = _settled(call.layer, output_gains) is not None
+        forward, entering = self.forward.on(call.query.device), self._entering.get(call.layer)
+        kernels = self._kernels.of(call, tasks, forward, entering, settled)
+        return LayerPlan(tasks, output_gains, plan, replaces_all_rows, kernels)
+
+    def _by_kernels(
+        self, call: Call, work: LayerPlan, entering: tuple[ActiveMethod, Tensor] | None
+    ) -> Tensor | None:
+        """The head outputs of the kernels; None where they cannot do this call."""
+        kernels = work.kernels
+        hidden = (
+            entering[1] if entering is not None and kernels and kernels[0].sees_hidden else None
         )
-        return LayerPlan(tasks, output_gains, plan, replaces_all_rows, alone and fused.serves(call))
+        given = call.query, call.key, call.value, call.mask
+        if not kernels or not all(kernel.fits(*given, hidden) for kernel in kernels):
+            return None
+        scaled = kernels[0].scaled
+        gain = _settled(call.layer, work.output_gains) if scaled else None
+        if scaled and gain is None:
+            return None
+        forward = self.forward.on(call.query.device)
+        if entering is not None and hidden is not None:
+            active: Any = entering[0]
+            active.method.make_room(call.layer, forward, active.state)
+        elif entering is not None:
+            self._look_at(call.layer, entering)
+
+        def by_kernels() -> Tensor:
+            output = None if kernels[0].rows.picked is None else _packed(_writable(call))
+            for kernel in kernels:
+                output = kernel(call.layer, *given, forward, hidden, gain, output)
+            assert output is not None
+            return output
+
+        def by_torch() -> Tensor:
+            self._look_at(call.layer, entering)
+            output = self._rows(call.without_tail(forward.image.shape[1]), work)
+            return self._scaled(call.layer, output, work) if scaled else output
+
+        if not work.trusted:
+            work.trusted = dispatch.agree(kernels[0].kind, by_kernels, by_torch)
+            if not work.trusted:
+                work.kernels = []
+                return None
+            if work.alone:
+                self._alone[call.layer] = work
+        output = by_kernels()
+        return output if scaled else self._scaled(call.layer, output, work)
+
+    def _look_at(self, layer: int, entering: tuple[ActiveMethod, Tensor] | None) -> None:
+        """Shows a method what `enter_block` left to the kernels."""
+        if entering is not None:
+            (active, hidden), forward = entering, self.forward
+            forward = forward.on(hidden.device)
+            active.method.observe_hidden(layer, hidden, forward, active.state)
 
     def _gain(
         self, layer: int, output: Tensor, active: ActiveMethod, heads: Tensor | None
     ) -> Tensor | None:
+        """What a method multiplies head outputs by, `[B, 1, H, 1]`; made once, if it stays."""
         forward = self.forward.on(output.device)
         gain = active.method.edit_heads(layer, output, forward, active.state)
-        return gain if gain is None or heads is None else torch.where(heads, gain, 1.0)
+        if gain is None:
+            return None
+        known = self._gains.get((layer, active.method.name))
+        if known is not None and known[0] is gain and known[1].dtype == output.dtype:
+            return known[1]
+        mine = gain if heads is None else torch.where(heads, gain, 1.0)
+        mine = mine.to(output.dtype)[:, None, :, None]
+        if gain is active.method.settled_gain(layer, active.state):
+            self._gains[layer, active.method.name] = gain, mine
+        return mine
 
     def _tasks(self, call: Call) -> Iterator[RowEdit]:
         layer, device = call.layer, call.query.device
@@ -215,8 +360,6 @@ class Editing:
 
     def _rows(self, call: Call, work: LayerPlan) -> Tensor:
         """The head outputs `[B, S, H, Dv]`: stock, with the edited rows in their place."""
-        if work.fused and fused.serves(call):
-            return self._fused(call, work.tasks[0].active)
         output: Tensor | None = None
         for rows, parts in work.plan:
             weights = self._weights(call, rows, parts, work.tasks)
@@ -247,11 +390,6 @@ class Editing:
             before = shown[:, :, rows, :keys]
             shown[:, :, rows, :keys] = torch.where(keep, weights.to(shown.dtype), before)
         return shown
-
-    def _fused(self, call: Call, active: ActiveMethod) -> Tensor:
-        method: Any = active.method
-        keys, forward = call.key.shape[2], self.forward.on(call.query.device)
-        return fused.attend(call, *method.parts(keys, call.layer, forward, active.state))
 
     def _weights(
         self, call: Call, rows: Tensor, parts: list[RowChunk], tasks: list[RowEdit]
@@ -299,6 +437,27 @@ def _heads(active: ActiveMethod, call: Call) -> Tensor | None:
     """The heads of a layer that are on, where it computes; None for all of them."""
     heads = active.heads[call.layer]
     return None if heads is None else heads.to(call.query.device)
+
+
+def _finds_groups(method: Method) -> bool:
+    return isinstance(method, KeyReweighting) and finds_groups(method)
+
+
+def _settled(layer: int, gains: list[tuple[ActiveMethod, Tensor | None]]) -> Tensor | None:
+    """The gain `[B, H]` of the head outputs, if one method alone has one, for all heads, and knows
+    it before them.
+    """
+    if len(gains) != 1 or gains[0][1] is not None:
+        return None
+    active = gains[0][0]
+    gain = active.method.settled_gain(layer, active.state)
+    return gain if gain is not None and gain.dtype == torch.float32 else None
+
+
+def _packed(output: Tensor) -> Tensor:
+    """Head outputs whose heads lie next to each other, as the kernels write them."""
+    packed = output.stride(3) == 1 and output.stride(2) == output.shape[3]
+    return output if packed else output.contiguous()
 
 
 def _chunks(tasks: list[RowEdit], size: int) -> RowPlan:

@@ -21,10 +21,12 @@ KEY_MASKS = ("image", "query", "content")
 
 @dataclass
 class Tail:
-    """The text at the end of a cached part of a prompt, to be run again if the prompt goes on.
+    """The text at the end of a cached part of a prompt, to be run again if the prompt is resumed.
 
-    past: how many tokens stand before its rows. rows: how many it has. inputs: what its decoder
-    forward was given, but for the cache. partial: inputs of image tokens are missing.
+    past: how many tokens stand before its rows.
+    rows: how many it has.
+    inputs: what its decoder forward was given, but for the cache.
+    partial: inputs of image tokens are missing.
     """
 
     past: int
@@ -85,7 +87,8 @@ class GenerationState:
     open: more of the prompt may follow in a later forward.
     edge: number of tokens up to and with the last image token.
     tails: the text behind it, where the prompt may go on.
-    unsaid: warnings, by what they are about, that hold only if it does not.
+    deferred: warnings, by what they are about, that hold only if it does not.
+    static: what its steps share on a static cache (a `compiled.StaticStep`).
     streams: second streams, by name (`branches.Stream`).
     """
 
@@ -105,7 +108,8 @@ class GenerationState:
     open: bool = False
     edge: int = 0
     tails: list[Tail] = field(default_factory=list)
-    unsaid: list[tuple[str, str]] = field(default_factory=list)
+    deferred: list[tuple[str, str]] = field(default_factory=list)
+    static: Any = None
     streams: dict[str, Any] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> None:
@@ -115,7 +119,9 @@ class GenerationState:
         for tail in self.tails:
             tail.select(index, self.batch)
         if len(index) != self.batch:
-            self.batch, self.step = len(index), None
+            self.batch, self.step, self.static = len(index), None, None
+        elif self.static is not None:
+            self.static.select(self, index)
 
     def follow(self, name: str, layers: Collection[int], past: int) -> None:
         """Notes that a method acts in these layers now. Raises PatchError if it missed tokens."""
@@ -206,16 +212,41 @@ class _Selecting:
         return _Selecting, (self.cache(), self.generation, self.name)
 
 
+class _Cropping(_Selecting):
+    """The same for the method of a static cache that takes out its last tokens; what a cache holds
+    that is not static is asked at every forward.
+    """
+
+    def __call__(self, tokens: int) -> None:
+        """tokens: how many, as a number below 0."""
+        cache: Any = self.cache()
+        length = cached(cache, 1) - abs(tokens)
+        getattr(type(cache), self.name)(cache, tokens)
+        self.generation.cut(length)
+        self.generation.length = length
+        if self.generation.static is not None:
+            self.generation.static.length.tensor.fill_(length)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Cropping, (self.cache(), self.generation, self.name)
+
+
 SELECTING = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 """Methods of a cache that reorder, repeat or pick its samples."""
 
 
 def attach(cache: Any, generation: GenerationState) -> None:
     """Lets a generation travel with its cache."""
+    before: GenerationState | None = getattr(cache, "vlm_patch", None)
+    if before is not None and (before.owner, before.batch) == (generation.owner, generation.batch):
+        generation.static = before.static  # the addresses stay, also for a graph that was captured
     cache.vlm_patch = generation
     for name in SELECTING:
         if hasattr(type(cache), name):
             setattr(cache, name, _Selecting(cache, generation, name))
+    kind = type(cache)
+    if issubclass(kind, StaticCache) and hasattr(kind, "crop"):
+        cache.crop = _Cropping(cache, generation, "crop")
 
 
 def cached(cache: Any, rows: int) -> int:
@@ -225,6 +256,8 @@ def cached(cache: Any, rows: int) -> int:
     if cache is None:
         return 0
     generation: GenerationState | None = getattr(cache, "vlm_patch", None)
+    if generation is not None and generation.static is not None and generation.static.ran:
+        generation.static.catch_up(generation)
     if rows == 1 and generation is not None and isinstance(cache, StaticCache):
         return generation.length
     return int(cache.get_seq_length())

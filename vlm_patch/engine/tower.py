@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_patch.engine import attention
-from vlm_patch.engine.attention import Call
+from vlm_patch.engine.attention import Call, ForwardHandler
 from vlm_patch.errors import PatchError, UnsupportedModelError
 from vlm_patch.method import Patches, TowerRead, TowerRows
 from vlm_patch.models.info import Decoder, Layer, asks_for_attention
@@ -113,7 +113,7 @@ def has_cls(model: nn.Module) -> bool:
     return any(name.rpartition(".")[2] in CLS_NAMES for name, _ in model.named_parameters())
 
 
-class Tower(threading.local):
+class Tower(threading.local, ForwardHandler):
     """Listens to the vision tower while the images of a prompt are encoded; one state per thread.
 
     run: itself while it listens, as the layers of the tower ask for it. inside: `generate` runs,
@@ -173,8 +173,8 @@ class Tower(threading.local):
         with torch.no_grad():
             for read in self.reads:
                 if self.index(read) == call.layer:
-                    found = received(call, read.rows, self.cls, self.shard)
-                    self.scores.setdefault(read, []).append(found)
+                    result = received(call, read.rows, self.cls, self.shard)
+                    self.scores.setdefault(read, []).append(result)
         return call.stock()
 
     def place(self, image: Tensor, name: str) -> Patches:
@@ -197,7 +197,7 @@ class Tower(threading.local):
         numbers = [torch.full_like(scores, i) for i, scores in enumerate(first)]
         # at least float32, which holds every integer of images exactly
         number = _put(numbers, image, name)
-        scores = {read: _put(found, image, name) for read, found in images.items()}
+        scores = {read: _put(result, image, name) for read, result in images.items()}
         real = ~scores[self.reads[0]].isnan()
         if self.way is shuffled:  # several tiles are one image, whose tokens stand together
             number = (image & ~nn.functional.pad(image, (1, 0))[:, :-1]).cumsum(1) - 1

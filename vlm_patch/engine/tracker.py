@@ -31,10 +31,12 @@ class PromptInputs:
     """What `generate` was given: a prompt that ends at token `end` of its conversation, so that
     what stands behind it in a forward is known to be generated or drafted.
 
-    ids, mask, where `[b, N]`: its tokens, its padding, and its image tokens if the model takes a
-    mask of them, before they are repeated for beams. images: whether it came with images. chunk:
-    how many tokens of it are read in a forward; None for all. inner: a language model inside the
-    wrapped one generates by itself, so that the forward of the whole is not called.
+    ids, mask, where: `[b, N]`, its tokens, its padding, and its image tokens if the model takes a
+        mask of them, before they are repeated for beams.
+    images: whether it came with images.
+    chunk: how many tokens of it are read in a forward; None for all.
+    inner: a language model inside the wrapped one generates by itself, so that the forward of the
+        whole is not called.
     """
 
     end: int
@@ -65,6 +67,8 @@ class PromptInputs:
 class _ModelInputs:
     """What the hook on the whole model saw of the forward that is about to reach the decoder.
 
+    ids, mask: `[B, S]`, tokens and padding.
+    images: whether it holds images.
     where: a mask of the image tokens `[B, S]`, from models that take one.
     """
 
@@ -77,8 +81,12 @@ class _ModelInputs:
 class PromptTracker(threading.local):
     """Makes a `ForwardContext` of the inputs of model and decoder; one state per thread.
 
+    given: masks by hand, of the prompts to come.
+    generate_inputs: what `generate` was given, while it runs.
     pending: the inputs of the whole model whose decoder is about to run, the only place where token
-    ids and images are seen. unsaid: takes warnings while a prompt is read that may go on.
+        ids and images are seen.
+    warned: what was warned of already.
+    deferred: takes warnings while a prompt is read that may be resumed.
     """
 
     def __init__(
@@ -92,20 +100,20 @@ class PromptTracker(threading.local):
     ) -> None:
         self.owner, self.mask_name, self.shard, self.tower = owner, mask_name, shard, tower
         self.given: ManualMasks | None = None
-        self.told: PromptInputs | None = None
+        self.generate_inputs: PromptInputs | None = None
         self.pending: Mapping[str, Any] | None = None
-        self.said: set[str] = set()
-        self.unsaid: list[tuple[str, str]] | None = None
-        self.reader = Reader(image_ids, reader, self._say)
+        self.warned: set[str] = set()
+        self.deferred: list[tuple[str, str]] | None = None
+        self.reader = Reader(image_ids, reader, self._warn)
 
     @contextmanager
-    def generating(self, told: PromptInputs | None) -> Iterator[None]:
+    def generating(self, generate_inputs: PromptInputs | None) -> Iterator[None]:
         """While `generate` runs on such a prompt, which it may do inside another `generate`."""
-        before, self.told, self.pending = self.told, told, None
+        before, self.generate_inputs, self.pending = self.generate_inputs, generate_inputs, None
         try:
             yield
         finally:
-            self.told = before
+            self.generate_inputs = before
 
     def see_decoder(
         self,
@@ -140,7 +148,7 @@ class PromptTracker(threading.local):
         if not unfinished:
             generation.start = generation.start if resumed else past
             generation.resumed, generation.end = past, self._end(past, rows)
-            generation.answered = self.told is not None
+            generation.answered = self.generate_inputs is not None
         pending = None if seen is None else self._pending(seen)
         valid = self._valid(kwargs, pending, past, batch, rows, hidden.device)
         if past + rows >= generation.end and not valid[:, -1].all():
@@ -151,13 +159,13 @@ class PromptTracker(threading.local):
                 "use_cache=True, then feed the answers behind that cache one token at a time, as "
                 "they would be generated; padding behind the shorter ones does no harm there."
             )
-        self.unsaid, patches = None, None
+        self.deferred, patches = None, None
         if not unfinished:
             prompt = self._prompt(generation, pending, valid)
             by_hand = self.given is not None and self.given.query is not None
-            generation.open = kept and self.told is None and not by_hand
+            generation.open = kept and self.generate_inputs is None and not by_hand
             if cache is not None or (seen is not None and seen.get("use_cache")):
-                self.unsaid = generation.unsaid  # a cache was asked for: perhaps to go on
+                self.deferred = generation.deferred  # a cache was asked for: perhaps to go on
             self._read(generation, prompt, question, words)
             patches = None if reader is None else self._patches(generation, prompt, reader)
         forward = self._forward(generation, past, valid, kwargs, patches)
@@ -184,10 +192,10 @@ class PromptTracker(threading.local):
         """Whether this forward goes on with the prompt read last, of which `past` tokens end the
         cache: not with its answer, and not with a new turn.
         """
-        asked = 0 if self.told is None else self.told.end
+        asked = 0 if self.generate_inputs is None else self.generate_inputs.end
         if not generation.start < past <= generation.end or (rows == 1 and asked <= past):
             return False
-        if self.told is not None and asked <= past:
+        if self.generate_inputs is not None and asked <= past:
             return False
         if past < generation.end:
             return True  # it was taken out of the cache again from there on
@@ -226,7 +234,7 @@ class PromptTracker(threading.local):
     def see_continuous_batch(self) -> None:
         """Called where transformers packs requests in one row; they hold token ids alone."""
         self.pending = None
-        self._say(
+        self._warn(
             "continuous batch",
             "Continuous batching takes no images, so its prompts run as in the stock model.",
         )
@@ -236,15 +244,17 @@ class PromptTracker(threading.local):
 
         Outside generate one row is taken for one, and several for a new turn.
         """
-        return rows == 1 or (self.told is not None and past >= self.told.end)
+        return rows == 1 or (self.generate_inputs is not None and past >= self.generate_inputs.end)
 
     def _end(self, past: int, rows: int) -> int:
         """Where the prompt ends whose reading starts behind `past` cached tokens."""
-        told = self.told
-        if told is None or told.end <= past:
+        generate_inputs = self.generate_inputs
+        if generate_inputs is None or generate_inputs.end <= past:
             return past + rows
-        piece = told.chunk is not None and rows == min(told.chunk, told.end - past)
-        return told.end if piece else min(told.end, past + rows)
+        piece = generate_inputs.chunk is not None and rows == min(
+            generate_inputs.chunk, generate_inputs.end - past
+        )
+        return generate_inputs.end if piece else min(generate_inputs.end, past + rows)
 
     def _prompt(
         self, generation: GenerationState, pending: _ModelInputs | None, valid: Tensor
@@ -252,8 +262,10 @@ class PromptTracker(threading.local):
         """The prompt whose reading starts or goes on in this forward with rows `valid` `[B, S]`."""
         past, length = generation.resumed, generation.end - generation.resumed
         chunked = length > valid.shape[1]
-        if self.told is not None and (chunked or (pending is None and self.told.inner)):
-            return self.told.prompt(past, length, valid)
+        if self.generate_inputs is not None and (
+            chunked or (pending is None and self.generate_inputs.inner)
+        ):
+            return self.generate_inputs.prompt(past, length, valid)
         seen = pending or _ModelInputs(None, False, None)
         ids, where = (None if of is None else of[:, :length] for of in (seen.ids, seen.where))
         return PromptMasks(past, ids, seen.images, valid[:, :length], where)
@@ -266,10 +278,10 @@ class PromptTracker(threading.local):
         new: what is not cached of it.
         """
         generation.step = None
-        generation.unsaid.clear()
+        generation.deferred.clear()
         prompt = generation.whole(new)
         generation.open &= not self._finished(generation)
-        self.unsaid = self.unsaid if generation.open else None
+        self.deferred = self.deferred if generation.open else None
         images = generation.grow("image", self.reader.image(new, self.given), new.past)
         query = content = prompt.nothing
         if question:
@@ -328,9 +340,9 @@ class PromptTracker(threading.local):
 
     def _step(self, generation: GenerationState, past: int, rows: int) -> ForwardContext:
         """The forward of one generated token per sample, or of several that were drafted."""
-        self.unsaid = None
-        while generation.unsaid:
-            self._say(*generation.unsaid.pop(0))
+        self.deferred = None
+        while generation.deferred:
+            self._warn(*generation.deferred.pop(0))
         image, query, content = (generation.ahead(name, past + rows) for name in KEY_MASKS)
         if generation.step is not None and generation.step.forward.valid.shape[1] == rows:
             forward: ForwardContext = generation.step.forward
@@ -338,6 +350,14 @@ class PromptTracker(threading.local):
             forward.query, forward.content = query, content
             forward.copies.clear()
             return forward
+        return self._new_step(generation, past, rows)
+
+    def next_step(self, generation: GenerationState) -> ForwardContext:
+        """The forward of the next generated token, which is not yet here."""
+        return self._new_step(generation, generation.length, 1)
+
+    def _new_step(self, generation: GenerationState, past: int, rows: int) -> ForwardContext:
+        image, query, content = (generation.ahead(name, past + rows) for name in KEY_MASKS)
         seen = generation.keys.seen
         row, text = torch.ones_like(seen)[:, None], seen[:, None]
         if rows > 1:
@@ -397,18 +417,18 @@ class PromptTracker(threading.local):
 
     def _check_seen(self, seen: Tensor) -> None:
         if not seen.all():
-            self._say(
+            self._warn(
                 "no image",
                 f"{int((~seen).sum())} of {len(seen)} prompts hold no image: they run as in the "
                 "stock model.",
             )
 
-    def _say(self, key: str, message: str) -> None:
+    def _warn(self, key: str, message: str) -> None:
         """Warns once per patch; of a prompt's template only when the prompt is whole."""
-        if self.unsaid is not None and key == "template":
-            self.unsaid.append((key, message))
-        elif key not in self.said:
-            self.said.add(key)
+        if self.deferred is not None and key == "template":
+            self.deferred.append((key, message))
+        elif key not in self.warned:
+            self.warned.add(key)
             warnings.warn(message, stacklevel=2)
 
 

@@ -24,9 +24,9 @@ from vlm_patch.method import (
     ModelInfo,
     State,
 )
-from vlm_patch.primitives import dispatch, launch
 from vlm_patch.primitives.buffers import append
-from vlm_patch.primitives.reweighting import KeyReweighting, reweight
+from vlm_patch.primitives.reweighting import Formula, KeyReweighting, reweight
+from vlm_patch.primitives.triton import jit, tl
 from vlm_patch.validation import check_number, check_wholes
 
 MOST_ALPHA = 80.0
@@ -126,6 +126,40 @@ def gaze_shares(masses: Tensor, beta: float = 1.0, head_fraction: float = 0.5) -
     return shares
 
 
+@jit
+def top_of_a_row(mass: tl.tensor, inside: tl.tensor, count: tl.tensor) -> Any:
+    """`top_heads`: 1 for the `count` heads with the largest mass, else 0; `[H]`."""
+    head = tl.arange(0, mass.shape[0])
+    mass = tl.where(inside, mass, -1.0)
+    larger = mass[None, :] > mass[:, None]
+    earlier = (mass[None, :] == mass[:, None]) & (head[None, :] < head[:, None])
+    rank = tl.sum((larger | earlier).to(tl.int32), 1)
+    return tl.where(rank < count, 1.0, 0.0)
+
+
+@jit
+def gaze_shares_of_a_row(
+    image: tl.tensor,
+    gain: tl.tensor,
+    query: tl.tensor,
+    every: tl.tensor,
+    inside: tl.tensor,
+    beta: tl.tensor,
+    count: tl.tensor,
+    unused: tl.tensor,
+) -> Any:
+    """`gaze_shares` of one row; masses `[H]`."""
+    looking = top_of_a_row(image, inside, count)
+    mass, gained = tl.sum(looking * image, 0), tl.sum(looking * gain, 0)
+    more = gained / tl.maximum(mass, 1.1754943508222875e-38)
+    pace = top_of_a_row(query, inside, count) * (beta * more + (beta - 1))
+    total = 1 + looking * gain + pace * query
+    left = total > 0
+    divisor = tl.where(left, total, 1.0)
+    kept = tl.where(left, 1.0 / divisor, 0.0)
+    return tl.zeros_like(kept), kept * looking, kept * pace, 1.0 / divisor
+
+
 def amplify(
     weights: Tensor, groups: Tensor, beta: float = 1.0, head_fraction: float = 0.5
 ) -> Tensor:
@@ -156,6 +190,8 @@ class GazeState(State):
     change: `[B, H, K]`, positive changes of the content rows, added up.
     groups: `[B, 4, at least K]`, see `key_groups`, once the map is made.
     """
+
+    per_key: ClassVar[tuple[str, ...]] = ("edge", "row_before", "change", "groups")
 
     read: Tensor | None = None
     blind: Tensor | None = None
@@ -260,11 +296,10 @@ class GIFT(KeyReweighting):
                     "gift is on, but was off when the prompt was read, so it has no map. Switch it "
                     "on before the prompt."
                 )
-            if forward.image.shape[1] > at.past and state.groups is not None:
+            if state.groups is not None:
                 nothing = torch.zeros_like(state.groups[..., :1])
                 nothing[:, 3] = 1
-                rows = forward.image.shape[1] - at.past
-                nothing = nothing.expand(-1, -1, rows)
+                nothing = nothing.expand(-1, -1, forward.valid.shape[1])
                 state.groups = append(state.groups, nothing, at.past)
             return
         if at.starts:
@@ -359,14 +394,11 @@ class GIFT(KeyReweighting):
         )
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
-        heads, beta, fraction = masses.shape[2], self.beta, self.head_fraction
-        if masses.shape[3] > 1 or not dispatch.possible(masses.device.type):
-            return gaze_shares(masses, beta, fraction)
-        return dispatch.tried(
-            ("gaze shares", str(masses.device), heads),
-            lambda: launch.gaze_shares(masses, beta, how_many(heads, fraction)),
-            lambda: gaze_shares(masses, beta, fraction),
-        )
+        return gaze_shares(masses, self.beta, self.head_fraction)
+
+    def formula(self, heads: int) -> Formula | None:
+        numbers = self.beta, float(how_many(heads, self.head_fraction)), 0.0
+        return Formula(gaze_shares_of_a_row, numbers)
 
 
 def _check_saliency_layer(given: Any) -> None:

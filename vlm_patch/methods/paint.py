@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -31,16 +30,6 @@ LOCAL, SUMMARY = TowerRead(0), TowerRead(-2)
 SPATIAL = TowerRead(0, "patches")
 TUKEY = 1.5
 NO_IMAGE = "no image"
-
-
-@lru_cache(maxsize=16)
-def _relative(
-    table: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """A table over its largest number, made once for every device."""
-    with torch.inference_mode(False):  # autograd may meet it later
-        found = torch.tensor(table, device=device, dtype=dtype)
-        return found / found.max()
 
 
 def top(scores: Tensor, fraction: float) -> Tensor:
@@ -94,9 +83,16 @@ def boosted(scores: Tensor, strength: Tensor) -> Tensor:
 
 @dataclass
 class BoostState(State):
-    """boost: `[B, at least K]`, what the score of each key is raised by."""
+    """What PAINT remembers of a generation.
+
+    boost: `[B, at least K]`, what the score of each key is raised by.
+    share: `[B, layers, H]`, how much of that each head takes; None for all.
+    """
+
+    per_key: ClassVar[tuple[str, ...]] = ("boost",)
 
     boost: Any = None
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +217,11 @@ class PAINT(Method):
                 state.boost = state.boost[:, : at.past]
                 strengths = strengths.to(state.boost.dtype)
             state.boost = append(state.boost, strengths, at.past)
+        if self.sensitivity is not None and state.share is None:
+            dtype = torch.promote_types(state.boost.dtype, torch.float32)
+            table = forward.seen.new_tensor(self.sensitivity, dtype=dtype)
+            table = forward.shard.mine(table / table.max(), 1)
+            state.share = table.expand(len(forward.seen), -1, -1)
         if behind:
             nothing = state.boost.new_zeros(len(forward.valid), behind)
             past = at.past + forward.valid.shape[1] - behind
@@ -258,9 +259,9 @@ class PAINT(Method):
     ) -> Tensor:
         strength = forward.newest(state.boost, scores.shape[-1]).to(scores.device)
         strength = cast(strength, scores.dtype)[:, None, None]
-        if self.sensitivity is not None:
-            heads = _relative(self.sensitivity, scores.device, scores.dtype)[layer]
-            strength = strength * forward.shard.mine(heads, 0)[:, None, None]
+        if state.share is not None:
+            share = state.share[:, layer].to(scores.device, scores.dtype)
+            strength = strength * share[:, :, None, None]
         return boosted(scores, strength)
 
     @property

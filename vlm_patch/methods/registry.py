@@ -21,8 +21,8 @@ PATH = "my_package.my_file:MyMethod"
 
 def _classes(module: Any) -> dict[str, type[Method]]:
     """The methods among the names of a module."""
-    found = {name: value for name, value in vars(module).items() if isinstance(value, type)}
-    return {name: kind for name, kind in found.items() if issubclass(kind, Method)}
+    result = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    return {name: kind for name, kind in result.items() if issubclass(kind, Method)}
 
 
 METHODS: Mapping[str, type[Method]] = {kind.name: kind for kind in _classes(methods).values()}
@@ -58,12 +58,12 @@ def find(name: str) -> type[Method]:
     return kind
 
 
-def _not_there(module: Any, class_name: str, found: Any) -> str:
+def _not_there(module: Any, class_name: str, result: Any) -> str:
     """Why a module has no such method, in words."""
     there = [one for one, kind in _classes(module).items() if kind.__module__ == module.__name__]
     near = difflib.get_close_matches(class_name, there, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    what = f"{found!r} is no subclass of vlm_patch.Method" if found is not None else "not there"
+    what = f"{result!r} is no subclass of vlm_patch.Method" if result is not None else "not there"
     return f"{what}; {module.__name__} defines the methods {there}{hint}"
 
 
@@ -83,14 +83,14 @@ def instances(methods: Sequence[Method | str]) -> list[Method]:
     """
     if not methods:
         raise ValueError("no method given: expected for example wrap(model, VAR(), VHR())")
-    found = [_instance(method) for method in methods]
-    names = [method.name for method in found]
+    result = [_instance(method) for method in methods]
+    names = [method.name for method in result]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(
             f"{sorted(twice)[0]} was given twice: one instance of each method is enough"
         )
-    return found
+    return result
 
 
 def _instance(method: Any) -> Method:

@@ -25,19 +25,30 @@ from vlm_patch.method import (
     Phase,
     State,
 )
-from vlm_patch.primitives import dispatch, launch
-from vlm_patch.primitives.buffers import append, cast
-from vlm_patch.primitives.reweighting import KeyReweighting, reweight
-from vlm_patch.primitives.sink_rules import Found, scaled_tau
+from vlm_patch.primitives.buffers import append, cast, has_room
+from vlm_patch.primitives.reweighting import Formula, KeyReweighting, NewKeyGroups, reweight
+from vlm_patch.primitives.sink_rules import SinkChannels, scaled_tau
 from vlm_patch.primitives.sinks import discover, one_stream
+from vlm_patch.primitives.triton import jit, tl
 from vlm_patch.validation import check_flag, check_number, check_whole, check_wholes
 
 
-@lru_cache(maxsize=256)
 def _constant(
     values: tuple[float, ...], device: torch.device, dtype: torch.dtype, behind: int = 0
 ) -> Tensor:
-    """A tensor of these values with `behind` dimensions of size 1 behind them, made once."""
+    """A tensor of these values with `behind` dimensions of size 1 behind them, made once; for
+    torch.compile of numbers, which it fuses with what comes of them.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        numbers = [torch.full((1,) * behind, v, device=device, dtype=dtype) for v in values]
+        return torch.stack(numbers)
+    return _made(values, device, dtype, behind)
+
+
+@lru_cache(maxsize=256)
+def _made(
+    values: tuple[float, ...], device: torch.device, dtype: torch.dtype, behind: int
+) -> Tensor:
     with torch.inference_mode(False):  # autograd may meet it later
         return torch.tensor(values, device=device, dtype=dtype).view(-1, *[1] * behind)
 
@@ -49,7 +60,10 @@ def peak_and_norm(hidden: Tensor, dims: Sequence[int], eps: float) -> tuple[Tens
     norm = torch.linalg.vector_norm(hidden, dim=-1)
     if eps:
         norm = (norm.square() + eps * hidden.shape[-1]).sqrt()
-    channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device, torch.long))
+    if torch.compiler.is_dynamo_compiling():
+        channels = torch.stack([hidden[..., channel] for channel in dims], -1)
+    else:
+        channels = hidden.index_select(-1, _constant(tuple(dims), hidden.device, torch.long))
     return torch.linalg.vector_norm(channels, math.inf, dim=-1), norm
 
 
@@ -110,6 +124,46 @@ def sink_shares(
     return torch.where(chosen.unsqueeze(1), edited, _constant((0, 0, 0, 1), *kind, 2))
 
 
+@jit
+def sink_shares_of_a_row(
+    image: tl.tensor,
+    sinks: tl.tensor,
+    rest: tl.tensor,
+    every: tl.tensor,
+    inside: tl.tensor,
+    move: tl.tensor,
+    rho: tl.tensor,
+    least: tl.tensor,
+) -> Any:
+    """`sink_shares` in the paper's semantics; masses `[H]`."""
+    enough = tl.maximum(rho * image, 1.1754943508222875e-38)
+    moved = tl.where((image >= least) & (rest >= enough), move, 0.0)
+    gain = moved * (sinks / tl.maximum(rest, 1.1754943508222875e-38))
+    return tl.zeros_like(moved), -moved, gain, tl.zeros_like(moved) + 1.0
+
+
+@jit
+def sink_groups(
+    hidden: tl.tensor,
+    image: tl.tensor,
+    size: tl.tensor,
+    dims: tl.tensor,
+    count: tl.tensor,
+    tau: tl.tensor,
+    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
+) -> Any:
+    """`key_groups` of a key that is a sink where `sink_score` reaches tau."""
+    place, which = tl.arange(0, WIDTH), tl.arange(0, COUNT)
+    stream = tl.load(hidden + place, mask=place < size, other=0.0).to(tl.float32)
+    rms = tl.sqrt(tl.sum(stream * stream, 0) / size)
+    channel = tl.load(dims + which, mask=which < count, other=0)
+    peak = tl.load(hidden + channel, mask=which < count, other=0.0).to(tl.float32)
+    score = tl.max(tl.abs(peak), 0) / tl.maximum(rms, 1.1754943508222875e-38)
+    sink = tl.where(score >= tau, 1.0, 0.0)
+    return image, sink, image * (1.0 - sink), 1.0
+
+
 def redistribute(weights: Tensor, groups: Tensor, *options: Any, **named: Any) -> Tensor:
     """Moves sink attention to image tokens that are no sinks, in image-centric heads.
 
@@ -121,6 +175,8 @@ def redistribute(weights: Tensor, groups: Tensor, *options: Any, **named: Any) -
 @dataclass
 class SinkState(State):
     """groups: by layer, `[B, 4, at least K]`, see `key_groups`."""
+
+    per_key: ClassVar[tuple[str, ...]] = ("groups",)
 
     groups: dict[int, Tensor] = field(default_factory=dict)
 
@@ -161,7 +217,7 @@ class VAR(KeyReweighting):
     exclude_last_layer: bool = True
     require_visual_sink: bool = False
     semantics: str = "paper"
-    found: Found | None = field(default=None, init=False, compare=False)
+    found: SinkChannels | None = field(default=None, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number("VAR move_fraction", self.move_fraction, 0, 1)
@@ -244,17 +300,21 @@ class VAR(KeyReweighting):
         if not self.dims:
             return
         hidden = one_stream(hidden)
-        dims, tau = _constant(tuple(self.dims), hidden.device, torch.long), self.tau or 0.0
-        fast = forward.position.phase is Phase.DECODE and not self.release
-        if fast and dispatch.possible(hidden.device.type):
-            groups = dispatch.tried(
-                ("sink column", str(hidden.device), hidden.dtype, len(dims)),
-                lambda: launch.sink_column(hidden, dims, tau),
-                lambda: self._groups(hidden, forward),
-            )
-        else:
-            groups = self._groups(hidden, forward)
+        groups = self._groups(hidden, forward)
         state.groups[layer] = append(state.groups.get(layer), groups, forward.position.past)
+
+    def new_key_groups(self) -> NewKeyGroups | None:
+        if not self.dims or self.release:
+            return None
+        return NewKeyGroups(
+            sink_groups, tuple(self.dims), math.inf if self.tau is None else self.tau
+        )
+
+    def make_room(self, layer: int, forward: ForwardContext, state: SinkState) -> None:
+        buffer, total = state.groups.get(layer), forward.image.shape[1]
+        if buffer is None or not has_room(buffer, total):
+            new = forward.image.new_zeros(len(forward.image), 4, total - forward.position.past)
+            state.groups[layer] = append(buffer, new.float(), forward.position.past)
 
     def _groups(self, hidden: Tensor, forward: ForwardContext) -> Tensor:
         """The key groups `[B, 4, S]` of new tokens."""
@@ -287,11 +347,14 @@ class VAR(KeyReweighting):
 
     def shares(self, masses: Tensor, groups: Tensor) -> Tensor:
         numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass
-        visual = self.require_visual_sink or self.release
-        if visual or masses.shape[3] > 1 or not dispatch.possible(masses.device.type):
-            return sink_shares(masses, groups, *numbers, visual, self.release)
-        return dispatch.tried(
-            ("sink shares", str(masses.device), masses.shape[2]),
-            lambda: launch.sink_shares(masses, *numbers),
-            lambda: sink_shares(masses, groups, *numbers),
-        )
+        return sink_shares(masses, groups, *numbers, self._visual, self.release)
+
+    def formula(self, heads: int) -> Formula | None:
+        if self._visual:
+            return None
+        numbers = self.move_fraction, self.rho_nonsink, self.min_image_mass
+        return Formula(sink_shares_of_a_row, numbers)
+
+    @property
+    def _visual(self) -> bool:
+        return self.require_visual_sink or self.release

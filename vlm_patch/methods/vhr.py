@@ -15,13 +15,16 @@ from torch import Tensor
 
 from vlm_patch.errors import PatchError
 from vlm_patch.method import (
-    ExtraForward,
+    ExtraPrompt,
     ForwardContext,
     Method,
     ModelInfo,
     State,
     Watcher,
 )
+from vlm_patch.primitives import dispatch
+from vlm_patch.primitives.launch import launch
+from vlm_patch.primitives.triton import jit, power_of_2, tl
 from vlm_patch.validation import check_flag, check_number, check_wholes
 
 
@@ -57,6 +60,58 @@ def above_median(scores: Tensor) -> Tensor:
     return scores > scores.median(-1, keepdim=True).values
 
 
+@jit
+def reinforced_heads(
+    with_image: tl.tensor,
+    text_only: tl.tensor,
+    seen: tl.tensor,
+    gain: tl.tensor,
+    image_sample: tl.tensor,
+    image_head: tl.tensor,
+    text_sample: tl.tensor,
+    text_head: tl.tensor,
+    alpha: tl.tensor,
+    HEADS: tl.constexpr,
+    HW: tl.constexpr,
+    D: tl.constexpr,
+    DW: tl.constexpr,
+    SQUARED: tl.constexpr,
+    FILTER: tl.constexpr,
+    GUARDED: tl.constexpr,
+) -> None:
+    """`VHR.choose` as one kernel, written for Triton: the gains `[B, H]`, alpha for the heads to
+    reinforce in samples with an image, else 1; a program for each sample.
+    """
+    sample, head, channel = tl.program_id(0), tl.arange(0, HW), tl.arange(0, DW)
+    real = head < HEADS
+    inside = real[:, None] & (channel[None, :] < D)
+    here = sample * image_sample + head[:, None] * image_head + channel[None, :]
+    there = sample * text_sample + head[:, None] * text_head + channel[None, :]
+    with_it = tl.load(with_image + here, mask=inside, other=0.0).to(tl.float32)
+    without = tl.load(text_only + there, mask=inside, other=0.0).to(tl.float32)
+    score = tl.sum((with_it - without) * (with_it - without), 1)
+    if not SQUARED:
+        score = tl.sqrt(score)
+    if FILTER:
+        strength = tl.sum(without * without, 1)
+        mean, mean_strength = tl.sum(score, 0) / HEADS, tl.sum(strength, 0) / HEADS
+        off = tl.where(real, score - mean, 0.0)
+        off_strength = tl.where(real, strength - mean_strength, 0.0)
+        spread = tl.sqrt(tl.sum(off * off, 0) / (HEADS - 1))
+        spread_strength = tl.sqrt(tl.sum(off_strength * off_strength, 0) / (HEADS - 1))
+        outlier = (off > spread) & (off_strength > spread_strength)
+        if GUARDED:
+            outlier = outlier & (tl.where(real, spread, 0.0) > 1.0)
+        score = tl.where(outlier, 0.0, score)
+    known = tl.where(real, score, float("inf"))
+    earlier = (known[None, :] == known[:, None]) & (head[None, :] < head[:, None])
+    rank = tl.sum(((known[None, :] < known[:, None]) | earlier).to(tl.int32), 1)
+    median = tl.sum(tl.where(rank == (HEADS - 1) // 2, score, 0.0), 0)
+    shown = tl.load(seen + sample) != 0
+    found = tl.where((score > median) & shown, alpha, 1.0)
+    tl.store(gain + sample * HEADS + head, found, mask=real)
+
+
 PER_TOKEN = ("inputs_embeds", "input_ids", "per_layer_inputs")
 """Decoder inputs `[B, S, ...]` that a prompt without its image keeps."""
 
@@ -80,20 +135,6 @@ def without_image(forward: ForwardContext) -> dict[str, Any]:
         "attention_mask": _text_mask(forward.inputs.get("attention_mask"), order, mask),
         "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
     }
-
-
-def distinct(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Decoder inputs without the samples that equal the one before, and which of those left stands
-    for each sample, `[B]`.
-
-    Beams are equal, and so are the texts of pictures that are all asked the same.
-    """
-    new = torch.ones_like(inputs["position_ids"][:, 0], dtype=torch.bool)
-    if isinstance(inputs["attention_mask"], Mapping):
-        return inputs, new.cumsum(0) - 1
-    differ = [(value[1:] != value[:-1]).flatten(1).any(1) for value in inputs.values()]
-    new[1:] = torch.stack(differ).any(0)
-    return {name: value[new] for name, value in inputs.items()}, new.cumsum(0) - 1
 
 
 def _text_mask(given: Any, order: Tensor, valid: Tensor) -> Any:
@@ -188,12 +229,12 @@ class VHR(Method):
     def decides_on_last_row(self, forward: ForwardContext) -> bool:
         return forward.position.first_prompt and forward.position.prompt_rows > 0
 
-    def probe(
-        self, forward: ForwardContext, state: HeadState, layers: list[int], run: ExtraForward
-    ) -> Method:
-        """The image-ablated forward: keeps the last row's head outputs of layers that are on."""
+    def extra_prompt(
+        self, forward: ForwardContext, state: HeadState, layers: list[int]
+    ) -> ExtraPrompt | None:
+        """The image-ablated prompt: keeps the last row's head outputs of layers that are on."""
         if not forward.position.first_prompt:
-            return self
+            return None
         if forward.position.resumed:
             raise PatchError(
                 "vhr chooses its heads by the last row of the prompt and amplifies them in all "
@@ -208,14 +249,13 @@ class VHR(Method):
                 'out, or generate inside `with patch.disabled("vhr"):`'
             )
         state.clear()
-        inputs, place = distinct(without_image(forward))
 
         def keep(layer: int, output: Tensor) -> None:
             if layer in layers:
-                state.text[layer] = output[:, -1].index_select(0, place.to(output.device))
+                # a view would keep all rows in memory
+                state.text[layer] = output[:, -1].detach().clone()
 
-        run(inputs, Watcher(heads=keep))
-        return self
+        return ExtraPrompt(without_image(forward), Watcher(heads=keep))
 
     def before_forward(self, forward: ForwardContext, state: HeadState) -> None:
         """Heads are chosen anew by every pass over the first prompt, and kept from then on."""
@@ -240,11 +280,47 @@ class VHR(Method):
                     "a conversation's first prompt is read, with its image. Switch layers before "
                     "the prompt."
                 )
-            outputs = output[:, forward.position.prompt_rows - 1].detach(), state.text[layer]
-            chosen = self.choose(*(forward.shard.gather(heads, 1) for heads in outputs))
-            chosen = forward.shard.mine(chosen, 1)
-            gain = torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)
-            state.gain[layer] = gain
+            with_image = output[:, forward.position.prompt_rows - 1].detach()
+            gain = state.gain[layer] = self._gain(with_image, state.text[layer], forward)
+        return gain
+
+    def settled_gain(self, layer: int, state: HeadState) -> Tensor | None:
+        return state.gain.get(layer)
+
+    def _gain(self, with_image: Tensor, text_only: Tensor, forward: ForwardContext) -> Tensor:
+        """The gains `[B, H]` by last-row outputs `[B, H, Dv]` with and without the image."""
+        shard = forward.shard
+
+        def by_torch() -> Tensor:
+            outputs = shard.gather(with_image, 1), shard.gather(text_only, 1)
+            chosen = shard.mine(self.choose(*outputs), 1)
+            return torch.where(chosen & forward.seen[:, None], self.alpha, 1.0)
+
+        device, dtype = with_image.device, with_image.dtype
+        one_kind = dtype == text_only.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        fast = dispatch.possible(device.type) and with_image.stride(2) == 1 and one_kind
+        if not fast or shard.ranks > 1:
+            return by_torch()
+        kind = ("choice of heads", self.name, str(device), dtype, *with_image.shape[1:])
+        return dispatch.tried(kind, lambda: self._launch(with_image, text_only, forward), by_torch)
+
+    def _launch(self, with_image: Tensor, text_only: Tensor, forward: ForwardContext) -> Tensor:
+        """`_gain` by `reinforced_heads`."""
+        (batch, heads, size), text_only = with_image.shape, text_only.contiguous()
+        release = self.semantics == "release"
+        gain = torch.empty(batch, heads, device=with_image.device)
+        seen = forward.seen.contiguous()
+        constants = {
+            **{"HEADS": heads, "HW": power_of_2(heads), "D": size, "DW": power_of_2(size)},
+            **{"SQUARED": release, "FILTER": self.filter, "GUARDED": release},
+        }
+        launch(reinforced_heads, (with_image.device, with_image.dtype), constants)(
+            (batch, 1, 1),
+            (with_image, text_only, seen, gain),
+            (),
+            (*with_image.stride()[:2], *text_only.stride()[:2]),
+            (float(self.alpha),),
+        )
         return gain
 
     def choose(self, with_image: Tensor, text_only: Tensor) -> Tensor:

@@ -42,6 +42,15 @@ class Response:
     ended: bool
 
 
+def load(name: str, source: Mapping[str, Any], **settings: Any) -> tuple[Any, Any]:
+    """The model, in evaluation mode, and its processor; `source` goes to both of `from_pretrained`.
+
+    load("llava-hf/llava-1.5-7b-hf", {"revision": "main"}, dtype="float16")
+    """
+    processor = PROCESSORS.from_pretrained(name, **source)
+    return MODELS.from_pretrained(name, **source, **settings).eval(), processor
+
+
 def prepare(processor: Any, chat_template: str | None = None) -> bool:
     """Makes a processor ready for batches: left padding, a padding token, a chat template. Returns
     whether it has one.

@@ -68,8 +68,8 @@ def unwrapped(model: Any) -> list[Any]:
     Sees through what `torch.compile` and DistributedDataParallel put around it, and through an
     adapter of PEFT. Raises UnsupportedModelError for what would run something else.
     """
-    found: list[Any] = []
-    while not found or found[-1] is not model:
+    result: list[Any] = []
+    while not result or result[-1] is not model:
         if isinstance(model, nn.DataParallel):
             raise UnsupportedModelError(
                 "DataParallel runs copies of the model, made anew at every forward, on which no "
@@ -77,27 +77,13 @@ def unwrapped(model: Any) -> list[Any]:
                 "one process per GPU with DistributedDataParallel"
             )
         if "_orig_mod" in getattr(model, "_modules", {}):  # what torch.compile returns
-            _check_compiled([model.dynamo_ctx])
             model = model._orig_mod
         elif isinstance(model, DistributedDataParallel):
             model = model.module
         else:
-            compiled = getattr(model, "_compiled_call_impl", None)  # model.compile()
-            _check_compiled(
-                [cell.cell_contents for cell in getattr(compiled, "__closure__", ()) or ()]
-            )
-            found.append(model)
+            result.append(model)
             model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return found
-
-
-def _check_compiled(parts: list[Any]) -> None:
-    """Raises UnsupportedModelError where torch.compile may not leave its graph for a method."""
-    if any(getattr(part, "fullgraph", False) is True for part in parts):
-        raise UnsupportedModelError(
-            "the model was compiled with fullgraph=True, but what a method does differs from row "
-            "to row and stands outside the graph: compile it with fullgraph=False (the default)"
-        )
+    return result
 
 
 def inspect_model(model: Any) -> Decoder:
@@ -166,13 +152,13 @@ def _encodes(config: Any) -> bool:
 
 
 def _image_ids(config: Any, special: Special) -> tuple[int, ...]:
-    found: list[Any] = []
+    result: list[Any] = []
     for path in ("image_token_id", "video_token_id", *special.ids):
         token = functools.reduce(
             lambda part, name: getattr(part, name, None), path.split("."), config
         )
-        found += token if isinstance(token, list | tuple) else [token]
-    return tuple(dict.fromkeys(token for token in found if isinstance(token, int)))
+        result += token if isinstance(token, list | tuple) else [token]
+    return tuple(dict.fromkeys(token for token in result if isinstance(token, int)))
 
 
 def _decoder(model: Any, special: Special) -> nn.Module:
@@ -197,12 +183,12 @@ def _innermost(decoder: nn.Module) -> nn.Module:
 
 def _layers(decoder: nn.Module) -> list[Layer]:
     modules: dict[str, Any] = dict(decoder.named_modules())
-    found = []
+    result = []
     for name, module in modules.items():
         if _dispatches(module):
             block = _block(name, modules)
-            found.append(Layer(module.layer_idx, block, module))
-    return sorted(found, key=lambda layer: layer.index)
+            result.append(Layer(module.layer_idx, block, module))
+    return sorted(result, key=lambda layer: layer.index)
 
 
 def _dispatches(module: nn.Module) -> bool:

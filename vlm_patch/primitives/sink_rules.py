@@ -26,7 +26,7 @@ TIMES_THE_ATTENTION = 5
 
 
 @dataclass(frozen=True)
-class Found:
+class SinkChannels:
     """The sink channels, the score from which on a token is a sink, and the layers in which that
     was measured; or no channels and the reason.
     """
@@ -111,7 +111,7 @@ def threshold(score: Tensor, sinks: Tensor, ordinary: Tensor, usual: float) -> f
 
 def judge(
     blocks: Tensor, attention: Tensor, value_path: Tensor, valid: Tensor, image: Tensor
-) -> Found:
+) -> SinkChannels:
     """The search on recorded tensors.
 
     blocks `[B, L, S, D]`: block inputs. attention, value_path `[B, L, S]`: mean attention of
@@ -127,7 +127,7 @@ def judge(
     sinks = (attention >= TAKEN) & (sizes <= SMALL_VALUES)
     run = longest_run((sinks.any(-1).float().mean(0) > 0.5).cpu().tolist())
     if len(run) < FEWEST_LAYERS:
-        return Found((), reason=_none_takes(attention, sizes))
+        return SinkChannels((), reason=_none_takes(attention, sizes))
     window = slice(run[0], run[-1] + 1)
     x, attention, sizes, sinks = (part[:, window] for part in (blocks, attention, sizes, sinks))
     mean = attention.sum(-1, keepdim=True) / valid.sum(-1)[:, None, None]
@@ -138,16 +138,16 @@ def judge(
 
     dims = channels(slice(None))
     if not dims:
-        return Found((), reason=_no_channel(x, attention, sinks))
+        return SinkChannels((), reason=_no_channel(x, attention, sinks))
     every = [slice(None)] * (len(blocks) == 1)
     if any(channels(*every, slice(half, None, 2)) != dims for half in range(2)):
         reason = f"Channels {list(dims)} did not come out of both halves of the data."
-        return Found((), reason=reason)
+        return SinkChannels((), reason=reason)
     score = torch.stack([x[..., channel].abs() for channel in dims]).amax(0) / rms(x)
     tau = threshold(score, sinks, ordinary, scaled_tau(x.shape[-1]))
     flagged, image = (score >= tau) & image[:, None], image[:, None].expand_as(score)
     reason = _no_sinks(dims, attention, sizes, flagged, image & ~flagged) if flagged.any() else ""
-    return Found((), reason=reason) if reason else Found(dims, tau, run)
+    return SinkChannels((), reason=reason) if reason else SinkChannels(dims, tau, run)
 
 
 def _none_takes(attention: Tensor, sizes: Tensor) -> str:

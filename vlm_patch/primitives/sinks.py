@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlm_patch.errors import UnsupportedModelError
 from vlm_patch.method import ExtraForward, ForwardContext, Watcher
-from vlm_patch.primitives.sink_rules import Found, judge
+from vlm_patch.primitives.sink_rules import SinkChannels, judge
 
 WATCHED_ROWS = 32
 
@@ -20,8 +20,9 @@ def one_stream(hidden: Tensor) -> Tensor:
     """The residual stream `[B, S, D]`. Raises UnsupportedModelError where there are several."""
     if hidden.ndim != 3:
         raise UnsupportedModelError(
-            f"var looks for sinks in the residual stream [batch, tokens, width], but the layers of "
-            f"this model pass on several at once, of shape {list(hidden.shape)}: leave var out"
+            "sinks are looked for in the residual stream [batch, tokens, width], but the layers of "
+            f"this model pass on several at once, of shape {list(hidden.shape)}: leave out the "
+            "method that needs them"
         )
     return hidden
 
@@ -76,13 +77,13 @@ def _projected_norms(value: Tensor, attention: nn.Module) -> Tensor:
     return norms
 
 
-def discover(forward: ForwardContext, run: ExtraForward) -> Found:
+def discover(forward: ForwardContext, run: ExtraForward) -> SinkChannels:
     """One pass of the stock model over the first prompt, and what `judge` makes of it."""
     seen, end = forward.seen, forward.position.prompt_rows
     rows = forward.text[seen, :end].all(0).nonzero().flatten()[-WATCHED_ROWS:]
     if not len(rows):
         reason = "The first prompt has no text after its image, so nothing could be checked."
-        return Found((), reason=reason)
+        return SinkChannels((), reason=reason)
     record = _Record(forward)
     run(
         forward.inputs,

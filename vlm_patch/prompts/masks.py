@@ -68,12 +68,12 @@ class Reader:
                 "model with input_ids, or give the mask: with patch.prompt(image=mask, "
                 "query=mask)."
             )
-        found = prompt.nothing
+        result = prompt.nothing
         if prompt.images:
-            ids = prompt.ids.to(found.device)
+            ids = prompt.ids.to(result.device)
             for token in self.image_ids:
-                found |= ids == token
-        return found
+                result |= ids == token
+        return result
 
     def question(
         self, prompt: PromptMasks, given: ManualMasks | None, words: str | Tensor, images: Tensor
@@ -141,12 +141,12 @@ def by_hand(mask: Tensor, name: str, prompt: PromptMasks) -> Tensor:
     new. Raises PatchError where it does not fit.
     """
     batch, rows = prompt.valid.shape
-    wanted = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 2
-    if not wanted:
-        found = type(mask).__name__
+    expected = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 2
+    if not expected:
+        result = type(mask).__name__
         if isinstance(mask, Tensor):
-            found = f"{mask.dtype} of shape {tuple(mask.shape)}"
-        raise PatchError(f"{name} mask: found {found}, expected bool [batch, prompt length]")
+            result = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise PatchError(f"{name} mask: found {result}, expected bool [batch, prompt length]")
     end = prompt.past + rows
     if mask.shape[1] != end or not len(mask) or batch % len(mask):
         raise PatchError(

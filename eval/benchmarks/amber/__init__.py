@@ -7,8 +7,6 @@ A row of each file: `{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this i
 questions with `truth` yes or no, which the official parser wants answered by exactly "Yes" or "No".
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -41,9 +39,13 @@ TYPES = {GENERATIVE, *(kind for kinds in DIMENSIONS.values() for kind in kinds)}
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of one id: words of a description (`truth`, `hallu`), or "yes" or "no".
+    """The annotation of one id.
 
-    Questions about one `image` are drawn together for intervals, where it is known.
+    type: "generative", or the kind of a question
+    truth: words that a description should cover
+    hallu: words that it may make up
+    answer: "yes" or "no" to a question
+    image: file name, where it is known; questions about one image are drawn together
     """
 
     type: str
@@ -76,14 +78,14 @@ def judge(nouns: Sequence[str], item: Item, lexicon: Lexicon, similar: Similar) 
     for noun in nouns:
         if noun in lexicon.safe:
             continue
-        if (place := _place(noun, present)) is not None:
-            covered.add(place)
+        if (index := _index_of(noun, present)) is not None:
+            covered.add(index)
             continue
-        place = _place(noun, imagined)
-        near = _place(noun, imagined, similar)
-        marked |= {spot for spot in (place, near) if spot is not None}
-        if (place := _place(noun, present, similar)) is not None:
-            covered.add(place)
+        index = _index_of(noun, imagined)
+        near = _index_of(noun, imagined, similar)
+        marked |= {spot for spot in (index, near) if spot is not None}
+        if (index := _index_of(noun, present, similar)) is not None:
+            covered.add(index)
         else:
             hallucinated += 1
     return Counts(
@@ -98,7 +100,7 @@ def judge(nouns: Sequence[str], item: Item, lexicon: Lexicon, similar: Similar) 
     )
 
 
-def _place(
+def _index_of(
     noun: str, chain: Sequence[tuple[str, int]], similar: Similar = str.__eq__
 ) -> int | None:
     """Number of the word behind the first entry of a chain that is like the noun."""
@@ -128,8 +130,8 @@ def score(
         elif name == OVERALL:
             result[name] = part.report(seed)
         else:
-            asked = {"n": int(part.counts["asked"].sum())}
-            result.setdefault("discriminative", {})[name] = part.report(seed) | asked
+            count = {"n": int(part.counts["asked"].sum())}
+            result.setdefault("discriminative", {})[name] = part.report(seed) | count
     if "discriminative" in result:
         answers = [text for number, text in responses if items[number].type != GENERATIVE]
         flags = reading_flags(answers, parser, AMBER_PARSERS)
@@ -152,16 +154,16 @@ def tallies(
     _require_items([number for number, _ in responses], items)
     described = [(items[n], text) for n, text in responses if items[n].type == GENERATIVE]
     answered = [(items[n], text) for n, text in responses if items[n].type != GENERATIVE]
-    found = {}
+    result = {}
     if described:
-        found[GENERATIVE] = _generative(described, lexicon, nouns, similarity)
+        result[GENERATIVE] = _generative(described, lexicon, nouns, similarity)
     parts = {"all": answered}
     for name, kinds in DIMENSIONS.items():
         parts[name] = [pair for pair in answered if pair[0].type in kinds]
-    found |= {name: _questions(part, parser) for name, part in parts.items() if part}
+    result |= {name: _questions(part, parser) for name, part in parts.items() if part}
     if described and answered:
-        found[OVERALL] = _overall(found[GENERATIVE].counts, described, answered, parser)
-    return found
+        result[OVERALL] = _overall(result[GENERATIVE].counts, described, answered, parser)
+    return result
 
 
 def _require_items(numbers: Sequence[int], items: Mapping[int, Item]) -> None:
@@ -176,10 +178,7 @@ def _require_items(numbers: Sequence[int], items: Mapping[int, Item]) -> None:
 
 
 def _generative(
-    described: Sequence[tuple[Item, str]],
-    lexicon: Lexicon,
-    nouns: str,
-    similarity: str,
+    described: Sequence[tuple[Item, str]], lexicon: Lexicon, nouns: str, similarity: str
 ) -> Tally:
     read, similar = words.reader(nouns), words.similarity(similarity)
     judged = [judge(read(text, lexicon), item, lexicon, similar) for item, text in described]
@@ -209,9 +208,9 @@ def _questions(answered: Sequence[tuple[Item, str]], parser: str) -> Tally:
 def _question_counts(answered: Sequence[tuple[Item, str]], parser: str) -> dict[str, Numbers]:
     """ "No" is the positive class; what the parser reads as neither is wrong."""
     read = parser_named(parser, AMBER_PARSERS)
-    said = np.array([read(text) or "" for _, text in answered])
+    readings = np.array([read(text) or "" for _, text in answered])
     absent = np.array([item.answer == "no" for item, _ in answered])
-    no, yes = said == "no", said == "yes"
+    no, yes = readings == "no", readings == "yes"
     columns = {
         "asked": np.ones(len(answered)),
         "right": (no & absent) | (yes & ~absent),
@@ -224,8 +223,8 @@ def _question_counts(answered: Sequence[tuple[Item, str]], parser: str) -> dict[
 
 
 def _images(given: Sequence[tuple[Item, str]]) -> list[str]:
-    """What is drawn together: the image of each response, or where it is unknown its place."""
-    return [item.image or str(place) for place, (item, _) in enumerate(given)]
+    """What is drawn together: the image of each response, or where it is unknown its index."""
+    return [item.image or str(index) for index, (item, _) in enumerate(given)]
 
 
 def _overall(

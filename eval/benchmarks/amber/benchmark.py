@@ -1,7 +1,5 @@
 """AMBER as a benchmark of a run: what it asks, and what its numbers are called."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,16 +73,16 @@ class Amber(Benchmark):
                 yield Sample(self.name, ALL, str(number), image, prompt, facts)
 
     def tallies(self, rows: Rows, settings: AmberSettings, folder: Path) -> dict[str, Tally]:
-        found = amber.tallies(*_given(rows, folder), settings.nouns, parser=settings.parser)
+        result = amber.tallies(*_given(rows, folder), settings.nouns, parser=settings.parser)
         apart = {name: name for name in (GENERATIVE, OVERALL)}
-        return {apart.get(name, f"{DISCRIMINATIVE} {name}"): part for name, part in found.items()}
+        return {apart.get(name, f"{DISCRIMINATIVE} {name}"): part for name, part in result.items()}
 
     def score(self, rows: Rows, settings: AmberSettings, folder: Path) -> dict[str, Any]:
-        found = amber.score(*_given(rows, folder), settings.nouns, parser=settings.parser)
+        scores = amber.score(*_given(rows, folder), settings.nouns, parser=settings.parser)
         if described := [row for row in rows if row["type"] == GENERATIVE]:
             captions = [(row["answer"], row.get("prompt", "")) for row in described]
-            found[GENERATIVE]["flags"] = echo.flags(captions)
-        return found
+            scores[GENERATIVE]["flags"] = echo.flags(captions)
+        return scores
 
     def scoring_files(self, settings: AmberSettings) -> list[Path]:
         return [Path(str(settings.data)) / name for name in LEXICON]

@@ -1,7 +1,5 @@
 """AMBER from files: its annotations, and responses made elsewhere. Needs no model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,9 +35,9 @@ def score_files(
     items = read_items(data / "annotations.json")
     prompts: dict[int, str] = {}
     if (queries := data / "query_all.json").is_file():
-        asked = {_id(row): row for row in read_rows(queries)}
-        prompts = {n: row.text("query") for n, row in asked.items()}
-        images = {n: row.text("image") for n, row in asked.items()}
+        by_id = {_id(row): row for row in read_rows(queries)}
+        prompts = {n: row.text("query") for n, row in by_id.items()}
+        images = {n: row.text("image") for n, row in by_id.items()}
         items = {n: replace(item, image=images.get(n, "")) for n, item in items.items()}
     given = [(row, _id(row), answer_text(row)) for row in read_answers(responses)]
     unknown = [(row, number) for row, number, _ in given if number not in items]
@@ -48,11 +46,11 @@ def score_files(
         raise EvalError(f"{unknown[0][0].where}: id {ids} is not in {data / 'annotations.json'}.")
     pairs = [(number, text) for _, number, text in given]
     lexicon = read_lexicon(data)
-    found = score(pairs, items, lexicon, nouns, similarity, parser=parser)
+    scores = score(pairs, items, lexicon, nouns, similarity, parser=parser)
     captions = [(text, prompts.get(n, "")) for n, text in pairs if items[n].type == GENERATIVE]
-    if GENERATIVE in found:
-        found[GENERATIVE]["flags"] = echo.flags(captions)
-    return {**found, "flags": _unanswered(pairs, items)}
+    if GENERATIVE in scores:
+        scores[GENERATIVE]["flags"] = echo.flags(captions)
+    return {**scores, "flags": _unanswered(pairs, items)}
 
 
 def _unanswered(responses: Sequence[tuple[int, str]], items: Mapping[int, Item]) -> list[str]:
@@ -60,11 +58,11 @@ def _unanswered(responses: Sequence[tuple[int, str]], items: Mapping[int, Item])
     answered = {number for number, _ in responses}
     flags = []
     for name, described in (("descriptions", True), ("questions", False)):
-        wanted = [n for n, item in items.items() if (item.type == GENERATIVE) == described]
-        missing = [str(number) for number in wanted if number not in answered]
-        if 0 < len(missing) < len(wanted):
+        expected = [n for n, item in items.items() if (item.type == GENERATIVE) == described]
+        missing = [str(number) for number in expected if number not in answered]
+        if 0 < len(missing) < len(expected):
             flags.append(
-                f"{len(missing)} of {len(wanted)} {name} have no response: id {capped(missing)}"
+                f"{len(missing)} of {len(expected)} {name} have no response: id {capped(missing)}"
             )
     return flags
 

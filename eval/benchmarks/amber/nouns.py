@@ -4,8 +4,6 @@ Official is NLTK: its tagger says what is a noun, WordNet what it is the plural 
 `approximate` takes every word of the benchmark's 418 for a noun, which counts a few more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -35,7 +33,11 @@ _DETERMINERS = frozenset(("a", "an", "one", "the", "this", "that", "each", "ever
 
 @dataclass(frozen=True)
 class Lexicon:
-    """The benchmark's words: what each may also be called, and nine that are never held against."""
+    """The benchmark's words.
+
+    associations: what each may also be called
+    safe: words that never count as hallucinated
+    """
 
     associations: Mapping[str, Sequence[str]]
     safe: frozenset[str]

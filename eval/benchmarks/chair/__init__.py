@@ -8,8 +8,6 @@ CHAIR falls for free when captions get shorter, loop, or repeat a true object, s
 repetition and the share of captions that name nothing always stand beside it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -30,7 +28,7 @@ LOOPING = 0.7
 
 @dataclass(frozen=True)
 class Counts:
-    """What one caption adds to the corpus; the names are those of the published raw counts."""
+    """What one caption adds to the corpus: integers, named as the published raw counts."""
 
     captions: int
     captions_hallucinated: int
@@ -45,7 +43,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """One caption, judged. Pairs are (word as it was read, COCO object), in order of mention."""
+    """The score of one caption; pairs are (word, COCO object) in order of mention.
+
+    mentions: all pairs
+    hallucinated: those whose object is not in the image
+    missed: objects of the image that the caption does not name
+    counts: what it adds to the corpus
+    four_grams: number of its 4-grams
+    distinct_four_grams: number of different ones
+    """
 
     mentions: tuple[tuple[str, str], ...]
     hallucinated: tuple[tuple[str, str], ...]
@@ -143,10 +149,10 @@ def counts_by_caption(
     columns["captions_looping"] = np.array([s.loops for s in whole])
     for length in LENGTHS:
         cut = [
-            said
+            judged
             if len(words := caption.split()) <= length
             else judge(" ".join(words[:length]), truth[image], vocabulary)
-            for said, (image, caption) in zip(whole, captions, strict=True)
+            for judged, (image, caption) in zip(whole, captions, strict=True)
         ]
         columns |= {f"{name}_at_{length}": column for name, column in _columns(cut).items()}
     return columns
@@ -162,7 +168,7 @@ def ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
     `chair_i_distinct` takes each object once per caption, so repeating a true one gains nothing.
     """
     distinct, recalled = c["distinct_objects_mentioned"], c["gt_objects_recalled"]
-    found = {
+    result = {
         **_chair(c, ""),
         "precision": (recalled, distinct),
         "f1": (2 * recalled, distinct + c["gt_objects"]),
@@ -173,8 +179,8 @@ def ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
         "looping_share": (c["captions_looping"], c["captions"]),
     }
     for length in LENGTHS:
-        found |= _chair(c, f"_at_{length}")
-    return found
+        result |= _chair(c, f"_at_{length}")
+    return result
 
 
 def _chair(c: Mapping[str, Numbers], cut: str) -> dict[str, tuple[Numbers, Numbers]]:

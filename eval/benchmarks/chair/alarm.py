@@ -7,8 +7,6 @@ runs show (37 to 46 % of captions looping are on record). Where CHAIR_S and CHAI
 those of every stock model whose captions are published (59 and 24 % at most), nothing rings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 LIMITS = {

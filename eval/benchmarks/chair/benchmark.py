@@ -4,8 +4,6 @@ CHAIR never stands alone: recall, length, repetition and silence are the rows be
 shorter, looping or empty captions lower CHAIR for free.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +88,10 @@ class Chair(Benchmark):
 
     def score(self, rows: Rows, settings: ChairSettings, folder: Path) -> dict[str, Any]:
         """CHAIR, and the share of captions that ended before the token limit."""
-        found = chair.score(*_captions(rows), settings.vocabulary(folder))
+        scores = chair.score(*_captions(rows), settings.vocabulary(folder))
         texts = [(str(row["answer"]), str(row.get("prompt", ""))) for row in rows]
-        found["flags"] += echo.flags(texts)
-        return {**found, "ended_share": sum(bool(row["ended"]) for row in rows) / len(rows)}
+        scores["flags"] += echo.flags(texts)
+        return {**scores, "ended_share": sum(bool(row["ended"]) for row in rows) / len(rows)}
 
     def scoring_files(self, settings: ChairSettings) -> list[Path]:
         return [] if settings.synonyms is None else [Path(settings.synonyms)]
@@ -131,19 +129,19 @@ def _chosen(settings: ChairSettings, source: Source) -> list[int]:
     if isinstance(settings.images, str):
         return _listed(settings.images, source)
     ids = source.shuffled()
-    wanted = settings.images and min(settings.images, source.limit or settings.images)
-    if wanted is not None and wanted > len(ids):
+    count = settings.images and min(settings.images, source.limit or settings.images)
+    if count is not None and count > len(ids):
         raise EvalError(
-            f"chair.images asks for {wanted} images of {source.split}, but {source.folder} has "
+            f"chair.images asks for {count} images of {source.split}, but {source.folder} has "
             f"{len(ids)}; put the images there, or --set chair.images={len(ids)}"
         )
-    return ids[: wanted or source.limit]
+    return ids[: count or source.limit]
 
 
 def _listed(path: str, source: Source) -> list[int]:
     listed = [image_id_in(path, line) for line in read_text(Path(path)).split()]
-    for place, number in enumerate(listed):
-        if number in listed[:place]:
+    for index, number in enumerate(listed):
+        if number in listed[:index]:
             raise EvalError(f"{path} lists image {number} twice: delete one of the two")
         if number not in source.images:
             raise EvalError(

@@ -1,7 +1,5 @@
 """CHAIR of captions that lie in a file, whoever wrote them. Needs no model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,8 @@ def score_files(
     """
     vocabulary = Vocabulary.load(synonyms, rules)
     pairs, objects, echoes = read_captions(captions, truth, vocabulary)
-    found = score(pairs, objects, vocabulary)
-    return {**found, "flags": [*found["flags"], *echoes]}
+    scores = score(pairs, objects, vocabulary)
+    return {**scores, "flags": [*scores["flags"], *echoes]}
 
 
 def read_captions(

@@ -6,8 +6,6 @@ Guan et al. 2023, https://arxiv.org/abs/2310.14566. One row, shortened: `{"categ
 "filename": "./hallusion_bench/VS/chart/0_1.png"}`, and `model_prediction` where it is answered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -24,7 +22,16 @@ Key: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `visual_input`: "0" no image, "1" the original, "2" an edited one."""
+    """One question.
+
+    category: "VD" (visual dependent) or "VS" (visual supplement)
+    subcategory: kind of figure
+    set_id, figure_id, question_id: numbers as text; figure "0" is the first form
+    visual_input: "0" no image, "1" the original, "2" an edited one
+    text: the question
+    reference: the right answer in words
+    label: "yes" or "no"
+    """
 
     category: str
     subcategory: str
@@ -73,8 +80,8 @@ def verdict(answer: str, label: str, parser: str = "strict") -> int:
 
 def verdict_of(reply: str) -> int:
     """RIGHT, WRONG or UNCLEAR from a judge's reply, by the published rule."""
-    said = reply.lower()
-    return WRONG if "incorrect" in said else RIGHT if "correct" in said else UNCLEAR
+    text = reply.lower()
+    return WRONG if "incorrect" in text else RIGHT if "correct" in text else UNCLEAR
 
 
 def score(
@@ -92,12 +99,12 @@ def score(
     failure (see `hallusionbench.diagnosis`) are shares of those that can be told: the first form
     of the question must have been answered too. `same` holds the questions whose answer repeats it.
     """
-    found = tally(questions, verdicts, same).report(seed)
-    if untold := found["counts"]["undiagnosed"]:
-        found["flags"] = [
+    scores = tally(questions, verdicts, same).report(seed)
+    if untold := scores["counts"]["undiagnosed"]:
+        scores["flags"] = [
             f"{untold} failures have no diagnosis: their questions' first form was not asked"
         ]
-    return found
+    return scores
 
 
 def tally(
@@ -157,8 +164,8 @@ def _failures(part: Sequence[tuple[Question, int]], same: Collection[Key]) -> di
             kinds.append(diagnose(question.category, value, before, question.key in same))
         elif value != RIGHT:
             kinds.append("undiagnosed")
-    found = {kind: kinds.count(kind) for kind in (*KINDS, "undiagnosed")}
-    return {**found, "diagnosed": sum(found[kind] for kind in KINDS)}
+    counts = {kind: kinds.count(kind) for kind in (*KINDS, "undiagnosed")}
+    return {**counts, "diagnosed": sum(counts[kind] for kind in KINDS)}
 
 
 def _groups(marks: Iterable[tuple[Key, bool]]) -> list[list[bool]]:
@@ -192,11 +199,11 @@ def repeated(
 ) -> set[Key]:
     """The questions whose answer is read like that to their first form."""
     read = parser_named(parser, HALLUSIONBENCH_PARSERS)
-    said = {question.key: read(text) for question, text in zip(questions, texts, strict=True)}
+    readings = {question.key: read(text) for question, text in zip(questions, texts, strict=True)}
     return {
         question.key
         for question in questions
-        if question.first in said and said[question.key] == said[question.first]
+        if question.first in readings and readings[question.key] == readings[question.first]
     }
 
 
@@ -206,6 +213,6 @@ def score_parsed(
     """The scores of answers that a parser reads, with what a reader should know of how it did."""
     pairs = zip(questions, texts, strict=True)
     values = [verdict(text, question.label, parser) for question, text in pairs]
-    found = score(questions, values, repeated(questions, texts, parser))
+    scores = score(questions, values, repeated(questions, texts, parser))
     flags = reading_flags(texts, parser, HALLUSIONBENCH_PARSERS)
-    return {**found, "flags": [*flags, *found.get("flags", ())], "judge": None, "parser": parser}
+    return {**scores, "flags": [*flags, *scores.get("flags", ())], "judge": None, "parser": parser}

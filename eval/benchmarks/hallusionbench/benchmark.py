@@ -1,7 +1,5 @@
 """HallusionBench as a benchmark of a run: what it asks, and what its numbers are called."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,8 +49,8 @@ class HallusionBench(Benchmark):
         for question in read_questions(source.folder / "HallusionBench.json"):
             if question.visual_input == "0":
                 continue
-            place = f"{question.category}/{question.subcategory}/"
-            file = f"{place}{question.set_id}_{question.figure_id}.png"
+            folder = f"{question.category}/{question.subcategory}/"
+            file = f"{folder}{question.set_id}_{question.figure_id}.png"
             image = source.find(f"hallusion_bench/{file}", file)
             prompt = settings.prompt.replace("{question}", question.text)
             facts = {"question": asdict(question)}

@@ -5,8 +5,6 @@ it. Each question is held against its first form, on figure 0: the original figu
 dependent), or no figure at all (VS, visual supplement).
 """
 
-from __future__ import annotations
-
 WRONG, RIGHT, UNCLEAR = 0, 1, 2
 LANGUAGE, VISUAL, MIXED = "language_hallucination", "visual_illusion", "mixed"
 KINDS = (LANGUAGE, VISUAL, MIXED)

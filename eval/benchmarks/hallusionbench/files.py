@@ -1,7 +1,5 @@
 """HallusionBench from files: questions, answers made elsewhere, and what a judge says of them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ from eval.benchmarks.answers import answer_text, read_answers
 from eval.benchmarks.hallusionbench import Key, Question, score, score_parsed, verdict_of
 from eval.benchmarks.hallusionbench.diagnosis import diagnose
 from eval.benchmarks.joining import capped
-from eval.benchmarks.judge import Judge, Template, judge_of, shipped
+from eval.benchmarks.judge import NO_JUDGE, Judge, Template, TemplateOptions, shipped
 from eval.benchmarks.parsers import ParserName
 from eval.benchmarks.rows import Row, read_rows
 from eval.errors import EvalError
@@ -21,10 +19,7 @@ def score_files(
     answers: Path,
     questions: Path,
     parser: ParserName = "strict",
-    judge: str | None = None,
-    judge_model: str | None = None,
-    verdicts: Path | None = None,
-    template: Path | None = None,
+    judging: TemplateOptions = NO_JUDGE,
     same_template: Path | None = None,
 ) -> dict[str, Any]:
     """HallusionBench answers, by a parser or a judge.
@@ -35,26 +30,22 @@ def score_files(
     answers: rows with model_prediction
     questions: HallusionBench.json
     parser: how an answer is read without a judge
-    judge (URL): endpoint of the OpenAI chat form (default: off)
-    judge_model (NAME): model to ask there
-    verdicts: file of its replies, appended to; alone: score these
-    template: prompt for the judge (default: our own wording)
     same_template: prompt that holds two answers together
     """
     known = {question.key: question for question in read_questions(questions)}
     rows = read_answers(answers)
-    asked = _asked(rows, known, questions)
+    answered = _questions_of(rows, known, questions)
     texts = [answer_text(row) for row in rows]
-    sizes = {"answered": len(asked), "all_questions": len(known)}
-    chosen = judge_of(judge, judge_model, verdicts)
-    if chosen is None:
-        return {**score_parsed(asked, texts, parser), **sizes}
-    prompt = Template.load(template or shipped("hallusionbench"))
-    values = _judged(chosen, prompt, asked, texts)
+    sizes = {"answered": len(answered), "all_questions": len(known)}
+    judge = judging.open()
+    if judge is None:
+        return {**score_parsed(answered, texts, parser), **sizes}
+    prompt = judging.prompt("hallusionbench")
+    values = _judged(judge, prompt, answered, texts)
     second = Template.load(same_template or shipped("hallusionbench_same"))
-    same = _judged_same(chosen, second, asked, texts, values)
-    how = {"judge": judge_model or f"verdicts {verdicts}", "template": prompt.name}
-    return {**score(asked, values, same), **sizes, **how, "same_template": second.name}
+    same = _judged_same(judge, second, answered, texts, values)
+    how = judging.named(prompt) | {"same_template": second.name}
+    return {**score(answered, values, same), **sizes, **how}
 
 
 def _judged(
@@ -74,17 +65,19 @@ def _judged_same(
     texts: Sequence[str],
     verdicts: Sequence[int],
 ) -> set[Key]:
-    """The same by a judge, who is asked where the diagnosis depends on it."""
-    said = {question.key: text for question, text in zip(questions, texts, strict=True)}
+    """The same by a judge, whose request is sent where the diagnosis depends on it."""
+    responses = {question.key: text for question, text in zip(questions, texts, strict=True)}
     values = {question.key: value for question, value in zip(questions, verdicts, strict=True)}
     prompts = {}
     for question in questions:
         value, first = values[question.key], question.first
-        if first is None or first not in said:
+        if first is None or first not in responses:
             continue
         kinds = {diagnose(question.category, value, values[first], s) for s in (False, True)}
         if len(kinds) > 1:
-            prompts[question.key] = template.fill(first=said[first], answer=said[question.key])
+            prompts[question.key] = template.fill(
+                first=responses[first], answer=responses[question.key]
+            )
     replies = judge.replies({"/".join(("same", *key)): text for key, text in prompts.items()})
     pairs = zip(prompts, replies.values(), strict=True)
     return {key for key, reply in pairs if "same" in reply.lower()}
@@ -118,7 +111,7 @@ def _question(row: Row) -> Question:
     )
 
 
-def _asked(rows: Sequence[Row], known: Mapping[Key, Question], path: Path) -> list[Question]:
+def _questions_of(rows: Sequence[Row], known: Mapping[Key, Question], path: Path) -> list[Question]:
     """The question of each answer, by its five ids; `EvalError` names unknown and repeated ones."""
     keys = [_answer_key(row) for row in rows]
     unknown = [(row, key) for row, key in zip(rows, keys, strict=True) if key not in known]

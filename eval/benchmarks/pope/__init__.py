@@ -5,8 +5,6 @@ Li et al. 2023, https://arxiv.org/abs/2305.10355; official files and code: RUCAI
 "text": "Is there a snowboard in the image?", "label": "yes"}`.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +16,7 @@ import numpy as np
 
 from eval.benchmarks import answers as logs
 from eval.benchmarks.intervals import Numbers, Tally, grouped, measure
-from eval.benchmarks.joining import asked_object, image_name
+from eval.benchmarks.joining import image_name, object_of_question
 from eval.benchmarks.parsers import otherwise, parser_named, read_otherwise, readable
 from eval.benchmarks.rows import Row, read_rows
 from eval.errors import EvalError
@@ -29,7 +27,15 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `object` is "" where the text is not of POPE's form; `split` where unknown."""
+    """One question.
+
+    question_id: its number
+    image: file name
+    text: the question
+    label: "yes" or "no"
+    object: what it is about, "" where the text is not of POPE's form
+    split: "" where it is unknown
+    """
 
     question_id: int
     image: str
@@ -61,7 +67,7 @@ def _question(row: Row, position: int) -> Question:
     ids = [name for name in ("question_id", "index", "id") if row.has(name)]
     number = row.number(*ids) if ids else position
     split = row.text("category") if row.has("category") else ""
-    return Question(number, image_name(row), text, label, asked_object(text), split)
+    return Question(number, image_name(row), text, label, object_of_question(text), split)
 
 
 def build_questions(
@@ -86,14 +92,14 @@ def build_questions(
     chosen = {name: list(objects[name]) for name in names}
     ranks = _ranks(chosen, strategy)
     seen = sorted({thing for things in chosen.values() for thing in things})
-    asked = (
+    drawn = (
         (name, thing, label)
         for name, present in chosen.items()
-        for thing, label in _asked(name, present[:per_image], present, ranks, seen, generator)
+        for thing, label in _about(name, present[:per_image], present, ranks, seen, generator)
     )
     return [
         Question(number, name, _text(thing), label, thing, strategy)
-        for number, (name, thing, label) in enumerate(asked, 1)
+        for number, (name, thing, label) in enumerate(drawn, 1)
     ]
 
 
@@ -138,7 +144,7 @@ def cooccurrence(objects: Mapping[str, Sequence[str]]) -> dict[str, Counter[str]
     return pairs
 
 
-def _asked(
+def _about(
     image: str,
     positives: Sequence[str],
     present: Sequence[str],
@@ -211,8 +217,12 @@ def counts_by_question(
 ) -> dict[str, Numbers]:
     """What each answer adds, by name of the count: `[questions]` each."""
     read = parser_named(parser)
-    said = np.array([read(answer) or "" for answer in answers])
-    yes, no, absent = said == "yes", said == "no", np.array([label == "no" for label in labels])
+    readings = np.array([read(answer) or "" for answer in answers])
+    yes, no, absent = (
+        readings == "yes",
+        readings == "no",
+        np.array([label == "no" for label in labels]),
+    )
     counts = {
         "tp": yes & ~absent,
         "fp": yes & absent,
@@ -238,12 +248,12 @@ def tally(
 
 def ratios(c: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers]]:
     """The formulas of POPE."""
-    asked, said_yes, present = c["asked"], c["tp"] + c["fp"], c["present"]
+    total, said_yes, present = c["asked"], c["tp"] + c["fp"], c["present"]
     return {
-        "accuracy": (c["tp"] + c["tn"], asked),
+        "accuracy": (c["tp"] + c["tn"], total),
         "precision": (c["tp"], said_yes),
         "recall": (c["tp"], present),
         "f1": (2 * c["tp"], said_yes + present),
-        "yes_ratio": (said_yes, asked),
-        "unreadable": (c["unreadable"], asked),
+        "yes_ratio": (said_yes, total),
+        "unreadable": (c["unreadable"], total),
     }

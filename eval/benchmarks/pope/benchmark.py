@@ -1,7 +1,5 @@
 """POPE as a benchmark: its questions about COCO or pocket images, and its numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,17 +102,17 @@ class Pope(Benchmark):
         return f"{f'POPE {part}'.strip()}, {self.measures[measure].label}"
 
     def size(self, scores: Scores) -> str:
-        sizes = dict.fromkeys(found["questions"] for found in scores.values())
+        sizes = dict.fromkeys(part["questions"] for part in scores.values())
         return ", ".join(f"{count} questions a POPE strategy" for count in sizes)
 
     def notes(self, split: str, scores: Scores) -> Iterator[str]:
-        for strategy, found in self.parts(scores).items():
+        for strategy, part in self.parts(scores).items():
             where = f"{split}, POPE {strategy}"
-            yield from (f"{where}, {flag}" for flag in found["flags"])
-            if (share := found["unreadable"]) > 0:
+            yield from (f"{where}, {flag}" for flag in part["flags"])
+            if (share := part["unreadable"]) > 0:
                 yield f"{where}: {100 * share:.1f} % of answers are unreadable"
-            if found["parser"] != "official":
-                yield f"{where}: answers are read by the {found['parser']} parser"
+            if part["parser"] != "official":
+                yield f"{where}: answers are read by the {part['parser']} parser"
 
 
 def _by_strategy(rows: Rows) -> dict[str, tuple[list[str], list[str], list[str]]]:

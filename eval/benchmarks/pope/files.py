@@ -4,8 +4,6 @@ Answers are official (`question`, `answer`), LLaVA's (`question_id`, `prompt`, `
 of lmms-eval and VLMEvalKit (see `eval.benchmarks.answers`).
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -43,13 +41,13 @@ def score_files(
             f"{bare.where}: no label in it, so the questions are needed: --questions FILE."
         )
     joined = join(rows, given, (file, answers), subset)
-    asked = pope.questions_of(rows)
-    _require_labels(asked, joined.rows)
+    parsed = pope.questions_of(rows)
+    _require_labels(parsed, joined.rows)
     texts = [answer_text(row) for row in joined.rows]
-    result = _score(asked, texts, parser)
-    names = list(dict.fromkeys(name for question in asked for name in _splits(question)))
+    result = _score(parsed, texts, parser)
+    names = list(dict.fromkeys(name for question in parsed for name in _splits(question)))
     if len(names) > 1:
-        result["splits"] = {name: _score(*_select(asked, texts, name), parser) for name in names}
+        result["splits"] = {name: _score(*_select(parsed, texts, name), parser) for name in names}
     notes = [] if questions is None else joined.notes
     result["flags"] = [*notes, *result["flags"]]
     return {**result, "joined_by": joined.by if questions else "labels in the answer file"}
@@ -63,7 +61,9 @@ def _require_labels(questions: list[pope.Question], rows: list[Row]) -> None:
     """Refuse answers that were logged with other labels than those of the questions."""
     labels = [label(row, "label") if row.has("label") else None for row in rows]
     pairs = zip(rows, labels, questions, strict=True)
-    other = [(row, question) for row, said, question in pairs if said not in (None, question.label)]
+    other = [
+        (row, question) for row, logged, question in pairs if logged not in (None, question.label)
+    ]
     if other:
         row, question = other[0]
         raise EvalError(
@@ -110,10 +110,10 @@ def write_questions(
     to.mkdir(parents=True, exist_ok=True)
     for strategy in pope.STRATEGIES:
         path = to / f"coco_pope_{strategy}.json"
-        asked = pope.build_questions(objects, strategy, images, per_image, seed)
+        made = pope.build_questions(objects, strategy, images, per_image, seed)
         rows = (
             {"question_id": q.question_id, "image": q.image, "text": q.text, "label": q.label}
-            for q in asked
+            for q in made
         )
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{path}: {len(asked)} questions on {images} images")
+        print(f"{path}: {len(made)} questions on {images} images")

@@ -5,32 +5,20 @@ no code with `vlm_patch` and defines what correct means: a row of a padded batch
 beam are all compared with the same row of a single sample here.
 """
 
-from eval.support.reference.compose import Method, Trace, logits, sinks, trace
-from eval.support.reference.gift import Gift
-from eval.support.reference.hooked import Hooked
-from eval.support.reference.paint import Paint
-from eval.support.reference.sample import Sample, Turn, capture
-from eval.support.reference.streams import Deco, Dola, Icd, M3id, Vcd
-from eval.support.reference.var import Var
-from eval.support.reference.vhr import Vhr
-
-__all__ = [
-    "Deco",
-    "Dola",
-    "Gift",
-    "Hooked",
-    "Icd",
-    "M3id",
-    "Method",
-    "Paint",
-    "Sample",
-    "Trace",
-    "Turn",
-    "Var",
-    "Vcd",
-    "Vhr",
-    "capture",
-    "logits",
-    "sinks",
-    "trace",
-]
+from eval.support.reference.compose import Method as Method
+from eval.support.reference.compose import Trace as Trace
+from eval.support.reference.compose import logits as logits
+from eval.support.reference.compose import sinks as sinks
+from eval.support.reference.compose import trace as trace
+from eval.support.reference.gift import Gift as Gift
+from eval.support.reference.paint import Paint as Paint
+from eval.support.reference.sample import Sample as Sample
+from eval.support.reference.sample import Turn as Turn
+from eval.support.reference.sample import capture as capture
+from eval.support.reference.streams import Deco as Deco
+from eval.support.reference.streams import Dola as Dola
+from eval.support.reference.streams import Icd as Icd
+from eval.support.reference.streams import M3id as M3id
+from eval.support.reference.streams import Vcd as Vcd
+from eval.support.reference.var import Var as Var
+from eval.support.reference.vhr import Vhr as Vhr

@@ -12,7 +12,6 @@ from torch import Tensor
 from eval.support.reference import decoder, gift, paint, streams, var, vhr
 from eval.support.reference.decoder import OutputsEdit, Run, ScoresEdit, WeightsEdit
 from eval.support.reference.gift import Gift
-from eval.support.reference.hooked import Hooked
 from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn
 from eval.support.reference.streams import Deco, Dola, Icd, M3id, Vcd
@@ -104,12 +103,13 @@ def forward(
     from_cache: decoder.FromCache = decoder.as_they_are,
     edit_scores: ScoresEdit = lambda layer, scores: scores,
 ) -> Run:
-    """One pass of the literal decoder, or of a model's own layers (with a cache without loss and
-    without edits of scores).
+    """One pass of the literal decoder, or of a model that runs its own layers (with a cache without
+    loss and without edits of scores).
     """
-    if isinstance(model, Hooked):
-        return model.run(embeds, edit_weights, edit_outputs)
     edits = edit_weights, edit_outputs
+    if hasattr(model, "run"):
+        own: Run = model.run(embeds, *edits)
+        return own
     return decoder.forward(model, embeds, positions, *edits, from_cache, edit_scores)
 
 

@@ -78,11 +78,7 @@ class Sample:
         )
 
     def asked(
-        self,
-        model: Any,
-        ids: Tensor,
-        query: Tensor | None = None,
-        content: Tensor | None = None,
+        self, model: Any, ids: Tensor, query: Tensor | None = None, content: Tensor | None = None
     ) -> "Sample":
         """This sample with a further turn fed as ids [n]; query, content bool [n], all by default.
 
@@ -116,7 +112,7 @@ def capture(
     the last image token up to the last prompt token. content: bool [prompt], by default query.
     image: bool [prompt], by default the placeholders.
     """
-    caught, entered = _run(model, inputs)
+    caught, entered = _entering(model, inputs)
     ids = inputs["input_ids"][0]
     places = (ids == model.config.image_token_id) if image is None or entered else image
     if entered and not places.any():
@@ -130,41 +126,13 @@ def capture(
     turns = (Turn(0, len(ids), query, content),)
 
     def with_pixels(change: Callable[[Tensor], Tensor]) -> Tensor:
-        other: Tensor = _run(model, {**inputs, **_changed(inputs, change)})[0]["inputs_embeds"][0]
+        other: Tensor = _entering(model, {**inputs, **_changed(inputs, change)})[0][
+            "inputs_embeds"
+        ][0]
         return other.double()
 
     sample = Sample(embeds, positions, image, turns, pictures=pictures, with_pixels=with_pixels)
     return sample if generated is None else sample.followed_by(model, generated)
-
-
-def _run(model: Any, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[nn.Module, Any]]:
-    """What the model hands its decoder, and the layers of its tower."""
-    caught: dict[str, Any] = {}
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-        caught.update(kwargs)
-        raise _Captured
-
-    entered: dict[nn.Module, Any] = {}
-
-    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered[layer] = args, kwargs
-
-    handles = [
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        for module in model.modules()
-        if type(module).__name__ in TOWER_ATTENTION
-    ]
-    handles.append(model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except _Captured:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return caught, entered
 
 
 def _changed(inputs: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -180,6 +148,34 @@ def _changed(inputs: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -
         elif name in inputs:
             found[name] = torch.stack([change(image) for image in inputs[name]])
     return found
+
+
+def _entering(
+    model: Any, inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[nn.Module, Any]]:
+    """What enters the decoder, by name, and what enters each attention of the vision tower."""
+    caught: dict[str, Any] = {}
+    entered: dict[nn.Module, Any] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        caught.update(kwargs)
+        raise _Captured
+
+    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered[layer] = args, kwargs
+
+    tower = [module for module in model.modules() if type(module).__name__ in TOWER_ATTENTION]
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in tower]
+    handles.append(model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except _Captured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught, entered
 
 
 def plain_positions(given: Tensor | None, length: int) -> Tensor:

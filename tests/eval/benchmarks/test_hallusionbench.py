@@ -17,6 +17,7 @@ from eval.benchmarks.hallusionbench.diagnosis import (
     diagnose,
 )
 from eval.benchmarks.hallusionbench.files import score_files
+from eval.benchmarks.judge import TemplateOptions
 from eval.errors import EvalError
 from tests.support.local_server import Chat
 from tests.support.shared_data import SHARED, shared
@@ -111,17 +112,22 @@ def test_a_judge_holds_two_answers_together_where_it_matters(chat: Chat, tmp_pat
         (200, "same") if "one student" in prompt else (200, "in" * ("again" in prompt) + "correct")
     )
     options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
-    result = score_files(answers, questions, **options)  # type: ignore[arg-type]
+    result = score_files(answers, questions, judging=TemplateOptions(**options))  # type: ignore[arg-type]
     assert (result[MIXED], result["counts"]["diagnosed"]) == (1.0, 1)
     asked = [request["messages"][0]["content"] for request in chat.asked]
     assert len(asked) == 4, "three verdicts, and one comparison"
     assert "First answer: Of one size." in asked[3]
     assert "Second answer: Equal again." in asked[3]
     assert result["same_template"].startswith("hallusionbench_same.txt")
-    assert score_files(answers, questions, verdicts=tmp_path / "v.jsonl")[MIXED] == 1.0
+    assert (
+        score_files(answers, questions, judging=TemplateOptions(verdicts=tmp_path / "v.jsonl"))[
+            MIXED
+        ]
+        == 1.0
+    )
     chat.says = lambda prompt: (200, "different" if "one student" in prompt else "incorrect")
     options["verdicts"] = tmp_path / "w.jsonl"
-    assert score_files(answers, questions, **options)[VISUAL] == 1.0  # type: ignore[arg-type]
+    assert score_files(answers, questions, judging=TemplateOptions(**options))[VISUAL] == 1.0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -180,14 +186,14 @@ def test_with_a_judge(chat: Chat, tmp_path: Path) -> None:
     assert score_files(*given)["a_acc"] == 0.0
     chat.says = lambda prompt: (200, "correct")
     options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
-    result = score_files(*given, **options)  # type: ignore[arg-type]
+    result = score_files(*given, judging=TemplateOptions(**options))  # type: ignore[arg-type]
     assert (result["a_acc"], result["judge"]) == (1.0, "j")
     assert result["template"].startswith("hallusionbench.txt (sha256")
     prompt = chat.asked[0]["messages"][0]["content"]
     assert "Are they of one size?" in prompt
     assert "They are." in prompt
     assert "Both look alike." in prompt
-    again = score_files(*given, verdicts=tmp_path / "v.jsonl")
+    again = score_files(*given, judging=TemplateOptions(verdicts=tmp_path / "v.jsonl"))
     assert again["a_acc"] == 1.0
     assert len(chat.asked) == 1
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eval.benchmarks.judge import Endpoint, Judge, Template, judge_of, shipped
+from eval.benchmarks.judge import Endpoint, Judge, JudgeOptions, Template, shipped
 from eval.errors import EvalError
 from tests.support.local_server import Chat, reply, serving
 
@@ -116,17 +116,17 @@ def test_a_changed_prompt_or_model_is_asked_anew(chat: Chat, tmp_path: Path) -> 
 
 def test_the_options(tmp_path: Path) -> None:
     file = tmp_path / "v.jsonl"
-    assert judge_of(None, None, None) is None
-    assert judge_of(None, None, file) == Judge(file)
-    assert judge_of("http://x", "m", file, temperature=0.2) == Judge(
+    assert JudgeOptions().open() is None
+    assert JudgeOptions(None, None, file).open() == Judge(file)
+    assert JudgeOptions("http://x", "m", file).open(temperature=0.2) == Judge(
         file, Endpoint("http://x", "m", temperature=0.2)
     )
     with pytest.raises(EvalError, match="both --judge URL and --judge-model"):
-        judge_of("http://x", None, file)
+        JudgeOptions("http://x", None, file).open()
     with pytest.raises(EvalError, match="--judge needs --verdicts FILE"):
-        judge_of("http://x", "m", None)
+        JudgeOptions("http://x", "m", None).open()
     with pytest.raises(EvalError, match="--judge localhost:8000/v1: expected an address such as"):
-        judge_of("localhost:8000/v1", "m", file)
+        JudgeOptions("localhost:8000/v1", "m", file).open()
 
 
 def test_templates(tmp_path: Path) -> None:

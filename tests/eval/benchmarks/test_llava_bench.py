@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.benchmarks.judge import JudgeOptions
 from eval.benchmarks.llava_bench import marks, score, score_files
 from eval.errors import EvalError
 from tests.support.local_server import Chat
@@ -64,7 +65,7 @@ def answers(tmp_path: Path) -> Path:
 def test_a_judge(chat: Chat, data: Path, answers: Path, tmp_path: Path) -> None:
     chat.says = lambda prompt: (200, "8 4\nok" if "Where is it?" in prompt else "8 8")
     options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
-    result = score_files(answers, data, **options)  # type: ignore[arg-type]
+    result = score_files(answers, data, judging=JudgeOptions(**options))  # type: ignore[arg-type]
     assert (result["all"]["score"], result["conv"]["score"]) == (75.0, 50.0)
     assert result["rules"].startswith("llava_bench.txt (sha256")
     prompt = chat.asked[0]["messages"][0]["content"]
@@ -81,7 +82,7 @@ def test_the_published_rules(chat: Chat, data: Path, answers: Path, tmp_path: Pa
     rules.write_text(json.dumps({"llava_bench_conv": {"role": "Assistant", "prompt": "Mark."}}))
     options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
     with pytest.raises(EvalError, match=r"rule\.json: no rule llava_bench_detail with a prompt"):
-        score_files(answers, data, rules=rules, **options)  # type: ignore[arg-type]
+        score_files(answers, data, rules=rules, judging=JudgeOptions(**options))  # type: ignore[arg-type]
 
 
 def test_without_a_judge(data: Path, answers: Path, tmp_path: Path) -> None:
@@ -105,4 +106,4 @@ def test_a_missing_context_is_named(chat: Chat, data: Path, answers: Path, tmp_p
     write(data / "context.jsonl", {"image": "002.jpg", "caption": "Another."})
     options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
     with pytest.raises(EvalError, match=r"questions\.jsonl, line 1: context\.jsonl or"):
-        score_files(answers, data, **options)  # type: ignore[arg-type]
+        score_files(answers, data, judging=JudgeOptions(**options))  # type: ignore[arg-type]

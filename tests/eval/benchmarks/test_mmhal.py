@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.benchmarks.judge import TemplateOptions
 from eval.benchmarks.mmhal import rating, score, score_files
 from eval.errors import EvalError
 from tests.support.local_server import Chat
@@ -50,7 +51,7 @@ def test_a_judge(chat: Chat, tmp_path: Path) -> None:
     answers.write_text(json.dumps([ROW, {**ROW, "model_answer": "Blue."}]))
     chat.says = lambda prompt: (200, "Rating: 0" if "Blue." in prompt else "Rating: 5")
     options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
-    result = score_files(answers, **options)  # type: ignore[arg-type]
+    result = score_files(answers, judging=TemplateOptions(**options))  # type: ignore[arg-type]
     assert (result["mean_rating"], result["hallucination_rate"]) == (2.5, 0.5)
     assert result["template"].startswith("mmhal.txt (sha256")
     prompt = chat.asked[0]["messages"][0]["content"]
@@ -92,7 +93,7 @@ def test_the_96_published_questions(chat: Chat, tmp_path: Path) -> None:
     answers.write_text("".join(f'{{"answer": "Answer {number}."}}\n' for number in range(96)))
     chat.says = lambda prompt: (200, "Rating: 4")
     options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
-    result = score_files(answers, TEMPLATE, **options)  # type: ignore[arg-type]
+    result = score_files(answers, TEMPLATE, judging=TemplateOptions(**options))  # type: ignore[arg-type]
     assert (result["answers"], result["mean_rating"]) == (96, 4.0)
     order = "attribute adversarial comparison counting relation environment holistic other"
     assert list(result["types"]) == order.split()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.benchmarks.judge import TemplateOptions
 from eval.benchmarks.mmvp import chosen, read_questions, score, score_files
 from eval.errors import EvalError
 from tests.support.local_server import Chat
@@ -97,7 +98,7 @@ def test_the_corrected_labels(tmp_path: Path) -> None:
 def test_a_judge(chat: Chat, questions: Path, answers: Path, tmp_path: Path) -> None:
     chat.says = lambda prompt: (200, "No." if "Is it day?" in prompt else "Yes")
     options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
-    result = score_files(answers, questions, **options)  # type: ignore[arg-type]
+    result = score_files(answers, questions, judging=TemplateOptions(**options))  # type: ignore[arg-type]
     assert (result["pair_accuracy"], result["accuracy"]) == (0.5, 0.5)
     assert (result["variant"], result["judge"]) == ("judge", "j")
     prompt = chat.asked[0]["messages"][0]["content"]

@@ -7,6 +7,7 @@ import pytest
 
 from eval.benchmarks.chair.files import score_files as score_chair
 from eval.benchmarks.coco import Vocabulary
+from eval.benchmarks.judge import TemplateOptions
 from eval.benchmarks.object_halbench import phrases, score, score_files
 from eval.errors import EvalError
 from tests.support.local_server import Chat
@@ -67,7 +68,7 @@ def test_a_judge_lists_the_objects(chat: Chat, tmp_path: Path) -> None:
         (200, said) for key, said in says.items() if f"Description: {key}" in prompt
     )
     options = {"judge": chat.url, "judge_model": "j", "verdicts": tmp_path / "v.jsonl"}
-    result = score_files(responses, truth, **options)  # type: ignore[arg-type]
+    result = score_files(responses, truth, judging=TemplateOptions(**options))  # type: ignore[arg-type]
     assert len(chat.asked) == 3
     assert (result["counts"]["objects"], result["counts"]["objects_hallucinated"]) == (3, 1)
     assert (result["response_level"], result["mention_level"]) == (0.5, 1 / 3)
@@ -75,7 +76,7 @@ def test_a_judge_lists_the_objects(chat: Chat, tmp_path: Path) -> None:
     assert (result["objects_by"], result["judge"]) == ("judge", "j")
     assert result["template"].startswith("object_halbench.txt (sha256")
     assert result["flags"] == ["1 replies of the judge hold no list: they name no object"]
-    again = score_files(responses, truth, verdicts=tmp_path / "v.jsonl")
+    again = score_files(responses, truth, judging=TemplateOptions(verdicts=tmp_path / "v.jsonl"))
     assert (again["mention_level"], len(chat.asked)) == (1 / 3, 3)
     assert score_files(responses, truth)["counts"]["objects_hallucinated"] == 2, "cat, wine glass"
 

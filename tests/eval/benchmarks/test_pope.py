@@ -10,9 +10,9 @@ import pytest
 from eval.benchmarks.pope import (
     STRATEGIES,
     Question,
-    asked_object,
     build_questions,
     cooccurrence,
+    object_of_question,
     read_questions,
     score,
 )
@@ -79,7 +79,7 @@ def test_bad_pairs(answers: list[str], labels: list[str], message: str) -> None:
     ],
 )
 def test_the_object_of_a_question(text: str, expected: str) -> None:
-    assert asked_object(text) == expected
+    assert object_of_question(text) == expected
 
 
 def test_reading_questions(tmp_path: Path) -> None:

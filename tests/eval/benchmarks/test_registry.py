@@ -80,9 +80,9 @@ def test_every_argument_of_a_scorer_is_documented(name: str) -> None:
 
 
 def test_benchmarks_are_in_the_order_of_the_registry() -> None:
-    assert [*registry.asked(["mme", "pope", "chair"])] == ["chair", "pope", "mme"]
+    assert [*registry.requested(["mme", "pope", "chair"])] == ["chair", "pope", "mme"]
     with pytest.raises(EvalError, match="unknown task: chiar; did you mean chair"):
-        registry.asked(["chiar"])
+        registry.requested(["chiar"])
 
 
 @pytest.mark.parametrize("function", ["samples", "tallies"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,49 @@ def test_what_is_not_given_is_the_functions_own_default(
         shown = capsys.readouterr().out.splitlines()
         assert shown[:-1] == [f"note: {item}" for item in ["a.json", *expected]]
         assert shown[-1].split() == ["share", "0.5000"]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How deep.
+
+    depth (N): in metres
+    """
+
+    depth: int = 2
+
+
+SHALLOW = Depth()
+
+
+def dive(
+    names: list[str], /, where: Depth = SHALLOW, all_: bool = False, tag: list[str] | None = None
+) -> dict[str, Any]:
+    """Dives.
+
+    names (NAME): of who dives
+    all_: all of them
+    tag (TAG): may be repeated
+    """
+    return {"given": [*names, where.depth, all_, tag]}
+
+
+def test_arguments_by_position_lists_and_groups_of_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = argparse.ArgumentParser(prog="dive")
+    Command(dive).add_options(parser)
+    usage = "usage: dive [-h] [--depth N] [--all] [--tag TAG] [--json] NAME [NAME ...]"
+    assert usage in " ".join(parser.format_help().split())
+    for words, expected in (
+        (["a"], ["a", 2, False, None]),
+        (["a", "b", "--depth", "7", "--all", "--tag", "x", "--tag", "y"], ["a", "b", 7, True]),
+    ):
+        given = parser.parse_args(words)
+        given.command(given)
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[: len(expected)] == [f"note: {item}" for item in expected]
+    assert shown[-1] == "note: ['x', 'y']"
 
 
 @pytest.mark.parametrize("name", SCORES)

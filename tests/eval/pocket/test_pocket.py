@@ -13,9 +13,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from eval.benchmarks.coco import Vocabulary, read_truth
-from eval.pocket import SPLITS, language, pope_question, world
+from eval.pocket import SPLITS, WORLD, language, pope_question, world
 from eval.pocket.build import make_tokenizer
-from eval.pocket.scenes import CATEGORIES, NAMES, THEMES, Scene, render, scene, stream
+from eval.pocket.scenes import NAMES, THEMES, Scene, render, scene, stream
 
 ROOT = Path(__file__).parents[3]
 
@@ -75,8 +75,8 @@ def test_a_break_scene_lacks_a_usual_companion() -> None:
 def test_companions_are_as_usual_as_the_table_says() -> None:
     views = [scene("test", index) for index in range(2000)]
     kitchens = [view for view in views if view.theme == "kitchen"]
-    assert len(kitchens) / len(views) == pytest.approx(THEMES["kitchen"][0], abs=0.04)
-    for name, presence in THEMES["kitchen"][1].items():
+    assert len(kitchens) / len(views) == pytest.approx(THEMES["kitchen"]["share"], abs=0.04)
+    for name, presence in THEMES["kitchen"]["companions"].items():
         share = np.mean([name in view.names for view in kitchens])
         assert share == pytest.approx(presence, abs=0.06)
 
@@ -109,7 +109,7 @@ def test_pycocotools_reads_what_the_scenes_are(split: str, tmp_path: Path) -> No
     found = coco(tmp_path / "annotations" / f"instances_{split}.json")
     told = coco(tmp_path / "annotations" / f"captions_{split}.json")
     assert {c["name"]: c["id"] for c in found.cats.values()} == {
-        name: number for name, (number, _) in CATEGORIES.items()
+        name: about["id"] for name, about in WORLD["objects"].items()
     }
     for index in range(20):
         view = scene(split, index)

@@ -121,7 +121,7 @@ def test_a_batch_that_does_not_fit_is_halved_from_there_on(
     assert said == {sample.id: f"{sample.prompt} 6" for sample in [*samples, *more]}
     sizes = [len(ids) for ids in asked]
     assert sizes == [4, 2, 2, 2, 2], "tried whole once, then by two, also in the next batch"
-    assert "out of memory with 4 samples at once: going on with 2" in capsys.readouterr().err
+    assert "out of memory with 4 samples at once: resuming with 2" in capsys.readouterr().err
 
 
 def test_a_single_sample_that_does_not_fit_says_what_to_do(

@@ -34,6 +34,38 @@ def test_without_a_file_the_defaults_are_the_stock_pocket_model() -> None:
     assert (made.model, made.data, made.methods) == ("pocket", "pocket", ())
 
 
+@pytest.mark.parametrize("name", ["batch_size", "methods", "chair"])
+def test_a_method_may_not_be_called_as_a_setting_or_a_task(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = (
+        "from dataclasses import dataclass\nfrom vlm_patch import Method\n\n"
+        f"@dataclass(frozen=True)\nclass Mine(Method):\n    name = {name!r}\n"
+    )
+    (tmp_path / f"own_{name}.py").write_text(write)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(EvalError, match=f"the name {name} is taken: a setting, a task or another"):
+        from_settings({"methods": [f"own_{name}:Mine"]})
+
+
+@pytest.mark.parametrize("name", ["batch_size", "mine"])
+def test_a_benchmark_may_not_be_called_as_a_setting_or_a_method_of_the_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = (
+        "from dataclasses import dataclass\nfrom vlm_patch import Method\n"
+        "from eval.benchmarks.base import Benchmark, FolderSettings\n\n"
+        "@dataclass(frozen=True)\nclass Mine(Method):\n    name = 'mine'\n\n"
+        f"class Task(Benchmark):\n    name = {name!r}\n    settings = FolderSettings\n"
+        "    samples = tallies = lambda *_: ()\n"
+    )
+    (tmp_path / f"task_{name}.py").write_text(write)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = {"methods": [f"task_{name}:Mine"], "tasks": [f"task_{name}:Task"]}
+    with pytest.raises(EvalError, match=f"the name {name} is taken"):
+        from_settings(own)
+
+
 def test_methods_keep_their_order() -> None:
     made = from_settings({"methods": ["vhr", "var"], "var": {"dims": [1, 2]}, "vhr": None})
     assert made.build_methods() == [VHR(), VAR(dims=(1, 2))]

@@ -234,8 +234,8 @@ def test_what_the_config_says_of_a_large_model_reaches_from_pretrained(
         calls.append((name, given))
         return tiny.processor()
 
-    monkeypatch.setattr(generate.MODELS, "from_pretrained", model)
-    monkeypatch.setattr(generate.PROCESSORS, "from_pretrained", processor)
+    monkeypatch.setattr(generate.chat.MODELS, "from_pretrained", model)
+    monkeypatch.setattr(generate.chat.PROCESSORS, "from_pretrained", processor)
     four_bit = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
     source = {"revision": "v1.2", "trust_remote_code": True}
     spread = {"device_map": {"": 0}, "quantization": four_bit, "attn_implementation": "sdpa"}

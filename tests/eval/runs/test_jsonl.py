@@ -77,4 +77,4 @@ def test_a_line_that_is_broken_off_is_said(
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1}\n{"a"')
     assert jsonl.read(file, ["a"]) == [{"a": 1}]
-    assert "the last line is broken off" in capsys.readouterr().err
+    assert "the last line is incomplete" in capsys.readouterr().err

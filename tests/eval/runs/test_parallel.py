@@ -230,7 +230,7 @@ def test_a_batch_that_ends_every_actor_is_named(ray: Any, tmp_path: Path) -> Non
 
 def test_actors_that_die_while_they_load_are_given_up(ray: Any, tmp_path: Path) -> None:
     there = actors(ray, 1, "ready", tmp_path / "died")
-    with pytest.raises(EvalError, match=r"every Ray actor died 4 times, the .* goes on"):
+    with pytest.raises(EvalError, match=r"every Ray actor died 4 times, the .* resumes"):
         next(ray_engine.hand_out(ray, there, batches("a")))
 
 

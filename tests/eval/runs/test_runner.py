@@ -341,7 +341,7 @@ def test_a_last_line_broken_by_a_crash_is_done_again(
     file.write_bytes(b"".join(kept) + torn)
     assert runner.score(finished)["answered"] == 22
     assert file.read_bytes().endswith(torn), "scoring changes no answers"
-    assert "the last line is broken off" in capsys.readouterr().err
+    assert "the last line is incomplete" in capsys.readouterr().err
     runner.run(settings(), finished, load=lambda _: loaded)
     assert RunFolder(finished).rows() == whole
     assert file.read_bytes().startswith(b"".join(kept))

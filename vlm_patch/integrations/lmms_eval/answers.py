@@ -44,24 +44,24 @@ def load(
     return (model if placing else model.to(device)).eval(), processor
 
 
-def search(asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def search(requests: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The arguments of `generate` for a task's generation_kwargs, and the keys that have no effect.
 
     Sampling needs a temperature above 0 and no `do_sample: false`, as everywhere in lmms-eval.
     """
-    given = {key: asked[key] for key in NEUTRAL if asked.get(key) is not None}
+    given = {key: requests[key] for key in NEUTRAL if requests.get(key) is not None}
     sample = bool(given.pop("do_sample", given.get("temperature", 0) > 0))
     sample = sample and given.get("temperature", 1.0) > 0
     if sample:
         settings = NEUTRAL | {"top_k": 0} | given | {"do_sample": True}
     else:
         settings = NEUTRAL | {k: v for k, v in given.items() if k not in SAMPLING}
-    return settings, sorted({*asked} - {*NEUTRAL, "until"})
+    return settings, sorted({*requests} - {*NEUTRAL, "until"})
 
 
-def stops(asked: Mapping[str, Any]) -> list[str]:
+def stops(requests: Mapping[str, Any]) -> list[str]:
     """The texts that end an answer, from `until` (one, a list, or nothing)."""
-    until = asked.get("until") or []
+    until = requests.get("until") or []
     return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
 
 
@@ -75,25 +75,25 @@ def cut(text: str, until: Sequence[str]) -> str:
 def batches(kinds: Sequence[Hashable], lengths: Sequence[int], size: int) -> list[list[int]]:
     """Places of requests to be answered together: of one kind, at most `size`, long ones first."""
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
-    order = sorted(range(len(kinds)), key=lambda place: (numbers[kinds[place]], -lengths[place]))
-    found = []
-    for _, group in groupby(order, key=lambda place: numbers[kinds[place]]):
-        places = list(group)
-        found += [places[start : start + size] for start in range(0, len(places), size)]
-    return found
+    order = sorted(range(len(kinds)), key=lambda index: (numbers[kinds[index]], -lengths[index]))
+    result = []
+    for _, group in groupby(order, key=lambda index: numbers[kinds[index]]):
+        indices = list(group)
+        result += [indices[start : start + size] for start in range(0, len(indices), size)]
+    return result
 
 
 def answer(
     model: Any, processor: Any, conversations: Sequence[Conversation], settings: Mapping[str, Any]
 ) -> list[Response]:
     """The answers to one batch, in order; conversations without an image run apart."""
-    found: dict[int, Response] = {}
+    result: dict[int, Response] = {}
     for seeing in (True, False):
-        places = [n for n, talk in enumerate(conversations) if _has_image(talk) is seeing]
-        if places:
-            asked = [conversations[place] for place in places]
-            found |= zip(places, _generate(model, processor, asked, settings), strict=True)
-    return [found[place] for place in range(len(conversations))]
+        indices = [n for n, talk in enumerate(conversations) if _has_image(talk) is seeing]
+        if indices:
+            requests = [conversations[index] for index in indices]
+            result |= zip(indices, _generate(model, processor, requests, settings), strict=True)
+    return [result[index] for index in range(len(conversations))]
 
 
 def _has_image(conversation: Conversation) -> bool:

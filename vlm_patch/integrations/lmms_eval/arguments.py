@@ -57,13 +57,13 @@ def _as(hint: Any, key: str, value: Any) -> Any:
 
 def _numbers(key: str, value: Any) -> tuple[int, ...]:
     """Integers from text such as "8-14+16", ranges inclusive. Raises ValueError."""
-    found: list[int] = []
+    result: list[int] = []
     for part in str(value).split("+"):
         first, dash, last = part.partition("-")
         if not first.isdigit() or not (last.isdigit() or not dash):
             raise ValueError(f"{key}: found {part!r}, expected integers and ranges, as in 8-14+16")
-        found += range(int(first), int(last if dash else first) + 1)
-    return tuple(found)
+        result += range(int(first), int(last if dash else first) + 1)
+    return tuple(result)
 
 
 def listed(value: Any) -> str | None:

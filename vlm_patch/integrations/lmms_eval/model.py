@@ -86,29 +86,34 @@ class VlmPatch(lmms):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """The answers to the requests, in their order."""
-        asked = [request.args for request in requests]
-        kinds = [json.dumps([args[2], *args[4:6]], sort_keys=True) for args in asked]
-        plan = answers.batches(kinds, [len(args[0]) for args in asked], self.batch_size)
-        found: dict[int, Any] = {}
-        for places in tqdm(plan, desc="Model Responding", disable=self.rank != 0):
-            found |= zip(places, self._batch([asked[place] for place in places]), strict=True)
-        return [found[place] for place in range(len(asked))]
+        arguments = [request.args for request in requests]
+        kinds = [json.dumps([args[2], *args[4:6]], sort_keys=True) for args in arguments]
+        plan = answers.batches(kinds, [len(args[0]) for args in arguments], self.batch_size)
+        responses: dict[int, Any] = {}
+        for indices in tqdm(plan, desc="Model Responding", disable=self.rank != 0):
+            responses |= zip(
+                indices, self._batch([arguments[index] for index in indices]), strict=True
+            )
+        return [responses[index] for index in range(len(arguments))]
 
-    def _batch(self, asked: Sequence[Any]) -> list[Any]:
+    def _batch(self, arguments: Sequence[Any]) -> list[Any]:
         """The answers to requests with one set of generation_kwargs."""
-        wanted = asked[0][2]
-        settings, ignored = answers.search(wanted)
+        settings_given = arguments[0][2]
+        settings, ignored = answers.search(settings_given)
         if ignored:
             self._say(f"generation_kwargs without effect here: {', '.join(ignored)}")
         with self._heard():
-            found = answers.answer(
-                self.model, self.processor, [self._conversation(args) for args in asked], settings
+            responses = answers.answer(
+                self.model,
+                self.processor,
+                [self._conversation(args) for args in arguments],
+                settings,
             )
-        until = answers.stops(wanted)
+        until = answers.stops(settings_given)
         results = []
-        for (context, *_), answer in zip(asked, found, strict=True):
+        for (context, *_), answer in zip(arguments, responses, strict=True):
             text = answers.cut(answer.text, until)
-            self.cache_hook.add_partial("generate_until", (context, wanted), text)
+            self.cache_hook.add_partial("generate_until", (context, settings_given), text)
             results.append(GenerationResult(text, TokenCounts(output_tokens=answer.tokens)))
         return results
 
