@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -222,6 +223,20 @@ def test_a_method_that_was_off_when_the_image_was_read() -> None:
             known = prefix(model, batch, end_of_image(batch))
         with pytest.raises(PatchError, match="was off when the beginning of this prompt was read"):
             answer(model, without_image(batch) | {"past_key_values": known})
+
+
+def test_gift_counts_the_keys_that_were_read_while_it_was_off() -> None:
+    model, batch = model_of("llava"), plain(model_of("llava"))
+    with torch.no_grad(), wrap(model, SINKS, BELOW) as patch:
+        known = DynamicCache(config=model.config.text_config)
+        step = model(**batch, past_key_values=known)
+        for off in ((), ("gift",), ()):
+            token = {"input_ids": step.logits[:, -1:].argmax(-1), "past_key_values": known}
+            with patch.disabled(*off) if off else nullcontext():
+                step = model(**token)
+        groups = known.vlm_patch.states["gift"].groups[..., : known.get_seq_length()]
+    assert (groups[:, 3] == 1).all()
+    assert (groups[:, :3, -3:] == 0).all()
 
 
 def test_text_that_was_cached_before_any_image() -> None:

@@ -300,7 +300,7 @@ class GIFT(KeyReweighting):
                 nothing = torch.zeros_like(state.groups[..., :1])
                 nothing[:, 3] = 1
                 nothing = nothing.expand(-1, -1, forward.valid.shape[1])
-                state.groups = append(state.groups, nothing, at.past)
+                state.groups = _longer(state.groups, nothing, at.past)
             return
         if at.starts:
             edges = state.edge
@@ -374,7 +374,7 @@ class GIFT(KeyReweighting):
             # the sum in place of the mean: the gain is the same for a map of any scale
             gain = saliency_gain(torch.stack(maps).sum(0), forward.image, self.alpha or 0.0)
             groups = key_groups(forward.image, forward.query, gain)
-            state.groups = append(state.groups, groups, 0)
+            state.groups = _longer(state.groups, groups, 0)
         return state.groups
 
     def _layer_map(self, layer: int, forward: ForwardContext, state: GazeState) -> Tensor:
@@ -399,6 +399,14 @@ class GIFT(KeyReweighting):
     def formula(self, heads: int) -> Formula | None:
         numbers = self.beta, float(how_many(heads, self.head_fraction)), 0.0
         return Formula(gaze_shares_of_a_row, numbers)
+
+
+def _longer(groups: Tensor | None, new: Tensor, past: Any) -> Tensor:
+    """`append`, where a key that is read while GIFT is off is one of all keys too."""
+    longer = append(groups, new, past)
+    if longer is not groups:
+        longer[:, 3] = 1
+    return longer
 
 
 def _check_saliency_layer(given: Any) -> None:
