@@ -33,8 +33,9 @@ UNSEEN = {
     "questions behind a cached image": ("vhr", "icd"),
     "inputs_embeds": ("paint", "paint-guided", "vcd"),
     "image after text": ("icd",),
+    "compiled, fullgraph": ("paint-guided", "vcd", "icd", "m3id", "dola", "deco"),
 }
-"""By way, the methods that cannot see there what they must see."""
+"""By way, the methods that cannot see there what they must see, or edit logits in a graph."""
 REFUSED = {
     (name, side)
     for name, without in UNSEEN.items()
