@@ -30,14 +30,17 @@ from vlm_patch import (
     ADHH,
     GIFT,
     IAT,
+    M3ID,
     PAI,
     PAINT,
     SPARC,
     VAF,
     VAR,
+    VCD,
     VHR,
     AdaIAT,
     Devils,
+    DoLa,
     MassTarget,
     PatchError,
     patch,
@@ -59,6 +62,8 @@ METHODS = (
     IAT(layers=(1, 2)),
     AdaIAT(CALIBRATION, layers=(2, 3)),
 )
+LOGITS = (VHR(layers=(1, 2, 3)), VCD(), M3ID(), DoLa(layers=(1,)))
+"""Second streams and early layers, beside a method inside the layers."""
 KINDS = {"llava": tiny.llava, "qwen2-vl": tiny.qwen2_vl}
 pytestmark = pytest.mark.filterwarnings("ignore:No processor was given")
 
@@ -89,6 +94,13 @@ def test_nothing_is_left_behind(kind: str, tmp_path: Path) -> None:
     model = tiny.plant(KINDS[kind]())
     batch = tiny.inputs(model, tiny.BATCH_OF_3)
     check_untouched(model, lambda: answers(model, batch), METHODS, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_left_behind_of_streams(kind: str, tmp_path: Path) -> None:
+    model = tiny.plant(KINDS[kind]())
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    check_untouched(model, lambda: answers(model, batch), LOGITS, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,6 +205,25 @@ def test_an_interrupt_anywhere(at: int) -> None:
     model = planted()
     before = state_of(model)
     check_interrupt(model, lambda: answers(model, tiny.inputs(model)), METHODS, at)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("stage", ["branches", "edit_logits"])
+@pytest.mark.parametrize("method", LOGITS[1:3], ids=lambda method: method.name)
+def test_an_error_at_any_stage_of_an_edit_of_logits(method: Method, stage: str) -> None:
+    model = planted()
+    before = state_of(model)
+    ask = lambda: answers(model, tiny.inputs(model))  # noqa: E731
+    check_error_in_method(model, ask, LOGITS, method, stage)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 7, 9])
+def test_an_interrupt_anywhere_of_streams(at: int) -> None:
+    """In the prompt of a stream, in the first one's, and in a token of all."""
+    model = planted()
+    before = state_of(model)
+    check_interrupt(model, lambda: answers(model, tiny.inputs(model)), LOGITS, at)
     assert state_of(model) == before
 
 

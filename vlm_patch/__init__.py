@@ -5,6 +5,7 @@
 
 from vlm_patch.errors import PatchError, UnsupportedModelError
 from vlm_patch.method import (
+    Branch,
     ExtraForward,
     ExtraPrompt,
     ForwardContext,
@@ -23,6 +24,7 @@ from vlm_patch.primitives.buffers import append
 from vlm_patch.primitives.reweighting import KeyReweighting, reweight
 
 __all__ = [
+    "Branch",
     "ExtraForward",
     "ExtraPrompt",
     "ForwardContext",

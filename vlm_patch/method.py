@@ -315,15 +315,46 @@ ExtraForward: TypeAlias = Callable[[dict[str, Any], Watcher], None]
 """Runs the decoder once more on the given inputs, without a cache and with every method off."""
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A second stream of the same generation, with a cache of its own: another prompt, and then
+    the tokens that the first one chose. Methods are off in it.
+
+    image: False takes the image tokens out of the prompt; the positions of the text close up.
+    prefix: text (needs the processor) or token ids, put in front of the user's question.
+    pixels: makes other pixels of the same shape from those of each image: `[..., H, W]`, or the
+        patches `[P, D]` of models that take them so.
+
+        Branch(image=False)
+    """
+
+    image: bool = True
+    prefix: str | tuple[int, ...] = ""
+    pixels: Callable[[Tensor], Tensor] | None = None
+
+
+INSIDE = (
+    "observe_hidden",
+    "edited_rows",
+    "watched_rows",
+    "edit_scores",
+    "edit_weights",
+    "edit_heads",
+    "edit_hidden",
+)
+"""The hooks of a method that are called in a layer, or say what is done in one."""
+
+
 class Method:
-    """A training-free edit of a model's attention or residual stream. Subclasses are frozen
+    """A training-free edit of a model's attention, residual stream or logits. Subclasses are frozen
     dataclasses; the fields are the hyperparameters.
 
     Every hook is optional. Within a layer the engine computes the scores of the rows that methods
     edit or watch, calls `edit_scores` of each method in the order given, takes one softmax, calls
     `observe` and `edit_weights` of each, multiplies with the values, and asks for `edit_heads`;
-    behind the MLP it calls `edit_mlp`, behind the block `edit_hidden`. It applies the head table,
-    batching, padding and the cache: a method never sees any of these.
+    behind the MLP it calls `edit_mlp`, behind the block `edit_hidden`, behind the last layer
+    `edit_logits`. It applies the head table, batching, padding and the cache: a method never sees
+    any of these.
 
     name: how the method is called in configs, head tables and messages.
     state: the class of what it remembers of a generation, given to every hook as `state`.
@@ -499,3 +530,44 @@ class Method:
     def settled_gain(self, layer: int, state: Any) -> Tensor | None:
         """What `edit_heads` gives from now on, if that is known before the head outputs are."""
         return None
+
+    @property
+    def acts_in_layers(self) -> bool:
+        """Whether it acts or looks on inside the layers, so that its head table means something;
+        not if it does nothing but edit logits.
+        """
+        kind = type(self)
+        inside = any(
+            getattr(kind, hook, None) is not getattr(Method, hook, None) for hook in INSIDE
+        )
+        return inside or not self.edits_logits
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether it has an `edit_logits` of its own."""
+        return type(self).edit_logits is not Method.edit_logits
+
+    def branches(self) -> Mapping[str, Branch]:
+        """The second streams whose logits it wants, by names of its own."""
+        return {}
+
+    def early_layers(self) -> Sequence[int]:
+        """The layers whose input it wants to see as logits: the residual stream entering them
+        (`hidden_states` of transformers by the same index) through the model's last norm and head.
+        """
+        return ()
+
+    def edit_logits(
+        self,
+        logits: Tensor,
+        others: Mapping[str | int, Tensor],
+        forward: ForwardContext,
+        state: Any,
+    ) -> Tensor:
+        """New logits `[B, R, V]` in float32 for the R last rows of the forward, those that predict
+        a new token: one, or more where drafts are verified. Not in place.
+
+        others: the logits `[B, R, V]` of its branches by name, of its early layers by index. What
+        it returns is the model's own output, so that every way of decoding sees it.
+        """
+        return logits

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from vlm_patch import heads
 from vlm_patch.engine import attention, residual
+from vlm_patch.engine.branches import Branches
 from vlm_patch.engine.generate_guard import GuardedGenerate, check_options, prompt_inputs
 from vlm_patch.engine.hooks import ForwardHooks, Hook, QuietHook
+from vlm_patch.engine.logits import LogitsEditor, check_model
 from vlm_patch.engine.tower import tower_of
 from vlm_patch.engine.tracker import PromptTracker
 from vlm_patch.errors import PatchError
@@ -111,6 +113,7 @@ class Patch:
                 )
         self.model, self._base, self._decoder = model, base, decoder
         self._methods = resolve(instances(methods), decoder)
+        check_model(self._methods, decoder)
         self.heads = _tables(self._methods, decoder, layers, head_specs)
         self._disabled: list[frozenset[str]] = []
         self._switches: dict[str, tuple[Tensor, int, dict[int, Tensor | None]]] = {}
@@ -118,6 +121,8 @@ class Patch:
         reader = (
             None if processor is None else QuestionReader(processor, ids, special.has_chat_template)
         )
+        self._processor = processor
+        self._logits: LogitsEditor | None = None
         self._shard = shard_of(base, decoder.layers[0].attention)
         reads = {method.name: method.tower_reads() for method in self._methods}
         self._tower = tower_of(base, decoder, reads)
@@ -145,6 +150,7 @@ class Patch:
             softmax_only,
             graph=self._graph,
         )
+        self._put_on_logits(passes, undo)
         for layer in self._decoder.layers:
             attention.install(layer, passes.now, undo, self, passes.graph)
             if any(method.reads_blocks for method in self._methods):
@@ -162,7 +168,8 @@ class Patch:
         for module, both in hooks.items():
             handle = module.register_forward_pre_hook(Hook(*both), with_kwargs=True)
             undo.callback(handle.remove)
-        after = QuietHook(passes.after_decoder, passes.trace_end, passes.now)
+        calls = passes.after_decoder, passes.trace_end
+        after = Hook(*calls) if passes.logits else QuietHook(*calls, passes.now)
         handle = decoder.register_forward_hook(after, always_call=True)
         undo.callback(handle.remove)
         generator = self._decoder.generator
@@ -172,6 +179,30 @@ class Patch:
         )
         undo.callback(generator.__dict__.update, before)
         undo.callback(generator.__dict__.pop, "generate", None)
+
+    def _put_on_logits(self, passes: ForwardHooks, undo: ExitStack) -> None:
+        """The hooks of methods that edit logits; without one there are none."""
+        passes.on_logits = tuple(method.name for method in self._methods if method.edits_logits)
+        if not passes.on_logits:
+            return
+        tokenizer = getattr(self._processor, "tokenizer", None)
+        encode = tokenizer and (lambda text: tokenizer.encode(text, add_special_tokens=False))
+        branches = Branches(passes.extra, encode, self._base.get_input_embeddings())
+        editor = passes.logits = self._logits = LogitsEditor(self._decoder, passes.extra, branches)
+        generator = self._decoder.generator
+        inner = [] if generator is self._base else [generator]
+        for module in (*self._shells, *inner):
+            handle = module.register_forward_hook(Hook(editor.after_model, passes.trace_logits))
+            undo.callback(handle.remove)
+        for module in inner:
+            hook = Hook(passes.before_generator, passes.trace_logits)
+            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        early = {layer for method in self._methods for layer in method.early_layers()}
+        for layer in self._decoder.layers:
+            if layer.index in early:
+                hook = Hook(editor.enter(layer.index), passes.trace_logits)
+                handle = layer.block.register_forward_pre_hook(hook, with_kwargs=True)
+                undo.callback(handle.remove)
 
     def remove(self) -> None:
         """Takes the patch off; the model is exactly as before. Harmless when called again."""
@@ -212,7 +243,8 @@ class Patch:
         prompt = prompt_inputs(arguments, generator.generation_config, inner, mask_name)
         reading = any(method.tower_reads() for method, _ in self._switched())
         listening = self._tower.generating(arguments) if self._tower and reading else nullcontext()
-        with self._layout.generating(prompt), listening:
+        asking = self._logits.generating(arguments) if self._logits else nullcontext()
+        with self._layout.generating(prompt), listening, asking:
             yield
 
     @contextmanager
@@ -254,6 +286,9 @@ class Patch:
 
     def _where(self, method: Method) -> str:
         table = self.heads[method.name]
+        if not method.acts_in_layers:
+            where = "on the logits" if table.any() else "off"
+            return where + ", disabled at the moment" * (method.name in self._off())
         on = [layer for layer, row in enumerate(table) if row.any()]
         partly = [layer for layer in on if not table[layer].all()]
         where = f"on in layers {heads.text(on)}" if on else "off"
@@ -292,6 +327,15 @@ class Patch:
         self._methods = [after if method is before else method for method in self._methods]
 
 
+def _check_no_heads(method: Method, specs: Any) -> None:
+    """Raises ValueError where heads were named for a method that has none."""
+    if isinstance(specs, Mapping) and method.name in specs:
+        raise ValueError(
+            f"heads: found {method.name!r}, which edits logits and has no heads: leave it out, and "
+            f'switch it by `with patch.disabled("{method.name}"):`'
+        )
+
+
 def _tables(
     methods: list[Method],
     decoder: Decoder,
@@ -309,6 +353,10 @@ def _tables(
         own = [layer for layer in method.default_layers(decoder.depth) if softmax[layer]]
         spec = chosen[method.name]
         tables[method.name] = method.default_heads(own) if spec is None else spec
+        if not method.acts_in_layers:
+            _check_no_heads(method, specs)
+            tables[method.name] = "all"
+            continue
         lost = (tables[method.name] & ~softmax).any(1).nonzero().flatten().tolist()
         if lost:
             warnings.warn(

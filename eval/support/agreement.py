@@ -1,6 +1,7 @@
 """The same methods twice, for the reference and for the library, and how far both are apart."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from eval.support import tiny
 from eval.support.reference import (
     AdaIat,
     Adhh,
+    Deco,
+    Dola,
     Gift,
     Iat,
+    Icd,
+    M3id,
     Mass,
     MemVr,
     Method,
@@ -25,6 +30,7 @@ from eval.support.reference import (
     Steering,
     Vaf,
     Var,
+    Vcd,
     Vhr,
     Vista,
     logits,
@@ -33,15 +39,20 @@ from vlm_patch import (
     ADHH,
     GIFT,
     IAT,
+    ICD,
+    M3ID,
     PAI,
     PAINT,
     SPARC,
     VAF,
     VAR,
+    VCD,
     VHR,
     VISTA,
     AdaIAT,
+    DeCo,
     Devils,
+    DoLa,
     MassTarget,
     MemVR,
 )
@@ -50,6 +61,7 @@ from vlm_patch.methods.adaiat import Calibration
 DIMS = tiny.SINK_DIMS
 TAU = 3.0
 
+ROLE = (77, 78, 79)
 TABLE = ((0.3, 0.1, 0.4, 0.2), (0.0, 0.2, 0.1, 0.3), (0.5, 0.0, 0.4, 0.1), (0.2, 0.3, 0.5, 0.4))
 REAL = tuple(tuple(0.03 + 0.2 * number for number in row) for row in TABLE)
 HALLUCINATED = tuple(tuple(0.05 + 0.1 * number for number in row) for row in reversed(TABLE))
@@ -99,6 +111,7 @@ PAIRS: dict[str, tuple[Method, Any]] = {
         PAINT(1.0, 0.3, 0.2, (0, 2, 3), "release", 0.3, TABLE),
     ),
     "pai": (Pai(0.5, (1, 2, 3)), PAI(0.5, (1, 2, 3))),
+    "pai-guided": (Pai(0.5, (1, 2, 3), gamma=1.4), PAI(0.5, (1, 2, 3), gamma=1.4)),
     "pai-release": (Pai(1.0, (0, 2), "release"), PAI(1.0, (0, 2), "release")),
     "vaf": (Vaf(1.3, 0.8, (1, 2)), VAF(1.3, 0.8, (1, 2))),
     "devils": (MiddleLayers(0.5, (1, 2, 3)), Devils(0.5, (1, 2, 3))),
@@ -119,6 +132,15 @@ PAIRS: dict[str, tuple[Method, Any]] = {
     "nullu": (Nullu(DIRECTIONS, 3), vlm_patch.Nullu(DIRECTIONS, 3)),
     "memvr": (MemVr((1, 2, 3), 0.3, 0.993), MemVR(0.3, 0.993, layers=(1, 2, 3))),
     "vista": (Vista((1, 3), 0.8), VISTA(0.8, layers=(1, 3))),
+    "paint-guided": (
+        Paint(0.7, 0.4, 0.25, (1, 2, 3), gamma=1.5),
+        PAINT(0.7, 0.4, 0.25, layers=(1, 2, 3), gamma=1.5),
+    ),
+    "vcd": (Vcd(1.0, 0.1, 600, 3), VCD(1.0, 0.1, 600, 3)),
+    "icd": (Icd(0.5, 0.1, ROLE), ICD(0.5, 0.1, ROLE)),
+    "m3id": (M3id(0.1, 0.9), M3ID(0.1, 0.9)),
+    "dola": (Dola((0, 1, 2), 0.1), DoLa((0, 1, 2), 0.1)),
+    "deco": (Deco((1, 2, 3), top_k=8), DeCo((1, 2, 3), top_k=8)),
 }
 MODELS: dict[str, Callable[..., Any]] = {
     "llava": tiny.llava,
@@ -137,6 +159,28 @@ def reference(names: Sequence[str]) -> list[Method]:
 
 def ours(names: Sequence[str]) -> list[Any]:
     return [PAIRS[name][1] for name in names]
+
+
+@contextmanager
+def own_forwards(model: Any) -> Iterator[list[tuple[dict[str, Any], Any]]]:
+    """Inputs and outputs of the forwards of a wrapped model, but for those that run inside one."""
+    seen: list[tuple[dict[str, Any], Any]] = []
+    running: list[Any] = []
+
+    def leave(module: Any, args: Any, inputs: dict[str, Any], output: Any) -> None:
+        running.pop()
+        if not running:
+            seen.append((inputs, output))
+
+    handles = [
+        model.register_forward_pre_hook(lambda *_: running.append(None)),
+        model.register_forward_hook(leave, with_kwargs=True),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def generated(batch: Mapping[str, Tensor], output: Any) -> Tensor:
@@ -158,3 +202,9 @@ def answer_logits(
     return torch.stack(
         [row[sample.turns[-1].end - 1 : -1] for row, sample in zip(rows, samples, strict=True)]
     )
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two tensors; none where both are -inf."""
+    same = found == expected
+    return float((found - expected).abs().masked_fill(same, 0.0).max())

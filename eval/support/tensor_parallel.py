@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import answer_logits, ours
+from eval.support.agreement import answer_logits, distance, ours
 from vlm_patch import VAR
 from vlm_patch.primitives.sink_rules import SinkChannels
 
@@ -50,7 +50,7 @@ def errors(jobs: Mapping[str, Job]) -> dict[str, float]:
 
 def apart(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
     pairs = zip(some, others, strict=True)
-    return max(float((one - other).abs().max()) for one, other in pairs)
+    return max(distance(one, other) for one, other in pairs)
 
 
 def search(model: Any, batch: Mapping[str, Tensor]) -> list[Tensor]:

@@ -16,16 +16,26 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 from transformers import CompileConfig, DynamicCache, cache_utils
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import vlm_patch
 from eval.support import tiny
-from eval.support.agreement import answer_logits, generated, ours, planted, reference
+from eval.support.agreement import (
+    answer_logits,
+    distance,
+    generated,
+    ours,
+    own_forwards,
+    planted,
+    reference,
+)
 from eval.support.reference import Sample, Turn, capture, logits, trace
 from eval.support.simulated_device import spread
 from eval.support.tensor_parallel import errors
 from vlm_patch import PatchError
+from vlm_patch.engine.attention import REASON
 
 CLOSE = 1e-5
 SIDES: dict[str, tuple[str, ...]] = {
@@ -50,6 +60,13 @@ SIDES: dict[str, tuple[str, ...]] = {
     "nullu": ("nullu",),
     "memvr": ("memvr",),
     "vista": ("vista",),
+    "paint with its contrast": ("paint-guided",),
+    "vcd": ("vcd",),
+    "icd": ("icd",),
+    "m3id": ("m3id",),
+    "dola": ("dola",),
+    "deco": ("deco",),
+    "var and the logits' side": ("var", "vcd", "m3id", "dola"),
 }
 Names: TypeAlias = Sequence[str]
 STEPS = 6
@@ -140,7 +157,7 @@ def generate(model: Any, batch: Mapping[str, Any], steps: int = STEPS, **options
 
 def apart(model: Any, samples: Sequence[Sample], found: Tensor, names: Names) -> float:
     """How far logits `[batch, steps, V]` are from the reference's for the answers of `samples`."""
-    return float((found - answer_logits(model, samples, names)).abs().max())
+    return distance(found, answer_logits(model, samples, names))
 
 
 def off(model: Any, batch: Mapping[str, Tensor], output: Any, names: Names) -> float:
@@ -500,7 +517,7 @@ def raw_forward(names: Names) -> float:
             found.append(output.logits[:, -1])
     samples = tiny.samples(model, batch, answer)
     expected = [logits(model, one, reference(names))[one.turns[0].end - 1 :] for one in samples]
-    return float((torch.stack(found, 1) - torch.stack(expected)).abs().max())
+    return distance(torch.stack(found, 1), torch.stack(expected))
 
 
 @mode("inputs_embeds", "with masks given by hand; PAINT needs the pixels")
@@ -526,18 +543,17 @@ def through_a_pipeline(names: Names) -> float:
         {"type": "image", "image": Image.effect_noise((32, 32), 80).convert("RGB")},
         {"type": "text", "text": "Is there a dog in the image?"},
     ]
-    seen, caught, pixels = [], [], []
+    pixels: list[Tensor] = []
     tower = model.model.vision_tower
     tower.register_forward_pre_hook(lambda _, args, kw: pixels.extend(args), with_kwargs=True)
-    model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw), with_kwargs=True)
-    model.lm_head.register_forward_hook(lambda _, args, output: caught.append(output[:, -1]))
     ask: Any = pipeline("image-text-to-text", model=model, processor=processor)
     options = PLAIN | {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
-    with vlm_patch.wrap(model, *ours(names)):
+    with vlm_patch.wrap(model, *ours(names)), own_forwards(model) as seen:
         ask(text=[{"role": "user", "content": content}], generate_kwargs=options)
-    found = torch.stack(caught, 1)
-    new = torch.cat([*(step["input_ids"][0] for step in seen[1:]), torch.tensor([0])])
-    inputs = {"input_ids": seen[0]["input_ids"], "pixel_values": pixels[0]}
+    found = torch.stack([said.logits[:, -1] for _, said in seen], 1)
+    given = [step["input_ids"] for step, _ in seen]
+    new = torch.cat([*(ids[0] for ids in given[1:]), torch.tensor([0])])
+    inputs = {"input_ids": given[0], "pixel_values": pixels[0]}
     return apart(model, [capture(model, inputs, new)], found, names)
 
 
@@ -581,7 +597,7 @@ def gradient_checkpointing(names: Names) -> float:
         model.zero_grad()
     (sample,) = tiny.samples(model, batch)
     expected = logits(model, sample, reference(names))
-    errors = [float((found[0] - expected).abs().max()) for found, _ in runs]
+    errors = [distance(found[0], expected) for found, _ in runs]
     errors += [
         float((one - other).abs().max())
         for _, gradients in runs[1:]
@@ -610,7 +626,10 @@ def compiled_whole(names: Names) -> float:
     batch = prompt(model, tiny.BATCH_OF_3)
     with vlm_patch.wrap(model, *ours(names)):
         torch.compiler.reset()
-        output = generate(model, batch, cache_implementation="static", compile_config=config)
+        try:
+            output = generate(model, batch, cache_implementation="static", compile_config=config)
+        except Unsupported as error:
+            raise PatchError(REASON) from error
     return off(model, batch, output, names)
 
 
@@ -718,5 +737,5 @@ def interleaved(names: Names) -> float:
     for batch, answer, steps in zip(prompts, answers, found, strict=True):
         (sample,) = tiny.samples(model, batch, answer[None])
         expected = logits(model, sample, reference(names))[sample.turns[0].end - 1 :]
-        worst = max(worst, float((torch.stack(steps) - expected).abs().max()))
+        worst = max(worst, distance(torch.stack(steps), expected))
     return worst

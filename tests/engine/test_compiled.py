@@ -15,7 +15,19 @@ from eval.support import tiny
 from eval.support.agreement import ours, planted
 from tests.support.agreement import NO_PROCESSOR
 from tests.support.family import VARIANTS, Family
-from vlm_patch import GIFT, SPARC, VAR, VHR, Method, PatchError, State, wrap
+from vlm_patch import (
+    GIFT,
+    M3ID,
+    SPARC,
+    VAR,
+    VCD,
+    VHR,
+    DoLa,
+    Method,
+    PatchError,
+    State,
+    wrap,
+)
 from vlm_patch.engine.attention import REASON
 from vlm_patch.primitives.buffers import append
 
@@ -228,6 +240,74 @@ def test_windows_alone_are_left_out_of_the_graph() -> None:
             generated(model, batch, True)
         torch.compiler.reset()
         same(generated(model, batch, False), expected)
+
+
+# ---- methods that edit logits, which no step traces
+
+
+def on_logits() -> list[Method]:
+    return [VCD(alpha=0.5, beta=0.0), M3ID(0.1, 0.9), DoLa((0, 1), 0.0)]
+
+
+@pytest.mark.parametrize("alone", on_logits(), ids=lambda method: method.name)
+def test_edits_of_logits_are_left_out_of_the_graph(alone: Method) -> None:
+    """fullgraph=True says so; with breaks they are as without the compiler."""
+    model = small()
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    stock = Loop(model, batch).steps(model, 2).logits
+    with wrap(model, alone):
+        expected = Loop(model, batch).steps(model, 2).logits
+        assert (expected - stock).abs().max() > 1e-3
+        with pytest.raises(Exception, match="a method edits logits, no step is traced"):
+            generated(model, batch, True)
+        torch.compiler.reset()
+        same(Loop(model, batch).steps(torch.compile(model, backend="eager"), 2).logits, expected)
+
+
+def test_edits_of_logits_beside_others_with_breaks() -> None:
+    """And on the cache of `generate`, where the steps of all streams are one batch."""
+    model = small()
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    for methods in ([*few(), *on_logits()], on_logits()):
+        with wrap(model, *methods):
+            torch.compiler.reset()
+            same(generated(model, batch, False), generated(model, batch, None))
+            run, options = torch.compile(model, backend="eager"), {"max_new_tokens": 4}
+            texts = [one.generate(**batch, do_sample=False, **options) for one in (run, model)]
+            assert torch.equal(*texts)
+
+
+def test_disabled_edits_of_logits_leave_the_graph_whole() -> None:
+    """Alone or beside others; switched on again, nothing is traced, and a stream that missed the
+    tokens in between says so.
+    """
+    model = small()
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    with wrap(model, *few()):
+        expected = Loop(model, batch).steps(model, 2).logits
+    stock = Loop(model, batch).steps(model, 2).logits
+    with wrap(model, *few(), *on_logits()) as patch:
+        run = whole(model)
+        with patch.disabled("vcd", "m3id", "dola"):
+            loop = Loop(model, batch).steps(run, 2)
+        same(loop.logits, expected)
+        with pytest.raises(Exception, match="a method edits logits, no step is traced"):
+            loop.steps(run, 1)
+        with pytest.raises(PatchError, match="does not know the first"):
+            loop.steps(model, 1)
+        with patch.disabled():
+            same(Loop(model, batch).steps(run, 2).logits, stock)
+
+
+def test_a_forward_past_the_hooks_of_the_model_is_refused() -> None:
+    """Its logits would be those that no method edited."""
+    model = small()
+    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    with wrap(model, *on_logits()):
+        for run in (model.forward, torch.compile(model.forward, backend="eager")):
+            loop = Loop(model, batch)
+            with pytest.raises(PatchError, match="runs without the hooks of the model around it"):
+                loop.steps(run, 1)
 
 
 # ---- what happens in between

@@ -15,10 +15,10 @@ from hypothesis import event, given
 from torch import Tensor, nn
 
 from eval.support import tiny
-from eval.support.agreement import generated
+from eval.support.agreement import distance, generated
 from eval.support.reference import Sample, logits, trace
 from tests.support.agreement import generate
-from tests.support.cases import MODES, Case, cases
+from tests.support.cases import MODES, ON_LOGITS, Case, cases
 from vlm_patch import PatchError, wrap
 
 STEPS, BEAMS = 3, 3
@@ -30,6 +30,9 @@ ROUNDING = {True: 1e-9, False: 1e-4}
 UNCUT = "needs one that can be cut: use a DynamicCache of a model without sliding window"
 ONE_BY_ONE = "sparc needs generated tokens one by one"
 READ_TWICE = "memvr decides something for the whole prompt by the row that it edits"
+NEVER = 10**6
+"""The end of an answer: no token, which a method may leave as the only one that is likely."""
+UNASKED = "without a question behind its image"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -63,6 +66,8 @@ def test_anything(case: Case) -> None:
                 return
             if ONE_BY_ONE in str(error) and case.mode == "without cache":
                 return
+            if UNASKED in str(error) and any(spec.name == "icd" for spec in case.specs):
+                return
             raise
     for one in found():
         compare(case, model, one)
@@ -72,8 +77,9 @@ def compare(case: Case, model: nn.Module, found: Found) -> None:
     """Raises AssertionError where they are apart and it was not for rounding to decide."""
     expected = logits(model, found.sample, case.specs, case.heads)
     rows = expected[found.first : found.first + len(found.rows)]
-    error = float((rows - found.rows).abs().max())
-    if error > CLOSE[case.build.exact]:
+    error = distance(found.rows, rows)
+    contrasts = sum(isinstance(spec, ON_LOGITS) for spec in case.specs)
+    if error > CLOSE[case.build.exact] * 4**contrasts:  # which multiply what rounding did before
         margins = trace(model, found.sample, case.specs, case.heads).margins
         tight = {what: m for what, m in margins.items() if m < ROUNDING[case.build.exact]}
         assert tight, f"{error:.1e} apart"
@@ -85,7 +91,7 @@ def answers(
 ) -> Callable[[], Iterator[Found]]:
     """`each` sequences for every prompt."""
     torch.manual_seed(0)
-    output = generate(model, batch, STEPS, **options)
+    output = generate(model, batch, STEPS, eos_token_id=NEVER, **options)
     new, said = generated(batch, output), torch.stack(output.logits, 1)
     if "beam_indices" in output:  # the rows that a beam took
         said = said[output.beam_indices[:, :STEPS], torch.arange(STEPS)]
@@ -145,13 +151,14 @@ ASKED = (30, 31, tiny.SINK_WORD, 8)
 
 def second_turn(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
     """On the cache that the first one returned; its question is all of its text."""
-    first = generate(model, batch, STEPS)
+    first = generate(model, batch, STEPS, eos_token_id=NEVER)
     count = len(first.sequences)
     ids = torch.cat([first.sequences, torch.tensor([ASKED] * count)], 1)
     padding = batch["attention_mask"]
     mask = torch.cat([padding, torch.ones_like(ids)[:, padding.shape[1] :]], 1)
     again = {"input_ids": ids, "attention_mask": mask}
-    second = generate(model, again | {"past_key_values": first.past_key_values}, STEPS)
+    known = {"past_key_values": first.past_key_values}
+    second = generate(model, again | known, STEPS, eos_token_id=NEVER)
     answer, later = generated(batch, first), generated(again, second)
     said = torch.stack(second.logits, 1)
 

@@ -73,3 +73,14 @@ def test_only_the_first_generated_token_asks(names: Sequence[str], cache: str, h
         found = asked(model, cache)
     assert found[1:] == stock[1:]
     assert (found[0] > stock[0]) == (names != ("vhr",)), "where rows are edited a plan is made"
+
+
+@pytest.mark.filterwarnings(NO_PROCESSOR)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("names", [("vcd", "deco"), ("m3id", "icd", "dola")])
+@torch.no_grad()
+def test_streams_never_ask(names: Sequence[str], cache: str) -> None:
+    """Not even whether a mask is full, as the stock model does with a dynamic cache."""
+    model = planted("llava")
+    with wrap(model, *ours(names)):
+        assert asked(model, cache) == [0, 0, 0, 0]

@@ -139,8 +139,9 @@ def test_it_acts_in_all_blocks_but_the_first_two(depth: int, softmax: Any, layer
 
 def test_published_settings() -> None:
     assert (PAINT().alpha, PAINT().beta, PAINT().rho) == (0.7, 0.4, 0.15)
-    assert PAINT.paper() == PAINT(0.7, 0.4, 0.25)
-    assert PAINT.release() == PAINT(0.7, 0.3, 0.25, semantics="release")
+    assert PAINT().gamma == 1.0
+    assert PAINT.paper() == PAINT(0.7, 0.4, 0.25, gamma=1.1)
+    assert PAINT.release() == PAINT(0.7, 0.3, 0.25, semantics="release", gamma=1.1)
 
 
 def test_a_table_for_another_model() -> None:

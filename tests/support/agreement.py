@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eval.support import tiny
-from eval.support.agreement import PAIRS, answer_logits, generated
+from eval.support.agreement import PAIRS, answer_logits, distance, generated, own_forwards
 from vlm_patch.methods.var import sink_score
 
 NO_PROCESSOR = "ignore:No processor was given"
@@ -24,24 +24,20 @@ TOGETHER = [
     ("mass-target", "var", "adaiat", "devils", "pai", "adhh", "iat"),
     ("nullu", "memvr", "vista", "steering"),
     ("vista", "nullu", "var", "steering-all", "gift-inside", "vhr"),
+    ("vcd", "gift-inside", "m3id", "deco"),
+    ("icd", "paint-guided", "dola"),
 ]
 
 
 def generate(model: Any, batch: Mapping[str, Tensor], steps: int = 8, **options: Any) -> Any:
     """Exactly `steps` new tokens, greedy unless `options` say otherwise.
 
-    The output's logits are those of the head: transformers' own copy is rounded to float32.
+    The output's logits are those of the model: transformers' own copy is rounded to float32.
     """
     settings = {"do_sample": False, "max_new_tokens": steps, "min_new_tokens": steps} | options
-    caught: list[Tensor] = []
-    handle = model.lm_head.register_forward_hook(
-        lambda module, args, output: caught.append(output[:, -1].detach())
-    )
-    try:
+    with own_forwards(model) as seen:
         output = model.generate(**batch, **settings, return_dict_in_generate=True)
-    finally:
-        handle.remove()
-    output.logits = tuple(caught)
+    output.logits = tuple(said.logits[:, -1].detach() for _, said in seen)
     return output
 
 
@@ -56,7 +52,7 @@ def error(
     """The largest difference of the logits of a generation from the reference's."""
     samples = tiny.samples(model, batch, generated(batch, output), **masks)
     steps = torch.stack(output.logits, 1).double()
-    return float((steps - answer_logits(model, samples, names, heads)).abs().max())
+    return distance(steps, answer_logits(model, samples, names, heads))
 
 
 def new_tokens(

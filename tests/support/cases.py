@@ -13,8 +13,12 @@ from eval.support import tiny
 from eval.support.reference import (
     AdaIat,
     Adhh,
+    Deco,
+    Dola,
     Gift,
     Iat,
+    Icd,
+    M3id,
     Mass,
     MemVr,
     Method,
@@ -26,6 +30,7 @@ from eval.support.reference import (
     Steering,
     Vaf,
     Var,
+    Vcd,
     Vhr,
     Vista,
 )
@@ -33,15 +38,20 @@ from vlm_patch import (
     ADHH,
     GIFT,
     IAT,
+    ICD,
+    M3ID,
     PAI,
     PAINT,
     SPARC,
     VAF,
     VAR,
+    VCD,
     VHR,
     VISTA,
     AdaIAT,
+    DeCo,
     Devils,
+    DoLa,
     MassTarget,
     MemVR,
 )
@@ -187,6 +197,7 @@ def paint(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
         "semantics": draw(st.sampled_from(("release", "paper"))),
         "rho_sp": draw(hundredths(0, 0.5)),
         "sensitivity": table if table and any(map(any, table)) else None,
+        "gamma": 1 + draw(hundredths(0, 0.5)),
     }
     return Paint(**given), PAINT(**given)
 
@@ -282,8 +293,54 @@ def memvr(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     return MemVr(**given), MemVR(**given)
 
 
+@st.composite
+def vcd(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = {
+        "alpha": draw(hundredths(0, 1)),
+        "beta": draw(hundredths(0, 1)),
+        "noise_step": draw(st.integers(0, 999)),
+        "seed": draw(st.integers(0, 9)),
+    }
+    return Vcd(**given), VCD(**given)
+
+
+@st.composite
+def icd(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    prefix = tuple(draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=4)))
+    given = {"alpha": draw(hundredths(0, 1)), "beta": draw(hundredths(0, 1)), "prefix": prefix}
+    return Icd(**given), ICD(**given)
+
+
+@st.composite
+def m3id(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = {"decay": draw(hundredths(0, 0.3)), "gate": draw(hundredths(0, 1))}
+    return M3id(**given), M3ID(**given)
+
+
+@st.composite
+def dola(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = {"layers": draw(some_layers(layers)), "beta": draw(hundredths(0, 1))}
+    return Dola(**given), DoLa(**given)
+
+
+@st.composite
+def deco(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
+    given = {
+        "layers": draw(some_layers(layers)),
+        "alpha": draw(hundredths(0, 1)),
+        "top_p": draw(hundredths(0.01, 1)),
+        "top_k": draw(st.integers(1, 20)),
+    }
+    return Deco(**given), DeCo(**given)
+
+
+ON_LOGITS = (Vcd, Icd, M3id, Dola, Deco)
+
+
 def acting(spec: Method, layers: int) -> list[int]:
     """The layers that a method is made for."""
+    if isinstance(spec, ON_LOGITS):
+        return []
     if isinstance(spec, Var):
         return [layer for layer in range(layers) if spec.acts_in(layer, layers)]
     return list(spec.layers)
@@ -359,6 +416,11 @@ def cases(draw: st.DrawFn) -> Case:
         "nullu": nullu(build.layers),
         "vista": vista(build.layers),
         "memvr": memvr(build.layers),
+        "vcd": vcd(build.layers),
+        "icd": icd(build.layers),
+        "m3id": m3id(build.layers),
+        "dola": dola(build.layers),
+        "deco": deco(build.layers),
     }
     names = draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=4, unique=True))
     methods = [draw(kinds[name]) for name in names]

@@ -37,7 +37,8 @@ REASON = (
     "vlm_patch: of a patched model only a step of one token on a StaticCache can be traced whole, "
     "behind a prompt that the same methods read without torch.compile. Read prompts with the model "
     "itself and only the tokens behind them with the compiled one, as generate() does, or compile "
-    "with fullgraph=False"
+    "with fullgraph=False. While a method edits logits, no step is traced: compile with "
+    "fullgraph=False, or run inside `with patch.disabled():`"
 )
 """What fullgraph=True says of everything else."""
 # None where no compiler is at work in this thread; it is not public, and can be done without
@@ -172,18 +173,22 @@ class Thread(Protocol):
     @property
     def run(self) -> ForwardHandler | None: ...
 
+    @property
+    def joint(self) -> Any: ...
+
 
 class ThreadState(threading.local):
     """What this thread does at the moment.
 
     run: what attention serves. inside: the decoder runs for a pass of our own. first: the output of
-    a pass that did all of the prompt but its last token. settle: what follows a forward on a static
-    cache.
+    a pass that did all of the prompt but its last token. joint: what splits a batch of several
+    streams (`joint.JointStep`). settle: what follows a forward on a static cache.
     """
 
     run: ForwardHandler | None = None
     inside: bool = False
     first: Any = None
+    joint: Any = None
     settle: Callable[[], None] | None = None
 
 
@@ -306,6 +311,11 @@ def _in_thread(
     of edits; where nothing is on, it sees the stock function.
     """
     slot: PatchSlot = module.__dict__[SLOT]
+    if slot.now is not None and slot.now.joint is not None:
+        joint: tuple[Tensor, Tensor | None] = slot.now.joint.attend(
+            attention, module, query, key, value, options
+        )
+        return joint
     run: ForwardHandler | None = options.pop(HANDLER_ARGUMENT, None)
     if run is None and slot.now is not None:
         run = slot.now.run

@@ -99,11 +99,16 @@ class ExtraPasses:
             return f"its extra prompt takes a forward of its own, since {reason}"
         return "its extra prompt shares the prompt's forward"
 
-    def run(self, run: ForwardHandler, kwargs: dict[str, Any]) -> Any:
-        """Runs the decoder once more, inside the forward that is about to start."""
+    def run(
+        self,
+        run: ForwardHandler | None,
+        kwargs: dict[str, Any],
+        module: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Runs the decoder once more, or the whole model as `module`, inside a forward."""
         self.now.run, self.now.inside = run, True
         try:
-            return self.decoder(**kwargs)
+            return (module or self.decoder)(**kwargs)
         finally:
             self.now.run, self.now.inside = None, False
 
@@ -142,7 +147,7 @@ class ExtraPasses:
         cache: Any = kwargs[self.cache_name]
         tails = [tail for tail in tails if start <= tail.past]
         known = start + sum(tail.rows for tail in tails) == past
-        if not known or not _can_be_cut(cache) or any(tail.partial for tail in tails):
+        if not known or not can_be_cut(cache) or any(tail.partial for tail in tails):
             raise PatchError(
                 f"this prompt goes on behind a cache that ends {past - start} tokens behind the "
                 "image, which a method that reads the question must see again as a part of it, and "
@@ -187,7 +192,7 @@ class ExtraPasses:
                 "watch a lower layer, or give the whole conversation without a cache"
             )
         again = bool(deciding) or bool(forward.image[:, -1].any()) or _last_is_seen(forward, kwargs)
-        if again or not _can_be_cut(cache):
+        if again or not can_be_cut(cache):
             if forward.position.past:
                 raise PatchError(
                     f"{late[0].method.name} watches a layer that is not below those it edits, "
@@ -220,7 +225,7 @@ class ExtraPasses:
         return {**kwargs, "attention_mask": mask, **nothing}
 
 
-def _can_be_cut(cache: Any) -> bool:
+def can_be_cut(cache: Any) -> bool:
     """Whether the last token can be taken out of a cache again: not out of a sliding window, nor
     out of the state of linear attention.
     """

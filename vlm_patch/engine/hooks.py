@@ -21,6 +21,7 @@ from vlm_patch.engine.attention import (
 )
 from vlm_patch.engine.compiled import TracedStep, static_step, traceable
 from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, cache_name, shows_weights
+from vlm_patch.engine.logits import LogitsEditor
 from vlm_patch.engine.packed import Packed
 from vlm_patch.engine.packing import Packing
 from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
@@ -106,6 +107,7 @@ class ForwardHooks:
     switched: the methods that are on, each with its layers and their heads; asked at every forward.
     learned: told of a method that found out something about the model. padding: the padding token,
     where the decoder counts its positions by it and takes none. softmax_only: see `Packing`.
+    logits: edits them, if a method does. on_logits: the names of these methods.
     """
 
     decoder: nn.Module
@@ -116,6 +118,8 @@ class ForwardHooks:
     softmax_only: bool = True
     now: ThreadState = field(default_factory=ThreadState)
     graph: Graph = field(default_factory=Graph)
+    logits: LogitsEditor | None = None
+    on_logits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.cache_name = cache_name(self.decoder)
@@ -134,15 +138,22 @@ class ForwardHooks:
         if self.now.inside:
             return
         inputs = self.layout.pending = _named(module, args, kwargs) if args else kwargs
+        if self.logits is not None:
+            self.logits.before_model(module, inputs)
         tower = self.layout.tower
         if tower is not None and carries_images(inputs) and _readers(self.switched()):
             tower.listen(inputs)
+
+    def before_generator(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a language model inside the whole, which generates by itself."""
+        if self.logits is not None and not self.now.inside:
+            self.logits.before_model(module, _named(module, args, kwargs))
 
     def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the decoder."""
         if self.now.inside:
             return None
-        self.now.run = self.now.first = self.now.settle = self.graph.run = None
+        self.now.run = self.now.first = self.now.joint = self.now.settle = self.graph.run = None
         if self.layout.tower is not None:
             self.layout.tower.run = None
         switched = self.switched()
@@ -178,6 +189,7 @@ class ForwardHooks:
         actives: list[ActiveMethod] = []
         if generation.pictured:
             actives, kwargs = self._start(forward, generation, switched, kwargs)
+            kwargs = kwargs if self.logits is None else self.logits.join(kwargs)
         else:
             generation.stock = generation.length
         static = static_step(cache, generation, self.graph, self.layout.shard)
@@ -195,13 +207,18 @@ class ForwardHooks:
         if settle is not None and output is not None:
             settle()
         if isinstance(run, Packed):
-            return run.finish(output)
-        if first is None or output is None:
-            return None
+            output = run.finish(output)
+        elif first is not None and output is not None:
+            self._complete(first, output)
+        if self.logits is not None:
+            self.logits.after_decoder(output)
+        return output
+
+    def _complete(self, first: Any, output: Any) -> None:
+        """Puts the rows of a first pass in front of the output of the last rows."""
         for name, dim in (("last_hidden_state", 1), ("hidden_states", 1), ("attentions", 2)):
             if output.get(name) is not None:
                 output[name] = _join(first[name], output[name], dim)
-        return output
 
     def before_block(self, layer: int) -> Callable[..., None]:
         """A forward pre-hook for the block of a layer."""
@@ -240,6 +257,8 @@ class ForwardHooks:
                 generation.follow(method.name, layers, forward.position.past)
             elif method.tower_reads():
                 generation.follow(method.name, (), forward.position.past)
+        if self.logits is not None:
+            self.logits.start(forward, generation, actives, kwargs)
         prompts = []
         if forward.position.starts:
             found = [self.extra.probe(active, forward) for active in actives]
@@ -256,6 +275,9 @@ class ForwardHooks:
             forward, kwargs = self.extra.read_first(forward, actives, late, kwargs)
         for active in actives:
             active.method.before_forward(forward, active.state)
+        if packed is None and not any(active.method.acts_in_layers for active in actives):
+            generation.step = None
+            return actives, kwargs
         run: Editing | None = generation.step
         if run is not None and run.serves(actives, forward):
             run.go_on(forward)
@@ -279,6 +301,8 @@ class ForwardHooks:
             return False
         if all(self.graph.off.values()):
             return True
+        if not self._logits_are_stock():
+            return False
         hidden = args[0] if args else _hidden(kwargs)
         return traceable(self.graph, self._cache(kwargs), hidden) is not None
 
@@ -292,6 +316,8 @@ class ForwardHooks:
             self.graph.run = TracedStep()
             return True
         if args or self.decoder.training or shows_weights(self.decoder, kwargs):
+            return False
+        if not self._logits_are_stock():
             return False
         static = traceable(self.graph, cache, _hidden(kwargs))
         if static is None:
@@ -319,6 +345,13 @@ class ForwardHooks:
         run.finish()
         self.graph.run = None
         return True
+
+    def trace_logits(self, module: nn.Module, args: Any, more: Any) -> bool:
+        """What a `LogitsEditor` does, which is nothing while no method edits logits."""
+        return torch.compiler.is_dynamo_compiling() and self._logits_are_stock()
+
+    def _logits_are_stock(self) -> bool:
+        return all(self.graph.off[name] for name in self.on_logits)
 
     def _cache(self, kwargs: Mapping[str, Any]) -> Any:
         cache = kwargs.get(self.cache_name)

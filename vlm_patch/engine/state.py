@@ -89,6 +89,7 @@ class GenerationState:
     tails: the text behind it, where the prompt may go on.
     deferred: warnings, by what they are about, that hold only if it does not.
     static: what its steps share on a static cache (a `compiled.StaticStep`).
+    streams: second streams, by name (`branches.Stream`).
     """
 
     owner: int
@@ -109,10 +110,11 @@ class GenerationState:
     tails: list[Tail] = field(default_factory=list)
     deferred: list[tuple[str, str]] = field(default_factory=list)
     static: Any = None
+    streams: dict[str, Any] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> None:
         """Follows the cache when its samples are reordered, picked or repeated; index `[B]`."""
-        for state in (self.keys, *self.states.values()):
+        for state in (self.keys, *self.states.values(), *self.streams.values()):
             state.select(index)
         for tail in self.tails:
             tail.select(index, self.batch)

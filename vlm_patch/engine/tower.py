@@ -127,6 +127,7 @@ class Tower(threading.local, ForwardHandler):
         self.way, self.cls = WAYS[model.config.model_type], has_cls(model)
         self.shard = shard_of(model, self.layers[0])
         self.run: Tower | None = None
+        self.joint = None
         self.inside = False
         self.forget()
 

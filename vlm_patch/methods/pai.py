@@ -13,17 +13,22 @@ import torch
 from torch import Tensor
 
 from vlm_patch.method import ForwardContext, Method, ModelInfo
+from vlm_patch.primitives.contrast import Guided
 from vlm_patch.primitives.key_bias import KeyBias, raised
-from vlm_patch.validation import check_share, check_wholes
+from vlm_patch.validation import check_number, check_share, check_wholes
 
 
 @dataclass(frozen=True)
-class PAI(KeyBias):
+class PAI(Guided, KeyBias):
     """Raises the attention scores of all image tokens by `alpha` of their size, in the rows that
     predict the answer (Liu et al.).
 
     alpha: how much, 0 to 1; 0 changes nothing.
     layers: where. None: all but the first two.
+    gamma: at least 1, the contrast with a second stream without the image: gamma log p -
+        (gamma - 1) log p'. 1, no contrast and no second stream; published runs have 1.1.
+    cutoff: with the contrast, a token stays if its probability is at least this share of the
+        likeliest one's.
     semantics: "paper" (the last row of a prompt and every generated token) or "release" (generated
         tokens only, which is what the release does whenever its contrast is on).
 
@@ -39,6 +44,8 @@ class PAI(KeyBias):
     alpha: float = 0.5
     layers: Sequence[int] | None = None
     semantics: str = "paper"
+    gamma: float = 1.0
+    cutoff: float = 0.1
 
     @classmethod
     def paper(cls) -> PAI:
@@ -53,6 +60,8 @@ class PAI(KeyBias):
     def __post_init__(self) -> None:
         check_share("PAI alpha", self.alpha, "published values are 0.2 and 0.5")
         check_wholes("PAI layers", self.layers)
+        check_number("PAI gamma", self.gamma, 1)
+        check_number("PAI cutoff", self.cutoff, 0, 1)
         if self.semantics not in ("paper", "release"):
             raise ValueError(
                 f'PAI semantics: found {self.semantics!r}, expected "paper" or "release"'

@@ -22,6 +22,7 @@ from vlm_patch.method import (
     TowerRead,
 )
 from vlm_patch.primitives.buffers import append, cast
+from vlm_patch.primitives.contrast import Guided
 from vlm_patch.primitives.key_bias import raised
 from vlm_patch.validation import check_number, check_share, check_wholes
 
@@ -86,7 +87,7 @@ class BoostState(State):
 
 
 @dataclass(frozen=True)
-class PAINT(Method):
+class PAINT(Guided):
     """Raises the attention scores of the patches that matter to the vision tower, in the last row
     (Arif et al.).
 
@@ -101,15 +102,18 @@ class PAINT(Method):
         ("spatial"; the release's own score is a constant), which join the local ones.
     sensitivity: ours, off at None: a table `[layers, heads]` of how much each head attends to
         images, by which alpha and beta are scaled, 1 at its maximum.
+    gamma: at least 1, the contrast with a second stream without the image: gamma log p -
+        (gamma - 1) log p'. 1, no contrast and no second stream; the paper's runs have 1.1.
+    cutoff: with the contrast, a token stays if its probability is at least this share of the
+        likeliest's, 0 to 1.
 
-    The second half, the contrast with a pass without the image, is not part of this version. Where
-    the paper is silent, by our proposal: towers without a class token are read by the mean over
-    their patches, tokens made of several patches by the mean of these; tiles are compared over
+    Where the paper is silent, by our proposal: towers without a class token are read by the mean
+    over their patches, tokens made of several patches by the mean of these; tiles are compared over
     their whole image; every image, and every frame of a video, has sets of its own.
 
-    The defaults are the settings at which captions do not loop; `PAINT.paper()` and
-    `PAINT.release()` are the published ones, at which a third of them do. Raises ValueError on
-    values out of range.
+    The defaults are the settings at which captions do not loop, without the contrast;
+    `PAINT.paper()` and `PAINT.release()` are the published ones, at which a third of them do.
+    Raises ValueError on values out of range.
 
         wrap(model, PAINT(rho=0.2))
     """
@@ -125,22 +129,26 @@ class PAINT(Method):
     semantics: str = "paper"
     rho_sp: float = 0.0
     sensitivity: Sequence[Sequence[float]] | None = None
+    gamma: float = 1.0
+    cutoff: float = 0.1
 
     @classmethod
     def paper(cls) -> PAINT:
         """The paper's best row."""
-        return cls(alpha=0.7, beta=0.4, rho=0.25)
+        return cls(alpha=0.7, beta=0.4, rho=0.25, gamma=1.1)
 
     @classmethod
     def release(cls) -> PAINT:
-        """The defaults of the release, without its contrast."""
-        return cls(alpha=0.7, beta=0.3, rho=0.25, semantics="release")
+        """The release as its scripts run it."""
+        return cls(alpha=0.7, beta=0.3, rho=0.25, semantics="release", gamma=1.1)
 
     def __post_init__(self) -> None:
         check_share("PAINT alpha", self.alpha, "published values are 0.3 to 0.7")
         check_share("PAINT beta", self.beta, "published values are 0.3 to 0.7")
         check_number("PAINT rho", self.rho, 0, 1)
         check_number("PAINT rho_sp", self.rho_sp, 0, 1)
+        check_number("PAINT gamma", self.gamma, 1)
+        check_number("PAINT cutoff", self.cutoff, 0, 1)
         check_wholes("PAINT layers", self.layers)
         if self.semantics not in ("paper", "release"):
             raise ValueError(

@@ -25,6 +25,11 @@ from eval.support.reference.sample import Turn as Turn
 from eval.support.reference.sample import capture as capture
 from eval.support.reference.sparc import Sparc as Sparc
 from eval.support.reference.steering import Steering as Steering
+from eval.support.reference.streams import Deco as Deco
+from eval.support.reference.streams import Dola as Dola
+from eval.support.reference.streams import Icd as Icd
+from eval.support.reference.streams import M3id as M3id
+from eval.support.reference.streams import Vcd as Vcd
 from eval.support.reference.vaf import Vaf as Vaf
 from eval.support.reference.var import Var as Var
 from eval.support.reference.vhr import Vhr as Vhr

@@ -1,6 +1,7 @@
 """Methods together: edits of scores in the order given, one softmax, edits of weights in the same
 order, then the values, then VHR's scale; behind the MLP edits of its output, and behind the block
-edits of the residual stream, in the order given too.
+edits of the residual stream, in the order given too; behind the head edits of logits, in order
+again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.support.reference import decoder, gift, memvr, nullu, paint, steering, var, vhr, vista
+from eval.support.reference import (
+    decoder,
+    gift,
+    memvr,
+    nullu,
+    paint,
+    steering,
+    streams,
+    var,
+    vhr,
+    vista,
+)
 from eval.support.reference.answer import RowMethod
 from eval.support.reference.decoder import (
     HiddenEdit,
@@ -27,11 +39,13 @@ from eval.support.reference.paint import Paint
 from eval.support.reference.sample import Sample, Turn
 from eval.support.reference.sparc import Sparc, Unrolled
 from eval.support.reference.steering import Steering
+from eval.support.reference.streams import Deco, Dola, Icd, M3id, Vcd
 from eval.support.reference.var import Var
 from eval.support.reference.vhr import Vhr
 from eval.support.reference.vista import Vista
 
-Method = Var | Gift | Vhr | Paint | RowMethod | Steering | Nullu | Vista | MemVr
+OnLogits = Vcd | Icd | M3id | Dola | Deco
+Method = Var | Gift | Vhr | Paint | RowMethod | Steering | Nullu | Vista | MemVr | OnLogits
 Heads = Mapping[str, Tensor]
 
 
@@ -111,6 +125,9 @@ def trace(
     for known in margins:
         for decision, distance in known.items():
             final.near(decision, torch.tensor(distance))
+    off = {name for name, table in (heads or {}).items() if not table.any()}
+    for method in [method for method in methods if method.name not in off]:
+        final.run.logits = streams.edited(model, sample, method, final.run, final.near)
     return final
 
 

@@ -15,6 +15,8 @@ class Pai(RowMethod):
     alpha: float
     layers: tuple[int, ...]
     semantics: str = "paper"
+    gamma: float = 1.0
+    cutoff: float = 0.1
 
     name = "pai"
 

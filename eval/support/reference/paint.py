@@ -22,6 +22,8 @@ class Paint:
     semantics: str = "paper"
     rho_sp: float = 0.0
     sensitivity: Sequence[Sequence[float]] | None = None
+    gamma: float = 1.0
+    cutoff: float = 0.1
 
     name = "paint"
 

@@ -33,7 +33,8 @@ class Sample:
     image is bool [S]. Tokens after the last turn's end, and between one turn's end and the next
     turn's start, are generated ones. rounded: what a lossy cache gives back of the keys or values
     [groups, S, d] of a layer, given how many tokens the first prompt has; rows behind that see it.
-    pictures: what the vision tower looks at in each image.
+    pictures: what the vision tower looks at in each image. with_pixels: embeds of the prompt [n, D]
+    with the pixels of each image changed by a function.
     """
 
     embeds: Tensor
@@ -42,6 +43,7 @@ class Sample:
     turns: tuple[Turn, ...]
     rounded: Callable[[Tensor, int], Tensor] | None = None
     pictures: tuple[Picture, ...] = ()
+    with_pixels: Callable[[Callable[[Tensor], Tensor]], Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -52,7 +54,12 @@ class Sample:
         turns = tuple(turn for turn in self.turns if turn.start < end)
         pictures = tuple(one for one in self.pictures if one.places[-1] < end)
         return Sample(
-            self.embeds[:end], self.positions[..., :end], self.image[:end], turns, pictures=pictures
+            self.embeds[:end],
+            self.positions[..., :end],
+            self.image[:end],
+            turns,
+            pictures=pictures,
+            with_pixels=self.with_pixels,
         )
 
     def followed_by(self, model: Any, ids: Tensor) -> "Sample":
@@ -62,7 +69,12 @@ class Sample:
         positions = torch.cat([self.positions, fresh.expand(*self.positions.shape[:-1], -1)], -1)
         image = torch.cat([self.image, torch.zeros(len(ids), dtype=torch.bool)])
         return Sample(
-            torch.cat([self.embeds, embeds]), positions, image, self.turns, pictures=self.pictures
+            torch.cat([self.embeds, embeds]),
+            positions,
+            image,
+            self.turns,
+            pictures=self.pictures,
+            with_pixels=self.with_pixels,
         )
 
     def asked(
@@ -112,8 +124,30 @@ def capture(
     embeds = caught["inputs_embeds"][0].double()
     positions = plain_positions(caught.get("position_ids"), len(ids))
     turns = (Turn(0, len(ids), query, content),)
-    sample = Sample(embeds, positions, image, turns, pictures=pictures)
+
+    def with_pixels(change: Callable[[Tensor], Tensor]) -> Tensor:
+        other: Tensor = _entering(model, {**inputs, **_changed(inputs, change)})[0][
+            "inputs_embeds"
+        ][0]
+        return other.double()
+
+    sample = Sample(embeds, positions, image, turns, pictures=pictures, with_pixels=with_pixels)
     return sample if generated is None else sample.followed_by(model, generated)
+
+
+def _changed(inputs: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The pixels of every image changed; those of Qwen's are patches in one row."""
+    found = {}
+    for name, grid in (
+        ("pixel_values", "image_grid_thw"),
+        ("pixel_values_videos", "video_grid_thw"),
+    ):
+        if name in inputs and grid in inputs:
+            sizes = [int(t * h * w) for t, h, w in inputs[grid]]
+            found[name] = torch.cat([change(image) for image in torch.split(inputs[name], sizes)])
+        elif name in inputs:
+            found[name] = torch.stack([change(image) for image in inputs[name]])
+    return found
 
 
 def _entering(

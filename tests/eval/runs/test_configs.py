@@ -70,13 +70,16 @@ def qwen3_vl(text: Any) -> Any:
 
 RESIDUAL = {"vista", "memvr"}
 ATTENTION = {"iat", "sparc", "pai", "vaf", "devils", "mass_target"}
+LOGITS = {"vcd", "icd", "m3id", "dola", "deco"}
+"""The methods that edit logits, which have files for one model and for the pocket model."""
 BOTH = {"gift-release", "vhr-paper", "var-release", "paint-paper", "paint-release"}
 MODELS = {
     "llava-1.5-7b": Known(
         "llava-hf/llava-1.5-7b-hf",
         *(32, 32, 32, 4096, llava),
-        {"all", "pai-release", *ATTENTION, *BOTH, *RESIDUAL, "nullu", "steering"},
-        {"var", "gift", "vhr", "paint", "pai", "vaf", "devils", "iat", "sparc", *RESIDUAL, "nullu"},
+        {"all", "pai-release", *ATTENTION, *BOTH, *RESIDUAL, *LOGITS, "nullu", "steering"},
+        {"var", "gift", "vhr", "paint", "pai", "vaf", "devils", "iat", "sparc", *RESIDUAL, "nullu"}
+        | {"vcd", "deco"},
     ),
     "llava-1.5-13b": Known(
         "llava-hf/llava-1.5-13b-hf",
@@ -146,7 +149,7 @@ def test_every_config_loads_and_holds_the_sections_of_its_methods(path: Path) ->
 
 def test_every_model_has_its_files() -> None:
     wanted = {folder: PLAIN | known.files for folder, known in MODELS.items()}
-    wanted["pocket"] = PLAIN | ATTENTION | RESIDUAL | {"all", "adhh"}
+    wanted["pocket"] = PLAIN | ATTENTION | RESIDUAL | LOGITS | {"all", "adhh"}
     for folder in wanted:
         if folder == "pocket" or MODELS[folder].paint:
             wanted[folder].add("paint")
@@ -223,9 +226,8 @@ def test_the_library_takes_the_values_of_the_config_by_itself(path: Path) -> Non
         assert written.pop("tau") == (20.0 if seen.profile else None)
     assert written == {key: value for key, value in vars(fitted).items() if key in written}
     if path.stem in known.published:
-        # their own defaults are those for LLaVA-1.5-7B
-        own = path.stem in ("paint", "pai", "vista")
-        assert (bool(seen.profile) or own, scaled) == (True, [])
+        own = {"paint", "pai", "vista", "vcd", "deco"}  # whose defaults are for LLaVA-1.5-7B
+        assert (bool(seen.profile) or path.stem in own, scaled) == (True, [])
 
 
 @pytest.mark.parametrize("path", ONE_METHOD, ids=name)
