@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from vlm_patch.engine.attention import Call, ForwardHandler, Graph
-from vlm_patch.engine.rows import ActiveMethod
+from vlm_patch.engine.plans import ActiveMethod
 from vlm_patch.engine.state import KEY_MASKS, GenerationState
 from vlm_patch.errors import PatchError
 from vlm_patch.method import ForwardContext, Phase, Position, State

@@ -16,7 +16,8 @@ from transformers import DynamicCache
 from vlm_patch.engine.attention import ForwardHandler, ThreadState
 from vlm_patch.engine.packed import Packed
 from vlm_patch.engine.packing import CannotPack, Packing, of_image
-from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
+from vlm_patch.engine.plans import ActiveMethod
+from vlm_patch.engine.rows import Editing, Watching
 from vlm_patch.engine.state import GenerationState, Tail
 from vlm_patch.errors import PatchError
 from vlm_patch.method import ExtraPrompt, ForwardContext, Method, Phase, Watcher

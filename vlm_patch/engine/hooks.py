@@ -24,7 +24,8 @@ from vlm_patch.engine.extra_passes import OLD_CACHE_NAME, ExtraPasses, cache_nam
 from vlm_patch.engine.logits import LogitsEditor
 from vlm_patch.engine.packed import Packed
 from vlm_patch.engine.packing import Packing
-from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
+from vlm_patch.engine.plans import ActiveMethod
+from vlm_patch.engine.rows import Editing, Watching
 from vlm_patch.engine.state import GenerationState, attach
 from vlm_patch.engine.tracker import PromptTracker, carries_images
 from vlm_patch.errors import PatchError

@@ -21,8 +21,8 @@ from vlm_patch.engine.branches import Branches, Part, Stream, check_known
 from vlm_patch.engine.extra_passes import ExtraPasses
 from vlm_patch.engine.joint import can_join, join
 from vlm_patch.engine.pixels import with_pixels
+from vlm_patch.engine.plans import ActiveMethod
 from vlm_patch.engine.readout import NORM_NAMES
-from vlm_patch.engine.rows import ActiveMethod
 from vlm_patch.engine.state import GenerationState
 from vlm_patch.errors import PatchError, UnsupportedModelError
 from vlm_patch.method import Branch, ForwardContext, Method, Phase

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from vlm_patch.engine.attention import HANDLER_ARGUMENT, Graph, ThreadState
 from vlm_patch.engine.compiled import TracedStep
 from vlm_patch.engine.hooks import Hook, MissingHandler, untraced
+from vlm_patch.engine.plans import ActiveMethod
 from vlm_patch.engine.readout import Readout
-from vlm_patch.engine.rows import ActiveMethod, Editing, Watching
+from vlm_patch.engine.rows import Editing, Watching
 from vlm_patch.errors import PatchError, UnsupportedModelError
 from vlm_patch.method import ForwardContext, Method, State
 from vlm_patch.models.info import Decoder, Layer

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,16 @@ from torch import Tensor
 from vlm_patch.engine.attention import Call, ForwardHandler, check, softmax
 from vlm_patch.engine.kernels.choice import LayerKernels
 from vlm_patch.engine.kernels.layer import LayerKernel, finds_groups, write_groups
-from vlm_patch.method import ForwardContext, Method, Phase, State, Watcher
+from vlm_patch.engine.plans import (
+    ActiveMethod,
+    RowChunk,
+    RowEdit,
+    RowPlan,
+    Stage,
+    chunks,
+    written,
+)
+from vlm_patch.method import ForwardContext, Method, Phase, Watcher
 from vlm_patch.primitives import dispatch
 from vlm_patch.primitives.reweighting import KeyReweighting
 
@@ -37,70 +45,6 @@ class Watching(ForwardHandler):
             rows = self.watcher.rows.to(call.query.device)
             self.watcher.weights(call.layer, call.weights(rows), call.value, call.module)
         return output, weights
-
-
-@dataclass
-class ActiveMethod:
-    """A method in one forward.
-
-    method, state: the method, and what it remembers of this generation.
-    heads: by layer that is on, the heads that are `[H]`; None for all of them.
-    """
-
-    method: Method
-    state: State
-    heads: dict[int, Tensor | None]
-
-
-class Stage(Enum):
-    """When a method acts on a row of attention: on the scores before the softmax, by a look at the
-    weights, on the weights.
-    """
-
-    SCORES = "scores"
-    WATCH = "watch"
-    WEIGHTS = "weights"
-
-
-@dataclass
-class RowEdit:
-    """What a method does to rows of a layer's attention.
-
-    stage: when it acts.
-    mask: `[B, S]`, the rows.
-    heads: `[H]`, None for all.
-    """
-
-    active: ActiveMethod
-    stage: Stage
-    mask: Tensor
-    heads: Tensor | None
-
-    @property
-    def edits(self) -> bool:
-        return self.stage is not Stage.WATCH
-
-    @property
-    def key(self) -> tuple[str, Stage]:
-        return self.active.method.name, self.stage
-
-
-@dataclass
-class RowChunk:
-    """What an edit does in a chunk of rows.
-
-    task: its index in the layer's edits.
-    index: `[r]`, its rows in the chunk, None for all of them.
-    mask: `[B, r]`, which of these per sample, None for all.
-    """
-
-    task: int
-    index: Tensor | None
-    mask: Tensor | None
-
-
-RowPlan: TypeAlias = list[tuple[Tensor, list[RowChunk]]]
-"""Chunks of rows `[R]` and what is done to them."""
 
 
 @dataclass
@@ -355,7 +299,7 @@ class Editing(ForwardHandler):
         if key not in self._plans:
             batch, heads, _, _ = call.query.shape
             row_bytes = COPIES * 4 * batch * heads * call.key.shape[2]
-            self._plans[key] = _chunks(tasks, max(1, WEIGHTS_BUDGET // row_bytes))
+            self._plans[key] = chunks(tasks, max(1, WEIGHTS_BUDGET // row_bytes))
         return self._plans[key]
 
     def _rows(self, call: Call, work: LayerPlan) -> Tensor:
@@ -371,7 +315,7 @@ class Editing(ForwardHandler):
             output = _writable(call) if output is None else output
             new = call.output(weights).to(output.dtype)
             if not any(p.index is None and p.mask is None and on is None for p, on in edits):
-                keep = _written(edits, new.shape[:3], new.device)
+                keep = written(edits, new.shape[:3], new.device)
                 new = torch.where(keep[..., None], new, output[:, rows])
             output[:, rows] = new
         return call.stock()[0] if output is None else output
@@ -386,7 +330,7 @@ class Editing(ForwardHandler):
             weights = self._weights(call, rows, edits, work.tasks)
             places = [(part, work.tasks[part.task].heads) for part in edits]
             shape = torch.Size((len(weights), len(rows), weights.shape[1]))
-            keep = _written(places, shape, weights.device).transpose(1, 2)[..., None]
+            keep = written(places, shape, weights.device).transpose(1, 2)[..., None]
             before = shown[:, :, rows, :keys]
             shown[:, :, rows, :keys] = torch.where(keep, weights.to(shown.dtype), before)
         return shown
@@ -460,46 +404,7 @@ def _packed(output: Tensor) -> Tensor:
     return output if packed else output.contiguous()
 
 
-def _chunks(tasks: list[RowEdit], size: int) -> RowPlan:
-    """The rows that some task wants, in chunks of at most `size` rows."""
-    if not tasks:
-        return []
-    masks = [task.mask for task in tasks]
-    union = torch.stack([mask.any(0) for mask in masks]).any(0).nonzero().flatten()
-    return [(rows, _parts(tasks, rows)) for rows in torch.split(union, size) if len(rows)]
-
-
 def _writable(call: Call) -> Tensor:
     """The stock output; a copy where autograd still needs the original."""
     output, _ = call.stock()
     return output.clone() if output.requires_grad else output
-
-
-def _written(
-    edits: list[tuple[RowChunk, Tensor | None]], shape: torch.Size, device: torch.device
-) -> Tensor:
-    """Which rows and heads of a chunk some method edits, `[B, R, H]`."""
-    keep = torch.zeros(shape, dtype=torch.bool, device=device)
-    for part, heads in edits:
-        mask = torch.ones((), dtype=torch.bool, device=device)
-        if part.mask is not None:
-            mask = mask & part.mask[:, :, None]
-        if heads is not None:
-            mask = mask & heads
-        if part.index is None:
-            keep |= mask
-        else:
-            keep[:, part.index] |= mask
-    return keep
-
-
-def _parts(tasks: list[RowEdit], rows: Tensor) -> list[RowChunk]:
-    parts = []
-    for i, task in enumerate(tasks):
-        here = task.mask[:, rows]
-        index = here.any(0).nonzero().flatten()
-        if len(index):
-            here = here[:, index]
-            everywhere = len(index) == len(rows)
-            parts.append(RowChunk(i, None if everywhere else index, None if here.all() else here))
-    return parts

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm_patch.engine.attention import Call
 from vlm_patch.engine.kernels.layer import GROUPS, Edit, LayerKernel, Rows, serves
+from vlm_patch.engine.plans import ActiveMethod, RowEdit
 from vlm_patch.method import ForwardContext
 from vlm_patch.primitives.reweighting import KeyReweighting
-
-if TYPE_CHECKING:
-    from vlm_patch.engine.rows import ActiveMethod, RowEdit
 
 MOST_METHODS = 2
 
