@@ -350,7 +350,10 @@ def test_a_row_without_an_image_is_left_stock(model: nn.Module, names: tuple[str
     assert error(model, batch, output, names) <= EXACT
     stock = generate(model, batch)
     rows = torch.stack(output.logits, 1), torch.stack(stock.logits, 1)
-    assert torch.equal(rows[0][2], rows[1][2])
+    if "vhr" in names:  # its second prompt makes the first products larger, which rounds otherwise
+        assert (rows[0][2] - rows[1][2]).abs().max() <= EXACT
+    else:
+        assert torch.equal(rows[0][2], rows[1][2])
     assert not torch.equal(rows[0][0], rows[1][0])
 
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache, QuantizedCache
 
 from vlm_patch.engine.packed import Packed
 from vlm_patch.engine.rows import Watching
+from vlm_patch.engine.tracker import carries_images
 from vlm_patch.method import ExtraPrompt, ForwardContext
 from vlm_patch.models.tensor_parallel import Shard
 
@@ -105,6 +106,8 @@ class Packing:
             return f"a {type(cache).__name__} has places for the prompt alone"
         if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
             return "the logits of its router are asked for"
+        if carries_images(kwargs):
+            return "its decoder itself puts images in the place of tokens"
         return None
 
 
