@@ -34,6 +34,8 @@ from vlm_patch.primitives import launch as launching
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR, "error:A fused kernel is left out")
 CLOSE = 1e-5
+PADDED = tiny.BATCH_OF_3[:2]
+"""Two rows of different lengths: the interpreter takes long for every row, head and sample."""
 
 
 @pytest.fixture
@@ -175,7 +177,7 @@ def test_launches_per_layer(launched: Counter[str]) -> None:
     """Per token and layer: VAR one in place of the stock kernel, GIFT two, both two; for a prompt
     VAR two. VAR acts in layers 0 to 2 of 4, GIFT in 2 and 3.
     """
-    model = planted("llava")
+    model = planted("llava", kv_heads=1)
     batch = tiny.inputs(model, tiny.ONE_IMAGE)
     steps = {
         ("var",): ({"columns": 3, "attend": 3}, {"attend": 3}),
@@ -211,20 +213,24 @@ def stock_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "names", "options"),
+    ("kind", "names", "rows", "options"),
     [
-        ("llava-gqa", ("var",), {"cache_implementation": "static"}),
-        ("llava", ("gift-inside", "var"), {}),
-        ("llava", ("var-release", "gift"), {}),
-        ("qwen2-vl", ("var", "vhr", "gift"), {}),
-        ("sliding", ("var", "gift"), {}),
+        ("llava-gqa", ("var",), PADDED, {"cache_implementation": "static"}),
+        ("llava", ("gift-inside", "var"), tiny.ONE_IMAGE, {}),
+        ("llava", ("var-release", "gift"), tiny.ONE_IMAGE, {}),
+        ("qwen2-vl", ("var", "vhr", "gift"), PADDED, {}),
+        ("sliding", ("var", "gift"), tiny.ONE_IMAGE, {}),
     ],
 )
 def test_generations_equal_the_reference(
-    kind: str, names: Sequence[str], options: dict[str, Any], launched: Counter[str]
+    kind: str,
+    names: Sequence[str],
+    rows: Sequence[Sequence[int]],
+    options: dict[str, Any],
+    launched: Counter[str],
 ) -> None:
-    model = tiny.sliding_llava() if kind == "sliding" else planted(kind)
-    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    model = tiny.sliding_llava(kv_heads=1) if kind == "sliding" else planted(kind)
+    batch = tiny.inputs(model, rows)
     with wrap(model, *ours(names)):
         output = generate(model, batch, steps=3, **options)
     assert error(model, batch, output, names) <= CLOSE
@@ -232,7 +238,7 @@ def test_generations_equal_the_reference(
     assert bool(launched["reinforced_heads"]) == ("vhr" in names)
 
 
-@settings(max_examples=5)
+@settings(max_examples=2)
 @given(case=cases().filter(lambda case: not case.build.exact))
 def test_anything(case: Case) -> None:
     """As the fuzz test, by the kernels."""
@@ -241,14 +247,14 @@ def test_anything(case: Case) -> None:
 
 
 def test_some_heads_are_off(launched: Counter[str]) -> None:
-    model = planted("llava")
-    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    model = planted("llava", kv_heads=2)
+    batch = tiny.inputs(model, tiny.ONE_IMAGE)
     names = ("var", "gift")
     with wrap(model, *ours(names)) as patched:
         patched.heads["var"][:, 0] = False
         patched.heads["gift"][2, 1:] = False
         heads = {name: table.clone() for name, table in patched.heads.items()}
-        output = generate(model, batch, steps=3)
+        output = generate(model, batch, steps=2)
     assert error(model, batch, output, names, heads) <= CLOSE
     assert launched["finish"]
 
@@ -276,14 +282,14 @@ class Brighter(KeyReweighting):
 def test_a_method_without_anything_for_triton(
     launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = planted("llava")
-    batch = tiny.inputs(model, tiny.BATCH_OF_3)
+    model = planted("llava", layers=2, kv_heads=1)
+    batch = tiny.inputs(model, tiny.ONE_IMAGE)
     with wrap(model, Brighter(), *ours(("var",))):
-        fast = generate(model, batch, steps=3)
+        fast = generate(model, batch, steps=2)
         assert launched["attend"]
         assert launched["finish"]
         monkeypatch.setattr(dispatch, "DEVICES", ())
-        slow = generate(model, batch, steps=3)
+        slow = generate(model, batch, steps=2)
     for one, other in zip(fast.logits, slow.logits, strict=True):
         assert (one - other).abs().max() <= CLOSE
 
@@ -392,6 +398,10 @@ def test_it_imports_without_triton() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
+SHARED = {"A100": 163, "H100": 227}
+"""KiB of shared memory that a program may have."""
+
+
 def test_the_kernels_compile_for_real_cards(tmp_path: Path) -> None:
     """To machine code, which the interpreter above cannot promise."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -400,4 +410,6 @@ def test_the_kernels_compile_for_real_cards(tmp_path: Path) -> None:
     lines = subprocess.run(command, check=True, env=env, capture_output=True, text=True).stdout
     made = [line.split("|") for line in lines.splitlines()]
     assert {card for _, card, _, _ in made} == {"A100", "H100"}
-    assert all(right == "True" and int(shared) < 163 * 1024 for _, _, right, shared in made)
+    for name, card, code, shared in made:
+        assert code == "True", (name, card)
+        assert int(shared) <= SHARED[card] * 1024, (name, card)

@@ -2,11 +2,14 @@
 
 import copy
 import inspect
+import logging
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching import continuous_api
@@ -14,7 +17,7 @@ from transformers.generation.continuous_batching import continuous_api
 from eval.support import tiny
 from eval.support.agreement import ours, planted
 from tests.support.agreement import ALONE, NO_PROCESSOR, TOGETHER, error, generate
-from vlm_patch import PatchError, wrap
+from vlm_patch import GIFT, VAR, VHR, PatchError, wrap
 from vlm_patch.engine.attention import Call
 
 pytestmark = pytest.mark.filterwarnings(NO_PROCESSOR)
@@ -128,16 +131,19 @@ def test_autocast_costs_what_it_costs_the_stock_model(names: Sequence[str], attn
     assert torch.stack(ours_apart).median() <= 1.5 * torch.stack(stock_apart).median()
 
 
-def test_torch_compile() -> None:
-    """A compiled forward breaks its graph where methods act, and is right."""
-    model = planted("llava")
-    batch = tiny.inputs(model, tiny.BATCH_OF_3)
-    names = ("var", "gift", "vhr")
-    with wrap(model, *ours(names)):
-        plain = generate(model, batch, steps=4, cache_implementation="static")
+def test_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled forward breaks its graph where methods act, and is right. Without the compiler's
+    trace in pytest's log, which takes longer than compiling.
+    """
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    model = planted("llava", layers=2)
+    batch = tiny.inputs(model, tiny.BATCH_OF_3[:2])
+    methods = VAR(tau=3.0, dims=tiny.SINK_DIMS), VHR(layers=(1,))
+    with wrap(model, *methods, GIFT(3.0, saliency_layer=0, layers=(1,))):
+        plain = generate(model, batch, steps=3, cache_implementation="static")
         torch.compiler.reset()  # what was compiled for another model passes by hooks of this one
         model.forward = torch.compile(model.forward, backend="eager")
-        compiled = generate(model, batch, steps=4, cache_implementation="static")
+        compiled = generate(model, batch, steps=3, cache_implementation="static")
     for one, other in zip(plain.logits, compiled.logits, strict=True):
         assert (one - other).abs().max() <= CLOSE
 
@@ -150,10 +156,15 @@ def test_continuous_batching_runs_stock() -> None:
     works = "get_text_config" in inspect.getsource(continuous_api)
     model = planted("llava")
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    more: dict[str, Any] = {}
+    if hasattr(transformers, "ContinuousBatchingConfig"):  # unless told, it fills the memory
+        small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+        more = {"continuous_batching_config": small}
+    prompts = [[1, 5, 6, 20, 21], [1, 7, 8]]
 
     def answers() -> list[list[int]]:
         try:
-            found = model.generate_batch([[1, 5, 6, 20, 21], [1, 7, 8]], config, progress_bar=False)
+            found = model.generate_batch(prompts, config, progress_bar=False, **more)
         except (AttributeError, ValueError):  # the sizes
             return []
         return [request.generated_tokens for request in found.values()]

@@ -1,10 +1,12 @@
-"""Compiles every variant of the Triton kernels to machine code for two cards, without one at hand;
-run by `test_kernel_rows.py` in a process of its own, since Triton's interpreter is chosen at its
-import. Prints the registers that spill.
+"""Compiles the Triton kernels to machine code for two cards, without one at hand: every branch of
+them; run by `test_kernel_rows.py` in a process of its own, since Triton's interpreter is chosen at
+its import. Prints the shared memory that they take.
 """
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import triton
@@ -43,30 +45,24 @@ def variants() -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
     local = {"FORMULA": var.sink_shares_of_a_row}
     new = {"COLUMN": var.sink_groups}
     prompt = {"M": 64, "SPLITS": 1, "PICKED": True}
-    exact = {"PRECISION": "ieee", "N": 32}
-    grouped = {"KV": 4, "SHARED": 7, "M": 32}
+    exact = {"PRECISION": "ieee", "N": 32, "M": 32}
+    grouped = {"KV": 4, "SHARED": 7}
     every = dict.fromkeys(("MASKED", "CAPPED", "SWITCHED", "GAIN"), True)
-    both = {"LINES": 16, "SPLITS": 4}
+    both = {"LINES": 16, **new}
     looks: dict[str, tuple[str, dict[str, Any]]] = {
-        "var": ("bf16", {**local, **new}),
-        "var, fp16": ("fp16", {**local, **new}),
-        "var, fp32": ("fp32", {**local, **new, **exact}),
-        "var, grouped, everything": ("bf16", {**local, **new, **grouped, **every}),
+        "var, grouped, everything": ("bf16", {**local, **new, **grouped, **every, "M": 32}),
         "var, prompt": ("bf16", {**local, **prompt, "CAUSAL": True}),
-        "var, prompt, grouped, masked": ("bf16", {**local, **prompt, **grouped, **every, "M": 64}),
-        "var, prompt, fp32": ("fp32", {**local, **prompt, **exact, "CAUSAL": True, "M": 32}),
-        "gift": ("bf16", {}),
-        "gift, prompt": ("bf16", {**prompt, "CAUSAL": True, "M": 16, "SPLITS": 4}),
-        "var and gift": ("bf16", {**both, **new}),
+        "var, prompt, fp32": ("fp32", {**local, **prompt, **exact, "CAUSAL": True}),
+        "var and gift, fp16": ("fp16", both),
         "gift and var, grouped, masked": (
             "bf16",
-            {**both, **grouped, **new, **every, "SLOT": 1, "M": 64},
+            {**both, **grouped, **every, "SLOT": 1, "M": 64},
         ),
     }
     for name, (half, look) in looks.items():
         made = {**row, **look}
-        large = made["M"] > 16 and (half == "fp32" or made["MASKED"])
-        yield name, attend.attend, half, made, 8 if large else 4
+        wide = made["M"] > 32 and (made["MASKED"] or made["SHARED"] > 1)
+        yield name, attend.attend, half, made, 8 if wide or half == "fp32" else 4
     keep = ("LINES", "KV", "SHARED", "V", "VW", "M", "SPLITS", "PICKED")
     gaze = {"FORMULA": gift.gaze_shares_of_a_row, "SECOND": gift.gaze_shares_of_a_row}
     end = {name: row[name] for name in keep} | {"HEADS": 32, "HW": 32, "GAIN": False}
@@ -96,12 +92,17 @@ def compiled(kernel: Any, half: str, constants: dict[str, Any], warps: int, card
     return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
 
 
+def line(variant: tuple[str, Any, str, dict[str, Any], int], card: str) -> str:
+    name, *parts = variant
+    made = compiled(*parts, CARDS[card])
+    is_code = made.asm["cubin"][:4] == b"\x7fELF"
+    return f"{name}|{card}|{is_code}|{made.metadata.shared}"
+
+
 def main() -> None:
-    for name, kernel, half, constants, warps in variants():
-        for card, capability in CARDS.items():
-            made = compiled(kernel, half, constants, warps, capability)
-            code, shared = made.asm["cubin"], made.metadata.shared
-            print(name, card, code[:4] == b"\x7fELF", shared, sep="|", flush=True)
+    with ThreadPoolExecutor(2) as pool:  # LLVM and ptxas run without Python's lock
+        for made in pool.map(lambda both: line(*both), product(variants(), CARDS)):
+            print(made, flush=True)
 
 
 if __name__ == "__main__":

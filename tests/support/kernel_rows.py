@@ -49,7 +49,7 @@ SHAPES = {
     "padding, heads off": Shape(padded=True, switched=True),
     "a window, softcap": Shape(keys=130, behind=20, softcap=2.0),
     "a new key": Shape(streamed=True),
-    "rows of a prompt": Shape(kv=4, keys=30, new=30, count=5),
+    "rows of a prompt": Shape(kv=4, keys=30, new=30, count=3),
     "padded rows, heads off": Shape(
         heads=6, keys=30, new=12, count=3, spare=3, padded=True, switched=True
     ),
