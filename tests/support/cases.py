@@ -261,6 +261,7 @@ def drawn(draw: st.DrawFn, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
 
 
+@st.composite
 def steering(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     given = {
         "vectors": {layer: drawn(draw, tiny.WIDTH) for layer in draw(some_layers(layers))},
@@ -270,6 +271,7 @@ def steering(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     return Steering(**given), vlm_patch.Steering(**given)
 
 
+@st.composite
 def nullu(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     rank = draw(st.integers(1, 5))
     directions = {
@@ -279,11 +281,13 @@ def nullu(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     return Nullu(directions, rank), vlm_patch.Nullu(directions, rank)
 
 
+@st.composite
 def vista(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     given = {"layers": draw(some_layers(layers)), "strength": draw(hundredths(0, 1))}
     return Vista(**given), VISTA(**given)
 
 
+@st.composite
 def memvr(draw: st.DrawFn, layers: int) -> tuple[Method, Any]:
     given = {
         "layers": draw(some_layers(layers)),
