@@ -340,6 +340,7 @@ INSIDE = (
     "edit_scores",
     "edit_weights",
     "edit_heads",
+    "edit_mlp",
     "edit_hidden",
 )
 """The hooks of a method that are called in a layer, or say what is done in one."""

@@ -107,6 +107,8 @@ def random_tables(names: Sequence[str], seed: int) -> dict[str, Tensor]:
     tables = {}
     for name in names:
         spec, method = PAIRS[name]
+        if not method.acts_in_layers:
+            continue
         acting = (
             spec.acts_in
             if isinstance(spec, Var)

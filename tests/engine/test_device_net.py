@@ -21,7 +21,7 @@ from tests.support.agreement import NO_PROCESSOR
 from tests.support.agreement import generate as generated
 from tests.support.on_device import CASES, CPU, answered, moved
 from vlm_patch import wrap
-from vlm_patch.engine import attention, packed, packing, rows, tracker
+from vlm_patch.engine import attention, packed, packing, plans, rows, tracker
 from vlm_patch.methods import gift, var, vhr
 from vlm_patch.primitives import reweighting, sink_rules, sinks
 from vlm_patch.prompts import masks
@@ -87,7 +87,7 @@ LEFT_BEHIND: dict[str, tuple[Any, str, Case]] = {
     "masks by hand": (masks, "by_hand", CASES["masks by hand on the CPU"]),
     "the padding": (tracker.PromptTracker, "_valid", acting),
     "head switches": (rows, "_heads", switched),
-    "the rows written": (rows, "_written", switched),
+    "the rows written": (rows, "written", switched),
     "a row's weights": (attention.Call, "weights", acting),
     "the causal rows": (attention.Call, "_hidden", one_prompt),
     "the search's values": (sinks, "_projected_norms", searching),
@@ -126,7 +126,7 @@ FORGETTING: dict[str, tuple[ModuleType, Case]] = {
     "vhr": (vhr, acting),
     "two prompts": (packed, in_one_call),
     "attention": (attention, one_prompt),
-    "editing": (rows, switched),
+    "editing": (plans, switched),
 }
 
 

@@ -22,13 +22,14 @@ from vlm_patch.engine.extra_passes import ExtraPasses
 from vlm_patch.engine.joint import can_join, join
 from vlm_patch.engine.pixels import with_pixels
 from vlm_patch.engine.plans import ActiveMethod
-from vlm_patch.engine.readout import NORM_NAMES
 from vlm_patch.engine.state import GenerationState
 from vlm_patch.errors import PatchError, UnsupportedModelError
 from vlm_patch.method import Branch, ForwardContext, Method, Phase
 from vlm_patch.models.info import Decoder
 from vlm_patch.primitives.buffers import cast
 
+NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+"""What decoders call the norm behind their last block, where early layers were checked."""
 HELD = ("visual_pos_masks", "deepstack_visual_embeds")
 """Inputs of a decoder's prompt alone, which the whole model makes anew of other pixels."""
 NO_IMAGE = "no image"
@@ -223,11 +224,7 @@ class LogitsEditor(threading.local):
 
 def _looks_on(job: LogitsJob) -> bool:
     """Whether a method sees the residual stream in this forward, which is the first stream's."""
-    stock = getattr(Method, "edit_hidden", None)
-    return any(
-        active.method.reads_blocks or getattr(type(active.method), "edit_hidden", None) is not stock
-        for active in job.everyone
-    )
+    return any(active.method.reads_blocks or active.method.in_stream for active in job.everyone)
 
 
 def stream_name(method: Method, name: str, branch: Branch) -> str:
@@ -237,12 +234,12 @@ def stream_name(method: Method, name: str, branch: Branch) -> str:
 
 def final_norm(decoder: Decoder) -> Callable[[Tensor], Tensor]:
     """The norm behind the last block. Raises UnsupportedModelError where none is found."""
-    found = [getattr(decoder.module, name, None) for name in NORM_NAMES]
+    found = [getattr(decoder.module, name, None) for name in NORMS]
     norms: list[Any] = [module for module in found if isinstance(module, nn.Module)]
     if not norms:
         raise UnsupportedModelError(
             f"a {decoder.kind} has no norm behind its last block under a name known here "
-            f"({', '.join(NORM_NAMES)}), so that its early layers cannot be read as logits"
+            f"({', '.join(NORMS)}), so that its early layers cannot be read as logits"
         )
     return norms[0]  # type: ignore[no-any-return]
 
