@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from vlm_patch.method import Branch, ForwardContext, Method, State
-from vlm_patch.primitives.contrast import contrasted
+from vlm_patch.primitives.contrast import NO_IMAGE, contrasted
 from vlm_patch.validation import check_number
-
-NO_IMAGE = "no image"
 
 
 def weight(decay: float, place: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from vlm_patch.method import Branch, ForwardContext, Method
 
 NO_IMAGE = "no image"
+"""What methods call the stream without the image."""
 
 
 def contrasted(logits: Tensor, other: Tensor, alpha: float | Tensor) -> Tensor:
